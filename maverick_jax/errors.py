@@ -1,0 +1,8 @@
+"""The one exception for what a user can cause and mend."""
+
+
+class UserError(ValueError):
+    """Something a user can mend: says what was found, where, what was expected and what to do.
+
+    The command line prints it as one line and ends with status 2; as a `ValueError` it can be caught as usual.
+    """
