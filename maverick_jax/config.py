@@ -89,8 +89,10 @@ class VisionConfig:
             raise UserError("vision hidden_size / num_attention_heads must be a whole multiple of 4 (two axes of rotated pairs).")
         if self.image_size % self.patch_size or (self.image_size // self.patch_size) % self.shuffle:
             raise UserError("vision image_size must be a whole number of patches that the pixel shuffle divides.")
-        if self.vision_output_dim != self.projector_output_dim:
-            raise UserError("vision_output_dim and projector_output_dim differ: the adapter's output feeds the projector.")
+        if self.intermediate_size != self.hidden_size * self.shuffle**2:
+            raise UserError("vision intermediate_size must be hidden_size / pixel_shuffle_ratio^2: it is also the adapter's input.")
+        if not self.vision_output_dim == self.projector_output_dim == self.projector_input_dim:
+            raise UserError("vision_output_dim, projector_input_dim and projector_output_dim differ: they name one width.")
 
     @property
     def shuffle(self) -> int:

@@ -1,0 +1,107 @@
+"""The key/value cache: one buffer per layer, never longer than the layer can see.
+
+A RoPE layer sees its own chunk, so its buffer has `chunk` slots and position p lives in slot p mod chunk; the entries of
+the old chunk are masked until they are overwritten. A NoPE layer keeps the whole context. At 1M tokens Maverick takes
+49 GiB instead of 192.
+
+Shape suffixes: B batch, T new tokens, S slots, K key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from maverick_jax.config import TextConfig
+from maverick_jax.model.attention import Piece
+
+AXES = ("batch", "kv_heads", None, None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer. `fresh` (static): nothing has been written."""
+
+    key_BKSd: jax.Array
+    value_BKSd: jax.Array
+    fresh: bool = dataclasses.field(metadata={"static": True})
+    wraps: bool = dataclasses.field(metadata={"static": True})
+
+    def append(self, key_BKTd: jax.Array, value_BKTd: jax.Array, piece: Piece) -> tuple[LayerCache, jax.Array, jax.Array, jax.Array]:
+        """Write a piece. Returns the new cache and what the piece's queries may see: keys, values and their positions [B, S']."""
+        T = key_BKTd.shape[2]
+        written = dataclasses.replace(
+            self,
+            key_BKSd=_write(self.key_BKSd, key_BKTd, piece, self.fresh),
+            value_BKSd=_write(self.value_BKSd, value_BKTd, piece, self.fresh),
+            fresh=False,
+        )
+        if self.fresh:  # the piece is all there is
+            return written, key_BKTd, value_BKTd, piece.positions_BT
+        S = self.key_BKSd.shape[2]
+        if T == 1 or not self.wraps:
+            return written, written.key_BKSd, written.value_BKSd, _positions(piece.end_B, S)
+        # A longer piece may overwrite slots that its own first tokens still see: look at the old buffer and the piece.
+        key = jnp.concatenate([self.key_BKSd, key_BKTd], axis=2)
+        value = jnp.concatenate([self.value_BKSd, value_BKTd], axis=2)
+        return written, key, value, jnp.concatenate([_positions(piece.start_B, S), piece.positions_BT], axis=1)
+
+
+def _write(buffer_BKSd, new_BKTd, piece, fresh):
+    """The piece's real tokens into slots position mod S; of a piece longer than the buffer, the last S tokens."""
+    S, T = buffer_BKSd.shape[2], new_BKTd.shape[2]
+    if fresh and T <= S:
+        # Padding lands in slots that a later token overwrites before anyone sees them: `_positions` calls them empty.
+        return lax.dynamic_update_slice_in_dim(buffer_BKSd, new_BKTd.astype(buffer_BKSd.dtype), 0, axis=2)
+    kept = piece.real_BT & (piece.positions_BT >= piece.end_B[:, None] - S)
+    slots = jnp.where(kept, piece.positions_BT % S, S)  # S is outside: dropped
+    rows = jnp.arange(buffer_BKSd.shape[0])[:, None]
+    return buffer_BKSd.at[rows, :, slots].set(new_BKTd.swapaxes(1, 2).astype(buffer_BKSd.dtype), mode="drop")
+
+
+def _positions(end_B, S):
+    """[B, S] position held by every slot of rows that end before `end_B`; negative: empty."""
+    last = end_B[:, None] - 1
+    return last - (last - jnp.arange(S, dtype=jnp.int32)[None, :]) % S
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The cache of all layers for a batch of rows.
+
+    Attributes:
+      layers: one `LayerCache` per layer.
+      lengths_B: [B] int32 tokens held per row.
+      max_length: tokens a row has room for.
+    """
+
+    layers: tuple[LayerCache, ...]
+    lengths_B: jax.Array
+    max_length: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(cls, config: TextConfig, batch: int, max_length: int, dtype: DTypeLike, constrain: Any = None) -> KVCache:
+        """An empty cache for `batch` rows of up to `max_length` tokens; `constrain` places the buffers on a mesh."""
+        layers = []
+        for i in range(config.num_hidden_layers):
+            chunk = config.chunk_of_layer(i)
+            slots = max_length if chunk is None else min(chunk, max_length)
+            buffers = [jnp.zeros((batch, config.num_key_value_heads, slots, config.head_dim), dtype) for _ in range(2)]
+            if constrain is not None:
+                buffers = [constrain(b, AXES) for b in buffers]
+            layers.append(LayerCache(*buffers, fresh=True, wraps=slots < max_length))
+        return cls(tuple(layers), jnp.zeros((batch,), jnp.int32), max_length)
+
+    def advanced(self, layers: tuple[LayerCache, ...], lengths_B: jax.Array) -> KVCache:
+        return dataclasses.replace(self, layers=layers, lengths_B=lengths_B)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.key_BKSd.nbytes + layer.value_BKSd.nbytes for layer in self.layers)

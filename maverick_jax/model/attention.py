@@ -1,0 +1,95 @@
+"""Attention of the text decoder: RoPE layers attend within their chunk, the others globally with a temperature.
+
+Shape suffixes: B batch, T tokens, S key slots, D model width, H query heads, K key/value heads, d head size.
+Source: Llama 4 reference, `models/llama4/model.py`; spec sections 2.1 to 2.3.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from maverick_jax.config import TextConfig
+from maverick_jax.model.parameter import weight
+from maverick_jax.ops.attention import attention, temperature_scale, visible
+from maverick_jax.ops.linear import linear
+from maverick_jax.ops.norm import rms_norm
+from maverick_jax.ops.rope import inverse_frequencies, rotate, text_angles
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where the tokens of a call stand in their rows.
+
+    Attributes:
+      start_B: tokens that each row held before.
+      lengths_B: real tokens of each row in this call; the rest of the row is padding on the right.
+      positions_BT: position of every token, padding included.
+    """
+
+    start_B: jax.Array
+    lengths_B: jax.Array
+    positions_BT: jax.Array
+
+    @classmethod
+    def of(cls, start_B: jax.Array, lengths_B: jax.Array, T: int) -> "Piece":
+        return cls(start_B, lengths_B, start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :])
+
+    @property
+    def end_B(self) -> jax.Array:
+        return self.start_B + self.lengths_B
+
+    @property
+    def real_BT(self) -> jax.Array:
+        """True for tokens, False for padding."""
+        return jnp.arange(self.positions_BT.shape[1])[None, :] < self.lengths_B[:, None]
+
+
+class Attention(nnx.Module):
+    """Self-attention of one layer."""
+
+    def __init__(self, config: TextConfig, layer: int, *, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
+        D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.query = weight(rngs, (D, H, d), ("embed", "heads", None), dtype)
+        self.key = weight(rngs, (D, K, d), ("embed", "kv_heads", None), dtype)
+        self.value = weight(rngs, (D, K, d), ("embed", "kv_heads", None), dtype)
+        self.output = weight(rngs, (H, d, D), ("heads", None, "embed"), dtype, fan_in=H * d)
+        self.config = config
+        self.uses_rope = layer not in config.nope_layers
+        self.chunk = config.chunk_of_layer(layer)
+        self.constrain = constrain
+
+    def __call__(self, x_BTD: jax.Array, piece: Piece, cache: Any = None) -> tuple[jax.Array, Any]:
+        """Attend within the piece and to what the cache holds. Returns [B, T, D] and the new layer cache (None without)."""
+        query = self.constrain(linear(x_BTD, self.query[...]), ("batch", None, "heads", None))
+        key = self.constrain(linear(x_BTD, self.key[...]), ("batch", None, "kv_heads", None))
+        value = self.constrain(linear(x_BTD, self.value[...]), ("batch", None, "kv_heads", None))
+        query, key = self._rotate_and_norm(query, key, piece) if self.uses_rope else (self._scale(query, piece), key)
+        key_BKSd, value_BKSd = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        key_positions = piece.positions_BT
+        if cache is not None:
+            cache, key_BKSd, value_BKSd, key_positions = cache.append(key_BKSd, value_BKSd, piece)
+        out = attention(query, key_BKSd, value_BKSd, visible(piece.positions_BT, key_positions, self.chunk))
+        out = self.constrain(out, ("batch", None, "heads", None))
+        return linear(out, self.output[...], contract=2), cache
+
+    def _rotate_and_norm(self, query, key, piece):
+        """RoPE, then (Scout) the weightless norm per head. Within a chunk only differences of positions matter."""
+        positions = piece.positions_BT if self.chunk is None else piece.positions_BT % self.chunk
+        config = self.config
+        angles = text_angles(positions, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+        query, key = rotate(query, angles), rotate(key, angles)
+        if config.use_qk_norm:
+            query, key = rms_norm(query, None, config.rms_norm_eps), rms_norm(key, None, config.rms_norm_eps)
+        return query, key
+
+    def _scale(self, query, piece):
+        config = self.config
+        if not config.attn_temperature_tuning:
+            return query
+        scale = temperature_scale(piece.positions_BT, floor_scale=config.floor_scale, attn_scale=config.attn_scale)
+        return (query.astype(jnp.float32) * scale[:, :, None, None]).astype(query.dtype)

@@ -1,0 +1,137 @@
+"""The whole model: pictures and token ids in, logits out.
+
+Shape suffixes: B batch, T tokens, N tiles, S pixels, D model width, V vocabulary, I image features of the call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from maverick_jax.config import Config
+from maverick_jax.errors import UserError
+from maverick_jax.model.attention import Piece
+from maverick_jax.model.parameter import weight
+from maverick_jax.model.text import Text
+from maverick_jax.model.vision import Vision
+from maverick_jax.ops.linear import linear, linear_float32
+from maverick_jax.sharding.dispatch import Dispatcher, Local, Stats
+
+if TYPE_CHECKING:
+    from maverick_jax.inference.cache import KVCache
+
+
+def identity(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The constraint of a model that no mesh holds."""
+    return x
+
+
+class Llama4(nnx.Module):
+    """Llama 4 Maverick, Scout, or any model with their architecture.
+
+    Args:
+      config: sizes and switches.
+      dispatcher: moves tokens to their experts; `Local()` keeps them on one device.
+      constrain: `constrain(x, logical_axes)` pins an activation to a layout.
+      dtype: of weights and activations; None takes the config's.
+      rngs: for initial values. `get_abstract_model` describes a model without making any.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dispatcher: Dispatcher | None = None,
+        constrain: Any = identity,
+        dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
+        dtype = jnp.dtype(dtype or config.dtype)
+        self.text = Text(config.text, dispatcher=dispatcher or Local(), constrain=constrain, dtype=dtype, rngs=rngs)
+        if config.vision is not None:
+            self.vision = Vision(config.vision, constrain=constrain, dtype=dtype, rngs=rngs)
+            self.projector = weight(rngs, (config.vision.vision_output_dim, config.text.hidden_size), ("vision_output", "embed"), dtype)
+        self.config = config
+        self.constrain = constrain
+        self.directory: str | None = None  # where it was loaded from: home of its tokenizer and chat template
+
+    def __call__(
+        self,
+        token_ids: jax.Array,
+        tiles: jax.Array | None = None,
+        *,
+        lengths: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> jax.Array | tuple[jax.Array, KVCache]:
+        """Logits of every token.
+
+        Args:
+          token_ids: [B, T] int32.
+          tiles: [N, 3, S, S] float32 in -1..1, the tiles of all pictures in the order of their `<|patch|>` tokens.
+          lengths: [B] int32 real tokens per row; what follows is padding. None: all T.
+          cache: what earlier calls left; the tokens continue it.
+
+        Returns:
+          [B, T, V] float32; with a cache a pair (logits, cache).
+
+        Raises:
+          UserError: tiles and `<|patch|>` tokens disagree, or the cache is too short (both checked outside jit).
+        """
+        features = None if tiles is None else self.encode_tiles(tiles)
+        self._check(token_ids, features, cache)
+        is_patch = token_ids == self.config.image_token_index
+        index = jnp.cumsum(is_patch.reshape(-1)).reshape(is_patch.shape) - 1
+        x, cache, _ = self.hidden(self.embed(token_ids, features, index), lengths, cache)
+        return self.logits(x) if cache is None else (self.logits(x), cache)
+
+    def encode_tiles(self, tiles_N3SS: jax.Array) -> jax.Array:
+        """[N, 3, S, S] -> [N * tokens_per_tile, D]: what takes the place of the `<|patch|>` tokens."""
+        if self.config.vision is None:
+            raise UserError("this checkpoint has no vision tower: it takes text only.")
+        features = linear(self.vision(tiles_N3SS), self.projector[...])
+        return features.reshape(-1, features.shape[-1])
+
+    def embed(self, token_ids_BT: jax.Array, features_ID: jax.Array | None = None, index_BT: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] embeddings; at `<|patch|>` tokens the image feature that `index_BT` names."""
+        x_BTD = self.text.embedding[...][token_ids_BT]
+        if features_ID is not None:
+            is_patch = token_ids_BT == self.config.image_token_index
+            x_BTD = jnp.where(is_patch[..., None], features_ID[index_BT], x_BTD)
+        return self.constrain(x_BTD, ("batch", None, None))
+
+    def hidden(
+        self, x_BTD: jax.Array, lengths_B: jax.Array | None = None, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None, tuple[Stats, ...]]:
+        """Embeddings through the decoder: [B, T, D] normed hidden states, the new cache, and stats per MoE layer."""
+        B, T = x_BTD.shape[:2]
+        lengths = jnp.full((B,), T, jnp.int32) if lengths_B is None else lengths_B.astype(jnp.int32)
+        start = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths_B
+        piece = Piece.of(start, lengths, T)
+        x_BTD, layers, stats = self.text(x_BTD, piece, None if cache is None else cache.layers)
+        return x_BTD, None if cache is None else cache.advanced(layers, piece.end_B), stats
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[..., D] normed hidden states -> [..., V] float32."""
+        return linear_float32(x, self.text.unembedding[...])
+
+    def _check(self, token_ids, features, cache):
+        if isinstance(token_ids, jax.core.Tracer):
+            return
+        patches = int((token_ids == self.config.image_token_index).sum())
+        given = 0 if features is None else features.shape[0]
+        if patches != given:
+            raise UserError(f"the prompt has {patches} <|patch|> tokens, the tiles make {given} image features: pass every picture's tiles.")
+        if cache is not None and int(cache.lengths_B.max()) + token_ids.shape[1] > cache.max_length:
+            raise UserError(
+                f"the cache has room for {cache.max_length} tokens; {int(cache.lengths_B.max())} are in it and "
+                f"{token_ids.shape[1]} are added: create it with a larger max_length."
+            )
+
+
+def get_abstract_model(config: Config, **options: Any) -> Llama4:
+    """The model with `jax.ShapeDtypeStruct`s for parameters: 400B are described without memory. Options as for `Llama4`."""
+    return nnx.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), **options))

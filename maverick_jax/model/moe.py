@@ -1,0 +1,68 @@
+"""Mixture of experts: route -> dispatch -> grouped experts -> combine.
+
+Shape suffixes: B batch, T tokens (of a row, or of all rows once flattened), D model width, F expert width, E experts.
+Source: Llama 4 reference, `models/llama4/moe.py`; spec section 2.4.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from maverick_jax.config import TextConfig
+from maverick_jax.model.feed_forward import FeedForward
+from maverick_jax.model.parameter import weight
+from maverick_jax.ops.linear import linear_float32
+from maverick_jax.ops.swiglu import ExpertWeights
+from maverick_jax.sharding.dispatch import Dispatcher, Stats
+
+
+class Experts(nnx.Module):
+    """The weights of the routed experts of one layer."""
+
+    def __init__(self, E: int, D: int, F: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.gate = weight(rngs, (E, D, F), ("expert", "embed", "expert_mlp"), dtype, fan_in=D)
+        self.up = weight(rngs, (E, D, F), ("expert", "embed", "expert_mlp"), dtype, fan_in=D)
+        self.down = weight(rngs, (E, F, D), ("expert", "expert_mlp", "embed"), dtype, fan_in=F)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(self.gate[...], self.up[...], self.down[...])
+
+
+class MoE(nnx.Module):
+    """One shared expert and one of E routed experts: `shared(x) + expert(sigmoid(score) * x)`."""
+
+    def __init__(self, config: TextConfig, *, dispatcher: Dispatcher, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
+        E, D, F = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.router = weight(rngs, (D, E), ("embed", None), dtype)
+        self.experts = Experts(E, D, F, dtype=dtype, rngs=rngs)
+        self.shared = FeedForward(D, F, dtype=dtype, rngs=rngs)
+        self.dispatcher = dispatcher
+        self.constrain = constrain
+
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Stats]:
+        """[B, T, D] -> ([B, T, D], stats); padding (`real_BT` False) is routed to no expert."""
+        x_TD = self.constrain(x_BTD.reshape(-1, x_BTD.shape[-1]), ("tokens", None))
+        score_T, expert_T = route(linear_float32(x_TD, self.router[...]))
+        expert_T = jnp.where(real_BT.reshape(-1), expert_T, self.experts.gate.shape[0])
+        # The score scales the expert's *input*; behind the non-linear SwiGLU it would be another function.
+        scaled_TD = x_TD * score_T.astype(x_TD.dtype)[:, None]
+        routed_TD, stats = self.dispatcher(scaled_TD, expert_T, self.experts.weights)
+        shared_BTD, _ = self.shared(x_BTD)
+        return shared_BTD + routed_TD.reshape(x_BTD.shape), stats
+
+
+def route(scores_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Top-1 routing: the sigmoid of the highest score (not a softmax) and its expert, the lowest index on ties.
+
+    Args:
+      scores_TE: float32.
+
+    Returns:
+      [T] float32 and [T] int32.
+    """
+    expert_T = jnp.argmax(scores_TE, axis=-1).astype(jnp.int32)
+    return jax.nn.sigmoid(scores_TE.max(axis=-1)), expert_T

@@ -1,0 +1,73 @@
+"""The text decoder: embedding, layers, final norm, unembedding.
+
+Shape suffixes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from maverick_jax.config import TextConfig
+from maverick_jax.model.attention import Attention, Piece
+from maverick_jax.model.feed_forward import FeedForward
+from maverick_jax.model.moe import MoE
+from maverick_jax.model.parameter import ones, weight
+from maverick_jax.ops.norm import rms_norm
+from maverick_jax.sharding.dispatch import Dispatcher, Stats
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and feed-forward (dense or mixture of experts), each added to the residual stream."""
+
+    def __init__(
+        self, config: TextConfig, layer: int, *, dispatcher: Dispatcher, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        D = config.hidden_size
+        self.attention_norm = ones((D,), ("embed",), dtype)
+        self.attention = Attention(config, layer, constrain=constrain, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = ones((D,), ("embed",), dtype)
+        if layer in config.moe_layers:
+            self.feed_forward = MoE(config, dispatcher=dispatcher, constrain=constrain, dtype=dtype, rngs=rngs)
+        else:
+            self.feed_forward = FeedForward(D, config.intermediate_size_mlp, dtype=dtype, rngs=rngs)
+        self.eps = config.rms_norm_eps
+        self.constrain = constrain
+
+    def __call__(self, x_BTD: jax.Array, piece: Piece, cache: Any) -> tuple[jax.Array, Any, Stats | None]:
+        attended, cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), piece, cache)
+        x_BTD = self.constrain(x_BTD + attended, ("batch", None, None))
+        transformed, stats = self.feed_forward(rms_norm(x_BTD, self.feed_forward_norm[...], self.eps), piece.real_BT)
+        return self.constrain(x_BTD + transformed, ("batch", None, None)), cache, stats
+
+
+class Text(nnx.Module):
+    """The decoder. `embed`, the layers and `logits` are separate steps, so that images enter between the first two."""
+
+    def __init__(self, config: TextConfig, *, dispatcher: Dispatcher, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
+        V, D = config.vocab_size, config.hidden_size
+        self.embedding = weight(rngs, (V, D), ("vocab", "embed"), dtype, fan_in=1)
+        self.layers = nnx.List(
+            Layer(config, i, dispatcher=dispatcher, constrain=constrain, dtype=dtype, rngs=rngs) for i in range(config.num_hidden_layers)
+        )
+        self.norm = ones((D,), ("embed",), dtype)
+        self.unembedding = weight(rngs, (D, V), ("embed", "vocab"), dtype)
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x_BTD: jax.Array, piece: Piece, caches: Any = None) -> tuple[jax.Array, Any, tuple[Stats, ...]]:
+        """Through all layers and the final norm.
+
+        Args:
+          caches: one layer cache per layer, or None.
+
+        Returns:
+          [B, T, D] normed hidden states, the new layer caches (None without), and the stats of the MoE layers.
+        """
+        new_caches, all_stats = [], []
+        for i, layer in enumerate(self.layers):
+            x_BTD, cache, stats = layer(x_BTD, piece, None if caches is None else caches[i])
+            new_caches.append(cache)
+            if stats is not None:
+                all_stats.append(stats)
+        return rms_norm(x_BTD, self.norm[...], self.eps), None if caches is None else tuple(new_caches), tuple(all_stats)

@@ -1,0 +1,1 @@
+"""Numeric building blocks: plain functions of arrays, without parameters, meshes or files."""

@@ -1,0 +1,28 @@
+"""SwiGLU feed-forward, dense and grouped by expert: `down(silu(gate(x)) * up(x))`."""
+
+from typing import NamedTuple
+
+import jax
+
+from maverick_jax.ops.grouped_matmul import grouped_matmul
+from maverick_jax.ops.linear import linear
+
+
+class ExpertWeights(NamedTuple):
+    """The routed experts of one layer. Shapes: E experts, D model width, F feed-forward width."""
+
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down_EFD: jax.Array
+
+
+def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+    """x: [..., D] -> [..., D] in x's dtype."""
+    return linear(jax.nn.silu(linear(x, gate_DF)) * linear(x, up_DF), down_FD)
+
+
+def grouped_swiglu(x_RD: jax.Array, experts: ExpertWeights, group_sizes_E: jax.Array) -> jax.Array:
+    """x_RD: rows sorted by expert -> [R, D]; rows beyond the groups give zero."""
+    gate = grouped_matmul(x_RD, experts.gate_EDF, group_sizes_E)
+    up = grouped_matmul(x_RD, experts.up_EDF, group_sizes_E)
+    return grouped_matmul(jax.nn.silu(gate) * up, experts.down_EFD, group_sizes_E)
