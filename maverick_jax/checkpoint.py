@@ -1,0 +1,162 @@
+"""Open a checkpoint: every parameter goes straight to its place on the mesh.
+
+Three kinds of directory: a model directory (made by `maverick convert`), a Hugging Face directory as it is, and the
+embedded mini model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from maverick_jax.assets import mini_directory
+from maverick_jax.config import Config
+from maverick_jax.convert import open_huggingface
+from maverick_jax.errors import UserError
+from maverick_jax.model import Llama4, get_abstract_model, parameter_name
+from maverick_jax.sharding import AllToAll, Constrain, Layout, Local, get_layout
+
+PARAMS = "params"  # an Orbax checkpoint of its own inside a model directory
+MANIFEST = "manifest.json"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    mesh: Mesh | None = None,
+    layout: str | Layout | Mapping[str, Any] | None = None,
+    dtype: DTypeLike | None = None,
+) -> Llama4:
+    """A model whose every parameter is on its devices. No host holds more than its own devices need, plus one slice.
+
+    Args:
+      path: model directory, Hugging Face directory, or a Hub id ("org/name") if `huggingface_hub` is installed; None is
+        the embedded mini model.
+      mesh: from `make_mesh`; None is one device.
+      layout: name or table of the layout; None is `throughput`.
+      dtype: of weights and activations; None as stored.
+
+    Raises:
+      UserError: no checkpoint there, an incomplete or inconsistent one, or a mesh that does not divide the model.
+    """
+    directory = resolve(path)
+    config = Config.from_directory(directory)
+    options: dict[str, Any] = {"dtype": _dtype(dtype or config.dtype)}
+    table = get_layout(layout)
+    if mesh is not None:
+        table.check(config, mesh)
+        options["constrain"] = Constrain(mesh, table)
+        options["dispatcher"] = AllToAll(mesh, table) if mesh.shape["expert"] * mesh.shape["data"] * mesh.shape["tensor"] > 1 else Local()
+    model = get_abstract_model(config, **options)
+    graphdef, state = nnx.split(model)
+    abstract = {parameter_name(name): _place(leaf, table, mesh) for name, leaf in nnx.to_flat_state(state)}
+    arrays = _read_params(directory, abstract) if (directory / PARAMS).is_dir() else _read_huggingface(directory, config, abstract)
+    for name, leaf in nnx.to_flat_state(state):
+        leaf.set_value(arrays[parameter_name(name)])
+    model = nnx.merge(graphdef, state)
+    model.directory = str(directory)
+    return model
+
+
+def resolve(path: str | Path | None) -> Path:
+    """The directory that a user means: the mini model for None, a local path, or a download from the Hub."""
+    if path is None:
+        return mini_directory()
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise UserError(f"{directory} is a file: give the directory that holds config.json and the weights.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError:
+            raise UserError(
+                f"{path} is no directory here; to fetch it from the Hugging Face Hub, pip install 'maverick-jax[hub]'."
+            ) from None
+        try:
+            return Path(snapshot_download(str(path)))
+        except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
+            raise UserError(f"{path} is no directory here and could not be fetched from the Hugging Face Hub: {error}") from error
+    raise UserError(f"{directory} does not exist.")
+
+
+def _dtype(dtype: DTypeLike) -> jnp.dtype:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is not supported: choose one of {', '.join(DTYPES)}.")
+    return jnp.dtype(name)
+
+
+def _place(leaf: nnx.Variable, layout: Layout, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    sharding: Sharding = SingleDeviceSharding(jax.devices()[0])
+    if mesh is not None:
+        sharding = layout.sharding(leaf.get_metadata()["axes"], leaf.shape, mesh)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _read_params(directory: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Read the Orbax checkpoint of a model directory."""
+    from orbax.checkpoint import v1 as ocp
+
+    stored = flatten(ocp.metadata(directory / PARAMS).metadata)
+    compare_names(directory, set(stored), set(abstract))
+    for name, leaf in abstract.items():
+        if tuple(stored[name].shape) != leaf.shape:
+            raise UserError(f"{directory}: {name} has shape {tuple(stored[name].shape)}, config.json asks for {leaf.shape}.")
+    try:
+        return flatten(ocp.load(directory / PARAMS, unflatten(abstract)))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{directory / PARAMS} cannot be read ({error}): convert the checkpoint again.") from error
+
+
+def _read_huggingface(directory: Path, config: Config, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Read safetensors files: each device its own slices."""
+    source = open_huggingface(directory, config)
+    compare_names(directory, set(source.parameters), set(abstract))
+
+    def read(name: str, dtype: np.dtype) -> Callable[[Any], np.ndarray]:
+        return lambda index: source.read(name, index).astype(dtype, copy=False)
+
+    return {
+        name: jax.make_array_from_callback(leaf.shape, leaf.sharding, read(name, leaf.dtype)) for name, leaf in abstract.items()
+    }
+
+
+def compare_names(directory: Path, found: set[str], expected: set[str]) -> None:
+    for names, what in ((expected - found, "lacks"), (found - expected, "has the unexpected")):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UserError(f"{directory} {what} {some}: config.json and weights belong to different models.")
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to dotted names."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {n: leaf for key, sub in tree.items() for n, leaf in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names to nested dicts."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree

@@ -1,0 +1,279 @@
+"""Continue prompts: prefill in padded pieces, then a jitted loop that decodes several tokens per call.
+
+Shape suffixes: B batch, T tokens of a piece, D model width, V vocabulary, M mixture-of-experts layers, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from maverick_jax.errors import UserError
+from maverick_jax.inference.cache import KVCache
+from maverick_jax.inference.sampling import RowSampling, Sampling, sample
+from maverick_jax.model import Llama4
+
+PIECE = 1024  # longest prefill piece: bounds the scores [heads, piece, context]
+SHORTEST_PIECE = 32
+TILES_AT_ONCE = 16  # pictures' tiles per call of the vision tower
+STEPS = 8  # tokens per decode call: text arrives in small portions, the host is asked rarely
+
+
+def generate(
+    model: Llama4,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tiles: np.ndarray | None = None,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    stop_ids: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Continue a batch of prompts.
+
+    Args:
+      prompts: token ids per row; rows may differ in length.
+      tiles: [N, 3, S, S] float32, the tiles of all pictures of all rows, in order.
+      max_new_tokens: at most so many tokens per row.
+      temperature, top_k, top_p, min_p, seed: see `Sampling`.
+      stop_ids: tokens that end a row; None takes the config's, `()` never stops early.
+
+    Returns:
+      The new tokens of every row, without the stop token.
+
+    Raises:
+      UserError: an empty prompt, ids outside the vocabulary, no room in the context, tiles that do not fit the prompts.
+    """
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    rows: list[list[int]] = [[] for _ in prompts]
+    for portion in Generation(model, prompts, tiles=tiles, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids):
+        for row, tokens in zip(rows, portion, strict=True):
+            row += tokens
+    return rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What travels from one decode call to the next, on the devices.
+
+    Attributes:
+      cache: keys and values of everything but `token_B`.
+      token_B: [B] int32 the newest token of every row, not yet in the cache.
+      done_B: [B] bool rows that met a stop token.
+      step: [] int32 tokens sampled per row.
+      load_ME: [M, E] int32 tokens that each expert of each mixture has seen.
+      dropped: [] int32 tokens that found no room at their expert: 0.
+    """
+
+    cache: KVCache
+    token_B: jax.Array
+    done_B: jax.Array
+    step: jax.Array
+    load_ME: jax.Array
+    dropped: jax.Array
+
+
+class Generation:
+    """A batch of prompts being continued: iterate to get each row's new tokens as they come.
+
+    After the iteration `seconds` holds the times of prefill and decode, `load_ME` [MoE layers, experts] how many tokens
+    went to which expert and `dropped` how many found no room. Arguments and errors as for `generate`.
+    """
+
+    def __init__(
+        self,
+        model: Llama4,
+        prompts: Sequence[Sequence[int]],
+        *,
+        tiles: np.ndarray | None = None,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ):
+        self.model = model
+        self.prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+        self.max_new_tokens = max_new_tokens
+        self.stop_ids = np.asarray(model.config.eos_token_id if stop_ids is None else stop_ids, np.int32).reshape(-1)
+        self._check(tiles)
+        self.tiles = tiles
+        self.rows = RowSampling.repeat(sampling or Sampling(), len(prompts))
+        self.seconds = {"prefill": 0.0, "decode": 0.0}
+        self.new_tokens = 0
+        moe_layers = len(model.config.text.moe_layers)
+        self.load_ME = np.zeros((moe_layers, model.config.text.num_local_experts), np.int32)
+        self.dropped = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        if not self.prompts:
+            return
+        graphdef, weights = nnx.split(self.model)
+        started = time.perf_counter()
+        cache, last_BD, load_ME, dropped = self._prefill(graphdef, weights)
+        state, first_B = _start(graphdef, weights, cache, last_BD, load_ME, dropped, self.rows, self.stop_ids)
+        yield self._portion(np.asarray(first_B)[:, None], state)
+        self.seconds["prefill"] = time.perf_counter() - started
+        left = self.max_new_tokens - 1
+        while left > 0 and not np.asarray(state.done_B).all():
+            started = time.perf_counter()
+            state, tokens_BS = _decode(graphdef, weights, state, self.rows, self.stop_ids, np.int32(min(STEPS, left)))
+            portion = self._portion(np.asarray(tokens_BS), state)  # reads the tokens: no two calls are ever in flight
+            self.seconds["decode"] += time.perf_counter() - started
+            left -= STEPS
+            yield portion
+
+    def _portion(self, tokens_BS: np.ndarray, state: DecodeState) -> list[list[int]]:
+        """The tokens that count: neither padding behind a row's end nor the stop token itself."""
+        stop = set(self.stop_ids.tolist())
+        portion = [[t for t in row if t >= 0 and t not in stop] for row in tokens_BS.tolist()]
+        self.new_tokens += sum(map(len, portion))
+        self.load_ME, self.dropped = np.asarray(state.load_ME), int(state.dropped)
+        return portion
+
+    def _prefill(self, graphdef, weights):
+        lengths = np.array([len(prompt) for prompt in self.prompts])
+        features, index = self._features(graphdef, weights)
+        max_length = round_up_context(int(lengths.max()) + self.max_new_tokens)
+        dtype = jnp.dtype(self.model.text.embedding.dtype)
+        cache = _new_cache(self.model.config.text, len(self.prompts), max_length, dtype, self.model.constrain)
+        last_BD, load_ME, dropped = None, self.load_ME, np.int32(0)
+        for start in range(0, int(lengths.max()), PIECE):
+            size = piece_size(min(PIECE, int(lengths.max()) - start))
+            ids, feature_index = np.zeros((2, len(self.prompts), size), np.int32)
+            for row, prompt in enumerate(self.prompts):
+                part = prompt[start : start + size]
+                ids[row, : len(part)], feature_index[row, : len(part)] = part, index[row][start : start + size]
+            piece_lengths = np.clip(lengths - start, 0, size).astype(np.int32)
+            cache, last_BD, load_ME, dropped = _prefill_piece(
+                graphdef, weights, cache, ids, piece_lengths, features, feature_index, last_BD, load_ME, dropped
+            )
+            jax.block_until_ready(last_BD)
+        return cache, last_BD, load_ME, dropped
+
+    def _features(self, graphdef, weights):
+        """Image features [I, D] (None without pictures), padded to a few sizes, and which feature each prompt token takes."""
+        counts = np.cumsum(np.concatenate([prompt == self.model.config.image_token_index for prompt in self.prompts])) - 1
+        index = np.split(np.maximum(counts, 0).astype(np.int32), np.cumsum([len(p) for p in self.prompts])[:-1])
+        if self.tiles is None or len(self.tiles) == 0:
+            return None, index
+        features = []
+        for start in range(0, len(self.tiles), TILES_AT_ONCE):
+            group = np.asarray(self.tiles[start : start + TILES_AT_ONCE], np.float32)
+            padded = np.zeros((min(TILES_AT_ONCE, next_power_of_two(len(group))), *group.shape[1:]), np.float32)
+            padded[: len(group)] = group
+            features.append(_encode_tiles(graphdef, weights, padded))
+        missing = next_power_of_two(len(features)) - len(features)
+        return jnp.concatenate(features + [jnp.zeros_like(features[0])] * missing), index
+
+    def _check(self, tiles):
+        config = self.model.config
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: ask for at least 1.")
+        patches = 0
+        for row, prompt in enumerate(self.prompts):
+            if prompt.size == 0:
+                raise UserError(f"prompt {row} is empty: give at least one token.")
+            if prompt.min() < 0 or prompt.max() >= config.text.vocab_size:
+                raise UserError(f"prompt {row} has token ids outside 0..{config.text.vocab_size - 1}: is it from another tokenizer?")
+            if len(prompt) + self.max_new_tokens > config.text.max_position_embeddings:
+                raise UserError(
+                    f"prompt {row} has {len(prompt)} tokens and up to {self.max_new_tokens} are asked for, but the context holds "
+                    f"{config.text.max_position_embeddings}: shorten the prompt or lower max_new_tokens."
+                )
+            patches += int((prompt == config.image_token_index).sum())
+        features = 0
+        if tiles is not None and len(tiles):
+            if config.vision is None:
+                raise UserError("this checkpoint has no vision tower: it takes text only.")
+            features = len(tiles) * config.vision.tokens_per_tile
+        if patches != features:
+            raise UserError(f"the prompts have {patches} <|patch|> tokens, the tiles make {features} image features: pass every picture's tiles.")
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def piece_size(tokens: int) -> int:
+    """Padded length of a prefill piece: one of a few powers of two, so that few programs are compiled."""
+    return max(SHORTEST_PIECE, next_power_of_two(tokens))
+
+
+def round_up_context(tokens: int) -> int:
+    """Cache length: at most an eighth more than asked for, from a list that grows with the logarithm."""
+    step = max(64, next_power_of_two(tokens) // 16)
+    return -(-tokens // step) * step
+
+
+_new_cache = jax.jit(KVCache.create, static_argnums=(0, 1, 2, 3, 4))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_tiles(graphdef, weights, tiles_N3SS) -> jax.Array:
+    return nnx.merge(graphdef, weights).encode_tiles(tiles_N3SS)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _prefill_piece(graphdef, weights, cache, ids_BT, lengths_B, features, index_BT, last_BD, load_ME, dropped):
+    """One piece of all prompts; `last_BD` keeps the hidden state of each row's last token so far."""
+    model = nnx.merge(graphdef, weights)
+    x_BTD, cache, stats = model.hidden(model.embed(ids_BT, features, index_BT), lengths_B, cache)
+    newest_BD = jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    last_BD = newest_BD if last_BD is None else jnp.where(lengths_B[:, None] > 0, newest_BD, last_BD)
+    return cache, last_BD, *_add_stats(load_ME, dropped, stats)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _start(graphdef, weights, cache, last_BD, load_ME, dropped, rows, stop_ids):
+    """Sample every row's first token from the prefill's last hidden states."""
+    token_B = sample(nnx.merge(graphdef, weights).logits(last_BD), rows, jnp.int32(0))
+    state = DecodeState(cache, token_B, _is_stop(token_B, stop_ids), jnp.int32(1), jnp.asarray(load_ME), jnp.asarray(dropped))
+    return state, token_B
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(graphdef, weights, state: DecodeState, rows: RowSampling, stop_ids, steps):
+    """Up to `steps` (at most STEPS) tokens per row. Returns the state and [B, STEPS] tokens, -1 where there is none."""
+    model = nnx.merge(graphdef, weights)
+
+    def more(carry):
+        i, state, _ = carry
+        return (i < steps) & ~state.done_B.all()
+
+    def one_token(carry):
+        i, state, tokens_BS = carry
+        x_B1D, cache, stats = model.hidden(model.embed(state.token_B[:, None]), 1 - state.done_B.astype(jnp.int32), state.cache)
+        token_B = sample(model.logits(x_B1D[:, 0]), rows, state.step)
+        tokens_BS = lax.dynamic_update_slice(tokens_BS, jnp.where(state.done_B, -1, token_B)[:, None], (0, i))
+        load_ME, dropped = _add_stats(state.load_ME, state.dropped, stats)
+        done_B = state.done_B | _is_stop(token_B, stop_ids)
+        return i + 1, DecodeState(cache, token_B, done_B, state.step + 1, load_ME, dropped), tokens_BS
+
+    none = jnp.full((state.token_B.shape[0], STEPS), -1, jnp.int32)
+    _, state, tokens_BS = lax.while_loop(more, one_token, (jnp.int32(0), state, none))
+    return state, tokens_BS
+
+
+def _is_stop(token_B, stop_ids):
+    return (token_B[:, None] == stop_ids[None, :]).any(axis=1)
+
+
+def _add_stats(load_ME, dropped, stats):
+    if not stats:
+        return load_ME, dropped
+    return load_ME + jnp.stack([s.load_E for s in stats]), dropped + sum(s.dropped for s in stats)

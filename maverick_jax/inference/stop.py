@@ -1,0 +1,30 @@
+"""Stop strings in streamed text."""
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Passes text on until one of the stop strings appears, holding back what could be the beginning of one."""
+
+    def __init__(self, stop: Sequence[str] = ()):
+        self.stop = [s for s in stop if s]
+        self.met = False
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The text that is certain to stand before any stop string."""
+        if self.met:
+            return ""
+        text = self._held + text
+        found = [at for s in self.stop if (at := text.find(s)) >= 0]
+        if found:
+            self.met, self._held = True, ""
+            return text[: min(found)]
+        held = max((n for s in self.stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What was held back, once no more text comes."""
+        held, self._held = self._held, ""
+        return held
