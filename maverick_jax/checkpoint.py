@@ -1,4 +1,4 @@
-"""Open a checkpoint: every parameter goes straight to its place on the mesh.
+"""Open and save checkpoints: every parameter goes straight to its place on the mesh.
 
 Three kinds of directory: a model directory (made by `maverick convert`), a Hugging Face directory as it is, and the
 embedded mini model.
@@ -6,6 +6,8 @@ embedded mini model.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,13 +22,15 @@ from jax.typing import DTypeLike
 
 from maverick_jax.assets import mini_directory
 from maverick_jax.config import Config
-from maverick_jax.convert import open_huggingface
+from maverick_jax.convert import PARAMS, open_huggingface, orbax
+from maverick_jax.convert.building import building
+from maverick_jax.convert.model_directory import copy_companions, write_manifest
+from maverick_jax.convert.names import compare_names
+from maverick_jax.convert.orbax import flatten, unflatten
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
 from maverick_jax.sharding import AllToAll, Constrain, Layout, Local, get_layout
 
-PARAMS = "params"  # an Orbax checkpoint of its own inside a model directory
-MANIFEST = "manifest.json"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -66,6 +70,28 @@ def load(
     model = nnx.merge(graphdef, state)
     model.directory = str(directory)
     return model
+
+
+def save(model: Llama4, path: str | Path, *, companions: str | Path | None = None) -> Path:
+    """Write a model directory, which `load` and `maverick export` take.
+
+    Args:
+      path: must not exist; it is built in `PATH.partial/` and renamed once.
+      companions: where tokenizer and template files come from; None: where the model was loaded from.
+
+    Raises:
+      UserError: `path` exists, or there is no space left.
+    """
+    path, companions = Path(path), companions or model.directory
+    arrays = {parameter_name(name): leaf[...] for name, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    with building(path) as partial:
+        if companions is not None:
+            copy_companions(Path(companions), partial)
+        config = dataclasses.replace(model.config, dtype=model.text.embedding.dtype.name)
+        (partial / "config.json").write_text(json.dumps(config.to_huggingface(), indent=2) + "\n")
+        orbax.save(partial / PARAMS, arrays)
+        write_manifest(partial, {name: (array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}, [])
+    return path
 
 
 def resolve(path: str | Path | None) -> Path:
@@ -112,13 +138,15 @@ def _read_params(directory: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> 
     """Read the Orbax checkpoint of a model directory."""
     from orbax.checkpoint import v1 as ocp
 
-    stored = flatten(ocp.metadata(directory / PARAMS).metadata)
-    compare_names(directory, set(stored), set(abstract))
+    with orbax.quiet():
+        stored = flatten(ocp.metadata(str(directory / PARAMS)).metadata)
+    compare_names(directory, stored, abstract)
     for name, leaf in abstract.items():
         if tuple(stored[name].shape) != leaf.shape:
             raise UserError(f"{directory}: {name} has shape {tuple(stored[name].shape)}, config.json asks for {leaf.shape}.")
     try:
-        return flatten(ocp.load(directory / PARAMS, unflatten(abstract)))
+        with orbax.quiet():
+            return flatten(ocp.load(str(directory / PARAMS), unflatten(abstract)))
     except (ValueError, OSError) as error:
         raise UserError(f"{directory / PARAMS} cannot be read ({error}): convert the checkpoint again.") from error
 
@@ -126,37 +154,8 @@ def _read_params(directory: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> 
 def _read_huggingface(directory: Path, config: Config, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Read safetensors files: each device its own slices."""
     source = open_huggingface(directory, config)
-    compare_names(directory, set(source.parameters), set(abstract))
 
     def read(name: str, dtype: np.dtype) -> Callable[[Any], np.ndarray]:
         return lambda index: source.read(name, index).astype(dtype, copy=False)
 
-    return {
-        name: jax.make_array_from_callback(leaf.shape, leaf.sharding, read(name, leaf.dtype)) for name, leaf in abstract.items()
-    }
-
-
-def compare_names(directory: Path, found: set[str], expected: set[str]) -> None:
-    for names, what in ((expected - found, "lacks"), (found - expected, "has the unexpected")):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(f"{directory} {what} {some}: config.json and weights belong to different models.")
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to dotted names."""
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    return {n: leaf for key, sub in tree.items() for n, leaf in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()}
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names to nested dicts."""
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return {name: jax.make_array_from_callback(leaf.shape, leaf.sharding, read(name, leaf.dtype)) for name, leaf in abstract.items()}

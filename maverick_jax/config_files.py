@@ -18,7 +18,7 @@ TEXT_SAME = (  # same name and meaning in the file and in TextConfig
     "num_key_value_heads head_dim num_local_experts attention_chunk_size use_qk_norm floor_scale attn_scale "
     "rms_norm_eps max_position_embeddings"
 ).split()
-TEXT_READ = {*TEXT_SAME} | set(
+TEXT_READ: set[str] = {*TEXT_SAME} | set(
     "no_rope_layers no_rope_layer_interval moe_layers interleave_moe_layer_step rope_scaling rope_theta rope_parameters "
     "attn_temperature_tuning bos_token_id eos_token_id pad_token_id torch_dtype dtype layer_types".split()
 )
@@ -34,7 +34,7 @@ VISION_SAME = (
 ).split()
 VISION_READ = {*VISION_SAME, "image_size", "patch_size", "rope_theta", "rope_parameters", "rope_scaling", "torch_dtype", "dtype"}
 VISION_ONLY_VALUE = {"hidden_act": "gelu"}
-TOP_READ = set(
+TOP_READ: set[str] = set(
     "text_config vision_config image_token_index image_token_id torch_dtype dtype bos_token_id eos_token_id pad_token_id "
     "quantization_config".split()
 )
@@ -120,7 +120,7 @@ def _read_text(values: dict[str, Any]) -> TextConfig:
         rms_norm_eps=1e-5,
         max_position_embeddings=131072,
     )
-    same = {name: defaults[name] if values.get(name) is None and name in defaults else values.get(name) for name in TEXT_SAME}
+    same: dict[str, Any] = {name: defaults[name] if values.get(name) is None and name in defaults else values.get(name) for name in TEXT_SAME}
     if "attention_chunk_size" not in values:
         same["attention_chunk_size"] = 8192  # absent is the default; null is full attention (Llama Guard 4)
     same["floor_scale"] = int(same["floor_scale"])
@@ -151,7 +151,9 @@ def _nope_layers(values: dict[str, Any], layers: int) -> tuple[int, ...]:
     if kinds and values.get("attention_chunk_size", 8192) is not None:
         expected = ["full_attention" if i in nope else "chunked_attention" for i in range(layers)]
         if list(kinds) != expected:
-            raise UserError("layer_types disagrees with no_rope_layers: chunked_attention belongs to the layers with RoPE and to no others.")
+            raise UserError(
+                "layer_types disagrees with no_rope_layers: chunked_attention belongs to the layers with RoPE and to no others."
+            )
     return nope
 
 

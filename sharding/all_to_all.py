@@ -48,8 +48,11 @@ class AllToAll:
         missing = -T % math.prod(self.mesh.shape[a] for a in token_axes)
         x_TD = jnp.pad(x_TD, ((0, missing), (0, 0)))
         expert_T = jnp.pad(expert_T, (0, missing), constant_values=E)
-        tokens, weights = PartitionSpec(token_axes), ExpertWeights(
-            PartitionSpec(AXIS, None, width_axes), PartitionSpec(AXIS, None, width_axes), PartitionSpec(AXIS, width_axes, None)
+        tokens, weights = (
+            PartitionSpec(token_axes),
+            ExpertWeights(
+                PartitionSpec(AXIS, None, width_axes), PartitionSpec(AXIS, None, width_axes), PartitionSpec(AXIS, width_axes, None)
+            ),
         )
         local = jax.shard_map(
             lambda x, e, w: self._on_device(x, e, w, E, token_axes, width_axes),

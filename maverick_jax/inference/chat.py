@@ -63,6 +63,10 @@ class Chat:
         """Token ids and tiles of a conversation that the assistant is to continue."""
         return render(messages, self.tokenizer, self.model.config, template=self.template)
 
+    def raw_prompt(self, text: str) -> Prompt:
+        """Token ids of plain text behind the begin-of-text token, for models that continue rather than answer."""
+        return Prompt([self.model.config.bos_token_id, *self.tokenizer.encode(text)])
+
     def complete(self, prompt: Prompt) -> Iterator[str]:
         """Continue a prompt as text, up to a stop token or a stop string."""
         self.last = Generation(

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T tokens of a piece, D model width, V vocabulary, M mix
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -18,6 +19,7 @@ from jax import lax
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.cache import KVCache
+from maverick_jax.inference.clock import seconds_compiling
 from maverick_jax.inference.sampling import RowSampling, Sampling, sample
 from maverick_jax.model import Llama4
 
@@ -109,8 +111,8 @@ class Generation:
         self._check(tiles)
         self.tiles = tiles
         self.rows = RowSampling.repeat(sampling or Sampling(), len(prompts))
-        self.seconds = {"prefill": 0.0, "decode": 0.0}
-        self.new_tokens = 0
+        self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
+        self.new_tokens = self.first_tokens = 0
         moe_layers = len(model.config.text.moe_layers)
         self.load_ME = np.zeros((moe_layers, model.config.text.num_local_experts), np.int32)
         self.dropped = 0
@@ -119,23 +121,37 @@ class Generation:
     def prompt_tokens(self) -> int:
         return sum(len(prompt) for prompt in self.prompts)
 
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second of decoding, all rows together; the first of each row comes from the prefill."""
+        decoded = self.new_tokens - self.first_tokens
+        return decoded / self.seconds["decode"] if decoded > 0 else 0.0
+
     def __iter__(self) -> Iterator[list[list[int]]]:
         if not self.prompts:
             return
         graphdef, weights = nnx.split(self.model)
-        started = time.perf_counter()
-        cache, last_BD, load_ME, dropped = self._prefill(graphdef, weights)
-        state, first_B = _start(graphdef, weights, cache, last_BD, load_ME, dropped, self.rows, self.stop_ids)
-        yield self._portion(np.asarray(first_B)[:, None], state)
-        self.seconds["prefill"] = time.perf_counter() - started
+        with self._timed("prefill"):
+            cache, last_BD, load_ME, dropped = self._prefill(graphdef, weights)
+            state, first_B = _start(graphdef, weights, cache, last_BD, load_ME, dropped, self.rows, self.stop_ids)
+            portion = self._portion(np.asarray(first_B)[:, None], state)
+        self.first_tokens = self.new_tokens
+        yield portion
         left = self.max_new_tokens - 1
         while left > 0 and not np.asarray(state.done_B).all():
-            started = time.perf_counter()
-            state, tokens_BS = _decode(graphdef, weights, state, self.rows, self.stop_ids, np.int32(min(STEPS, left)))
-            portion = self._portion(np.asarray(tokens_BS), state)  # reads the tokens: no two calls are ever in flight
-            self.seconds["decode"] += time.perf_counter() - started
+            with self._timed("decode"):
+                state, tokens_BS = _decode(graphdef, weights, state, self.rows, self.stop_ids, np.int32(min(STEPS, left)))
+                portion = self._portion(np.asarray(tokens_BS), state)  # reads the tokens: no two calls are ever in flight
             left -= STEPS
             yield portion
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        compiling = seconds_compiling(started)
+        self.seconds["compile"] += compiling
+        self.seconds[phase] += time.perf_counter() - started - compiling
 
     def _portion(self, tokens_BS: np.ndarray, state: DecodeState) -> list[list[int]]:
         """The tokens that count: neither padding behind a row's end nor the stop token itself."""
@@ -202,7 +218,9 @@ class Generation:
                 raise UserError("this checkpoint has no vision tower: it takes text only.")
             features = len(tiles) * config.vision.tokens_per_tile
         if patches != features:
-            raise UserError(f"the prompts have {patches} <|patch|> tokens, the tiles make {features} image features: pass every picture's tiles.")
+            raise UserError(
+                f"the prompts have {patches} <|patch|> tokens, the tiles make {features} image features: pass every picture's tiles."
+            )
 
 
 def next_power_of_two(n: int) -> int:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from maverick_jax.config import Config
@@ -23,6 +25,9 @@ from maverick_jax.sharding.dispatch import Dispatcher, Local, Stats
 
 if TYPE_CHECKING:
     from maverick_jax.inference.cache import KVCache
+
+
+Array = jax.Array | np.ndarray
 
 
 def identity(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -61,10 +66,10 @@ class Llama4(nnx.Module):
 
     def __call__(
         self,
-        token_ids: jax.Array,
-        tiles: jax.Array | None = None,
+        token_ids: Array,
+        tiles: Array | None = None,
         *,
-        lengths: jax.Array | None = None,
+        lengths: Array | None = None,
         cache: KVCache | None = None,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Logits of every token.
@@ -88,14 +93,14 @@ class Llama4(nnx.Module):
         x, cache, _ = self.hidden(self.embed(token_ids, features, index), lengths, cache)
         return self.logits(x) if cache is None else (self.logits(x), cache)
 
-    def encode_tiles(self, tiles_N3SS: jax.Array) -> jax.Array:
+    def encode_tiles(self, tiles_N3SS: Array) -> jax.Array:
         """[N, 3, S, S] -> [N * tokens_per_tile, D]: what takes the place of the `<|patch|>` tokens."""
         if self.config.vision is None:
             raise UserError("this checkpoint has no vision tower: it takes text only.")
-        features = linear(self.vision(tiles_N3SS), self.projector[...])
+        features = linear(self.vision(jnp.asarray(tiles_N3SS)), self.projector[...])
         return features.reshape(-1, features.shape[-1])
 
-    def embed(self, token_ids_BT: jax.Array, features_ID: jax.Array | None = None, index_BT: jax.Array | None = None) -> jax.Array:
+    def embed(self, token_ids_BT: Array, features_ID: jax.Array | None = None, index_BT: Array | None = None) -> jax.Array:
         """[B, T, D] embeddings; at `<|patch|>` tokens the image feature that `index_BT` names."""
         x_BTD = self.text.embedding[...][token_ids_BT]
         if features_ID is not None:
@@ -104,11 +109,11 @@ class Llama4(nnx.Module):
         return self.constrain(x_BTD, ("batch", None, None))
 
     def hidden(
-        self, x_BTD: jax.Array, lengths_B: jax.Array | None = None, cache: KVCache | None = None
+        self, x_BTD: jax.Array, lengths_B: Array | None = None, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None, tuple[Stats, ...]]:
         """Embeddings through the decoder: [B, T, D] normed hidden states, the new cache, and stats per MoE layer."""
         B, T = x_BTD.shape[:2]
-        lengths = jnp.full((B,), T, jnp.int32) if lengths_B is None else lengths_B.astype(jnp.int32)
+        lengths = jnp.full((B,), T, jnp.int32) if lengths_B is None else jnp.asarray(lengths_B, jnp.int32)
         start = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths_B
         piece = Piece.of(start, lengths, T)
         x_BTD, layers, stats = self.text(x_BTD, piece, None if cache is None else cache.layers)
@@ -119,12 +124,14 @@ class Llama4(nnx.Module):
         return linear_float32(x, self.text.unembedding[...])
 
     def _check(self, token_ids, features, cache):
-        if isinstance(token_ids, jax.core.Tracer):
+        if isinstance(token_ids, Tracer):
             return
         patches = int((token_ids == self.config.image_token_index).sum())
         given = 0 if features is None else features.shape[0]
         if patches != given:
-            raise UserError(f"the prompt has {patches} <|patch|> tokens, the tiles make {given} image features: pass every picture's tiles.")
+            raise UserError(
+                f"the prompt has {patches} <|patch|> tokens, the tiles make {given} image features: pass every picture's tiles."
+            )
         if cache is not None and int(cache.lengths_B.max()) + token_ids.shape[1] > cache.max_length:
             raise UserError(
                 f"the cache has room for {cache.max_length} tokens; {int(cache.lengths_B.max())} are in it and "

@@ -21,9 +21,7 @@ from maverick_jax.sharding.dispatch import Dispatcher, Stats
 class Layer(nnx.Module):
     """Pre-norm attention and feed-forward (dense or mixture of experts), each added to the residual stream."""
 
-    def __init__(
-        self, config: TextConfig, layer: int, *, dispatcher: Dispatcher, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: TextConfig, layer: int, *, dispatcher: Dispatcher, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
         D = config.hidden_size
         self.attention_norm = ones((D,), ("embed",), dtype)
         self.attention = Attention(config, layer, constrain=constrain, dtype=dtype, rngs=rngs)

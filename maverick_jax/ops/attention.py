@@ -43,8 +43,9 @@ def attention(query_BTHd: jax.Array, key_BKSd: jax.Array, value_BKSd: jax.Array,
     if mask_BTS is not None:
         scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     weights = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BKSd.dtype)
-    out = jnp.einsum("BKGTS,BKSd->BTKGd", weights, value_BKSd, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, H, d).astype(query_BTHd.dtype)
+    # Asked for BTKGd at once, einsum swaps the operands, and XLA:CPU has no such bfloat16 product.
+    out_BKGTd = jnp.einsum("BKGTS,BKSd->BKGTd", weights, value_BKSd, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out_BKGTd, 3, 1).reshape(B, T, H, d).astype(query_BTHd.dtype)
 
 
 def temperature_scale(positions: jax.Array, *, floor_scale: int, attn_scale: float) -> jax.Array:

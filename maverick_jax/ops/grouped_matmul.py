@@ -52,7 +52,7 @@ _grouped_matmul_cpu.defvjp(_forward, _backward)
 def _loop_over_blocks(x_RK, weight_EKN, group_sizes_E, *, contract_axis):
     """One product per block of rows. `contract_axis` 1 multiplies by the transposed matrices, without making them."""
     rows, experts = x_RK.shape[0], weight_EKN.shape[0]
-    block = _block_rows(rows, experts)
+    block = _block_rows(rows, experts, x_RK.dtype)
     count, expert_of_block, start_of_block = _blocks(group_sizes_E, rows, block)
     padded = jnp.pad(x_RK, ((0, block), (0, 0)))
     # XLA:CPU hoists the float32 upcast of a whole bfloat16 stack out of the loop; integers it leaves alone.
@@ -74,7 +74,7 @@ def _loop_over_blocks(x_RK, weight_EKN, group_sizes_E, *, contract_axis):
 def _outer_products(x_RK, dy_RN, weight_EKN, group_sizes_E):
     """[E, K, N] gradient of the stack: per expert the sum of x^T dy over its rows, in the stack's dtype."""
     rows, experts = x_RK.shape[0], weight_EKN.shape[0]
-    block = _block_rows(rows, experts)
+    block = _block_rows(rows, experts, x_RK.dtype)
     count, expert_of_block, start_of_block = _blocks(group_sizes_E, rows, block)
     end_of_group = jnp.cumsum(group_sizes_E)
     x_padded, dy_padded = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_RK, dy_RN))
@@ -91,9 +91,13 @@ def _outer_products(x_RK, dy_RN, weight_EKN, group_sizes_E):
     return lax.fori_loop(0, count, body, jnp.zeros(weight_EKN.shape, jnp.float32)).astype(weight_EKN.dtype)
 
 
-def _block_rows(rows: int, experts: int) -> int:
-    """Rows per product: near the mean group, so that few rows are padding and few matrices are read twice."""
-    return min(64, max(1, 1 << (rows // experts).bit_length() >> 1), rows)
+def _block_rows(rows: int, experts: int, dtype: jnp.dtype) -> int:
+    """Rows per product: the mean group, so that few rows are padding and few matrices are read twice.
+
+    One bfloat16 row alone would run XLA:CPU's naive path.
+    """
+    least = 1 if rows == 1 and dtype != jnp.bfloat16 else 2
+    return min(64, max(least, 1 << (rows // experts).bit_length() >> 1))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

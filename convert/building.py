@@ -1,0 +1,78 @@
+"""A directory that is either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from maverick_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """`OUT.partial/`, ours alone; when the block ends without an exception it is synced and becomes OUT in one rename.
+
+    Raises:
+      UserError: OUT exists, another process is building it, or the disk is full. What is built stays for the next attempt.
+    """
+    _refuse_existing(out)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{partial} cannot be made ({error.strerror}): choose another destination.") from error
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {partial}: wait for it to end.") from None
+        _refuse_existing(out)  # the process that held the lock until now may have finished it
+        yield partial
+        _sync(partial)
+        partial.rename(out)
+        _sync_one(out.parent)
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise UserError(f"no space left on the disk of {out}: free some, then run this again (what is done stays in {partial}).") from error
+    finally:
+        os.close(descriptor)
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(f"the disk of {directory} has {free:,} bytes free, {needed:,} are needed: free some, then run this again.")
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists: choose another destination, or remove it first.")
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk, or the user's share of it, is full; TensorStore says so in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return (isinstance(error, OSError) and error.errno in full) or any(os.strerror(code) in str(error) for code in full)
+
+
+def _sync(directory: Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _sync_one(Path(folder, name))
+        _sync_one(Path(folder))
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""What a directory holds: names, shapes, dtypes and bytes, without reading a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maverick_jax.convert.huggingface import read_tensors
+from maverick_jax.convert.model_directory import PARAMS, open_model_directory
+from maverick_jax.errors import UserError
+
+
+class Entry(NamedTuple):
+    """One tensor; `bytes` as stored."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inventory:
+    """Every tensor of a directory and the totals."""
+
+    directory: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(entry.shape) for entry in self.entries)
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.entries)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        entries = [entry._asdict() for entry in self.entries]
+        return {"directory": self.directory, "parameters": self.parameters, "bytes": self.bytes, "tensors": entries}
+
+    def as_table(self) -> str:
+        """Aligned columns, a line per tensor, and the totals."""
+        head = ("parameter", "shape", "dtype", "bytes")
+        body = [(e.parameter, " x ".join(map(str, e.shape)), e.dtype, f"{e.bytes:,}") for e in self.entries]
+        total = (f"{len(self.entries):,} tensors", f"{self.parameters:,} parameters", "", f"{self.bytes:,}")
+        widths = [max(map(len, column)) for column in zip(head, *body, total, strict=True)]
+        lines = [f"{n:<{widths[0]}}  {s:<{widths[1]}}  {d:<{widths[2]}}  {b:>{widths[3]}}" for n, s, d, b in (head, *body, total)]
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def inspect(directory: str | Path) -> Inventory:
+    """The inventory of a model directory (our names) or of a Hugging Face directory (its own names).
+
+    Raises:
+      UserError: it is neither, or it is incomplete.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist.")
+    if (directory / PARAMS).is_dir():
+        found = open_model_directory(directory).parameters
+    else:
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in read_tensors(directory).items()}
+    entries = (Entry(name, shape, dtype.name, math.prod(shape) * dtype.itemsize) for name, (shape, dtype) in found.items())
+    return Inventory(str(directory), tuple(sorted(entries, key=_by_layer)))
+
+
+def table(directory: str | Path) -> str:
+    """`inspect(directory)` as text."""
+    return inspect(directory).as_table()
+
+
+def _by_layer(entry: Entry) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in entry.parameter.split(".")]

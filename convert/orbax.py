@@ -1,0 +1,51 @@
+"""Orbax in our hands: its nested dicts against our dotted names, and arrays that can be read and written by slices."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to dotted names."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {n: leaf for key, sub in tree.items() for n, leaf in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names to nested dicts."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def save(path: Path, leaves: Mapping[str, Any]) -> None:
+    """Save dotted names and their arrays, each as a Zarr 3 array in a folder of its own, without an OCDBT database around them."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_zarr3 = True
+    with quiet(), context:
+        ocp.save(str(path), unflatten(leaves))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Orbax 0.12 takes Zarr 3 arrays outside an OCDBT database for a malformed checkpoint, and warns; it reads them all the same."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,1 @@
+"""The `maverick` command: one small file per subcommand."""

@@ -1,0 +1,137 @@
+"""The whole way on this machine: convert the embedded PyTorch checkpoint, load it onto an 8-way expert-parallel mesh
+(simulated on a CPU), ask a question about two held-out pictures and compare with the expected answer.
+
+example:
+  maverick demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maverick_jax import __version__
+from maverick_jax.cli import options
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from maverick_jax.inference.chat import Chat
+    from maverick_jax.inference.generate import Generation
+    from maverick_jax.model import Llama4
+
+DEVICES = 8
+EXPERTS = ("text", "layers", 1, "feed_forward", "experts", "gate")
+SHADES = "·░▒▓█"
+LINE = 64  # marks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="demo", metavar="DIR", help="where the model directory and the pictures go (default: demo)")
+    parser.add_argument("--example", type=int, default=22, metavar="N", help="which held-out question (default: 22)")
+
+
+def run(args: argparse.Namespace) -> int:
+    options.quiet_accelerator_search()
+    import jax
+
+    from maverick_jax.assets import digits, mini_directory
+    from maverick_jax.checkpoint import load
+    from maverick_jax.convert import convert
+    from maverick_jax.errors import UserError
+    from maverick_jax.inference.chat import Chat
+    from maverick_jax.sharding import make_mesh
+    from maverick_jax.sharding.mesh import request_cpu_devices
+
+    if args.example < 0:
+        raise UserError(f"--example is {args.example}: it counts from 0.")
+    question, left, right, expected = digits.held_out_examples(args.example + 1)[args.example]
+
+    request_cpu_devices(DEVICES)  # before anything starts jax's backend
+    _heading("versions")
+    libraries = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "orbax-checkpoint"))
+    print(f"maverick-jax {__version__}  Python {platform.python_version()}  {libraries}")
+
+    _heading("a PyTorch checkpoint becomes an Orbax one")
+    out = Path(args.out) / "mini-maverick"
+    if (out / "manifest.json").is_file():  # an earlier demo's
+        shutil.rmtree(out)
+    convert(mini_directory(), out)
+    for path in sorted(out.iterdir()):
+        print(f"{path}{'/' if path.is_dir() else ''}")
+
+    _heading("every parameter on its devices")
+    model = load(out, mesh=make_mesh(expert=math.gcd(DEVICES, jax.device_count())))
+    _print_experts(model)
+
+    _heading("two pictures that the model has never seen")
+    pictures = [digits.held_out()[0][i] for i in (left, right)]
+    print(digits.draw(*pictures))
+    images = [digits.picture(pixels) for pixels in pictures]
+    for name, image in zip(("left.png", "right.png"), images, strict=True):
+        image.resize((64, 64), 0).save(Path(args.out) / name)
+
+    _heading("a question about them")
+    chat = Chat(model, max_new_tokens=32)
+    print(f"question  {question}\nanswer    ", end="", flush=True)
+    answer = ""
+    for portion in chat.stream(question, images):
+        answer += portion
+        print(portion, end="", flush=True)
+    print(f"\nexpected  {expected}")
+
+    _heading("tokens per expert, a mark for each of the 128")
+    assert chat.last is not None
+    _print_load(model.config.text.moe_layers, chat.last.load_ME)
+    print(f"dropped = {chat.last.dropped}")
+
+    _heading("speed")
+    print(options.speed(_warm(chat, question, images)))
+    if answer != expected or chat.last.dropped:
+        print("maverick: the answer is wrong.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _heading(text: str) -> None:
+    print(f"\n── {text} {'─' * max(2, 76 - len(text))}", flush=True)
+
+
+def _print_experts(model: Llama4) -> None:
+    """Which experts of one layer are on which device."""
+    import jax
+    from flax import nnx
+    from jax.sharding import NamedSharding
+
+    weight = dict(nnx.to_flat_state(nnx.state(model)))[EXPERTS][...]
+    assert isinstance(weight.sharding, NamedSharding)
+    print(f"mesh {dict(weight.sharding.mesh.shape)} of {jax.devices()[0].device_kind} devices")
+    print(f"{'.'.join(map(str, EXPERTS))} {list(weight.shape)} {weight.dtype}, {weight.sharding.spec}")
+    for shard in sorted(weight.addressable_shards, key=lambda shard: shard.device.id):
+        experts = shard.index[0].indices(weight.shape[0])
+        print(
+            f"  device {shard.device.id}  experts {experts[0]:3}..{experts[1] - 1:3}  {list(shard.data.shape)}  {shard.data.nbytes:,} bytes"
+        )
+
+
+def _print_load(layers: tuple[int, ...], load_ME: np.ndarray) -> None:
+    for layer, load_E in zip(layers, load_ME, strict=True):
+        marks = "".join(SHADES[min(int(count), 8).bit_length()] for count in load_E)
+        for start in range(0, len(marks), LINE):
+            print(f"{f'layer {layer}' if start == 0 else '':9} {marks[start : start + LINE]}")
+        print(f"{'':9} {int((load_E > 0).sum())} of {len(load_E)} experts; the busiest has {load_E.max()} of {load_E.sum()} tokens")
+    print(f"{'':9} {SHADES[0]} none   {SHADES[1]} 1   {SHADES[2]} 2-3   {SHADES[3]} 4-7   {SHADES[4]} 8 or more")
+
+
+def _warm(chat: Chat, question: str, images: list) -> Generation:
+    """The same question again, now that everything is compiled."""
+    again = type(chat)(chat.model, max_new_tokens=32)
+    again(question, images)
+    assert again.last is not None
+    return again.last

@@ -1,0 +1,48 @@
+"""Answer one prompt, streamed to the terminal.
+
+examples:
+  maverick generate "Which digit is left?" --image demo/left.png --image demo/right.png
+  maverick generate -m maverick --mesh expert=8 --image dog.jpg "What is in this picture?"
+  maverick generate -m maverick --temperature 0.6 --top-p 0.9 --json "Write a haiku about rain."
+  maverick generate -m maverick-base --raw "The capital of France is"
+"""
+
+import argparse
+import sys
+
+from maverick_jax.cli import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format (base models)")
+    options.add_model_arguments(parser)
+    options.add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    options.quiet_accelerator_search()
+    from maverick_jax.errors import UserError
+    from maverick_jax.inference.chat import Chat
+    from maverick_jax.prompt import load_picture
+
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not text.strip():
+        raise UserError("the prompt is empty: ask something.")
+    if args.raw and (args.image or args.system):
+        raise UserError("--raw continues plain text: --image and --system need the chat format.")
+    images = [load_picture(image) for image in args.image]  # a bad picture is reported before a large model is loaded
+    chat = Chat(options.load_model(args), **options.chat_options(args))
+    answer = ""
+    for portion in chat.complete(chat.raw_prompt(text)) if args.raw else chat.stream(text, images):
+        answer += portion
+        if not args.json:
+            print(portion, end="", flush=True)
+    assert chat.last is not None
+    if args.json:
+        print(options.as_json(answer, chat.last))
+    else:
+        print()
+        print(options.speed(chat.last), file=sys.stderr)
+    return 0

@@ -1,0 +1,7 @@
+"""Messages and pictures in, token ids and tiles out. NumPy only: no jax, no torch."""
+
+from maverick_jax.prompt.chat import Prompt, load_template, render
+from maverick_jax.prompt.images import load_picture, tile_image
+from maverick_jax.prompt.tokenizer import StreamDecoder, Tokenizer
+
+__all__ = ["Prompt", "StreamDecoder", "Tokenizer", "load_picture", "load_template", "render", "tile_image"]

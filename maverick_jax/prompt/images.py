@@ -1,0 +1,113 @@
+"""Pictures to tiles: a canvas of up to 16 squares in the picture's proportions, and the whole picture once more, small.
+
+Source: Llama 4 reference, `models/llama4/preprocess.py`; spec section 3.1.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from maverick_jax.config import VisionConfig
+from maverick_jax.errors import UserError
+
+MAX_SIDE = 32_768  # pixels
+MAX_PIXELS = 100_000_000  # a compressed file of a few kilobytes can unfold to gigabytes
+WHITE = (255, 255, 255, 255)
+
+Picture = str | os.PathLike | bytes | Image.Image
+
+
+def load_picture(source: Picture) -> Image.Image:
+    """An upright RGB picture from a file, from a file's bytes, or from any PIL picture; transparent parts become white.
+
+    Raises:
+      UserError: no such file, not a picture, or one too large to decode safely.
+    """
+    name = f"picture {source}" if isinstance(source, (str, os.PathLike)) else "picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below are stricter
+            picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(_read(source)))
+            width, height = picture.size
+            if not 0 < max(width, height) <= MAX_SIDE or not 0 < width * height <= MAX_PIXELS:
+                raise UserError(
+                    f"{name} has {width} x {height} pixels: it must have at least 1, at most {MAX_SIDE:,} on a side and "
+                    f"{MAX_PIXELS:,} in all. Scale it down first."
+                )
+            return _to_rgb(ImageOps.exif_transpose(picture))
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name} unfolds to too many pixels ({error}): scale it down first.") from error
+    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
+        raise UserError(f"{name} cannot be read as a picture ({error}): give a PNG, JPEG, WebP or similar file.") from error
+
+
+def _read(source: str | os.PathLike | bytes) -> bytes:
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion clips at 255
+        picture = Image.fromarray((np.asarray(picture, np.int32) >> 8).clip(0, 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture)
+    return picture.convert("RGB")
+
+
+def tile_image(picture: Picture, vision: VisionConfig) -> tuple[np.ndarray, tuple[int, int]]:
+    """Cut a picture into the tiles that the vision tower sees.
+
+    Args:
+      picture: what `load_picture` takes.
+      vision: gives the side S of a tile in pixels and the largest number of tiles.
+
+    Returns:
+      [n, 3, S, S] float32 in -1..1 and (rows, columns). Tiles are row-major; with more than one, the whole picture
+      squeezed into a square follows as the last, so n is rows * columns + 1; otherwise 1.
+    """
+    image = load_picture(picture)
+    S = vision.image_size
+    rows, columns = choose_canvas(image.width, image.height, tile=S, max_tiles=vision.max_tiles)
+    canvas = Image.new("RGB", (columns * S, rows * S))  # black: -1 once normalised
+    canvas.paste(image.resize(_size_on_canvas(image.width, image.height, columns * S, rows * S, S), Image.Resampling.BILINEAR))
+    tiles = _normalise(canvas).reshape(3, rows, S, columns, S).transpose(1, 3, 0, 2, 4).reshape(-1, 3, S, S)
+    if rows * columns > 1:
+        tiles = np.concatenate([tiles, _normalise(image.resize((S, S), Image.Resampling.BILINEAR))[None]])
+    return np.ascontiguousarray(tiles), (rows, columns)
+
+
+def choose_canvas(width: int, height: int, *, tile: int, max_tiles: int) -> tuple[int, int]:
+    """(rows, columns) of the canvas: the one that enlarges the picture least, else the one that shrinks it least.
+
+    Among canvases of the same scale the smallest; scales are compared in float32 as the reference does.
+    """
+    canvases = np.array([(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)])
+    target = (canvases * tile).astype(np.float32)
+    scale = np.minimum(target[:, 0] / np.float32(height), target[:, 1] / np.float32(width))
+    best = scale[scale >= 1].min() if (scale >= 1).any() else scale.max()
+    candidates = canvases[scale == best]
+    rows, columns = candidates[candidates.prod(axis=1).argmin()]
+    return int(rows), int(columns)
+
+
+def _size_on_canvas(width: int, height: int, canvas_width: int, canvas_height: int, tile: int) -> tuple[int, int]:
+    """(width, height) in the picture's proportions; a small picture grows to one tile at most."""
+    limit_width = min(max(width, tile), canvas_width)
+    limit_height = min(max(height, tile), canvas_height)
+    scale_width, scale_height = limit_width / width, limit_height / height
+    if scale_width < scale_height:
+        return limit_width, min(max(int(height * scale_width), 1), limit_height)
+    return min(max(int(width * scale_height), 1), limit_width), limit_height
+
+
+def _normalise(image: Image.Image) -> np.ndarray:
+    """[3, H, W] float32: 0..255 becomes -1..1."""
+    return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1

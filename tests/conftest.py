@@ -1,0 +1,49 @@
+"""Eight simulated devices, strict JAX, and the tiny models that most tests compare with transformers."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import jax
+import pytest
+from oracle.pair import Pair, make_pair
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Material that lies beside the checkout (`../shared`) or in $MAVERICK_SHARED; tests that need it skip without it."""
+    directory = Path(os.environ.get("MAVERICK_SHARED", Path(__file__).parents[2] / "shared"))
+    if not directory.is_dir():
+        pytest.skip(f"{directory} is not there: set MAVERICK_SHARED to the folder of references")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_maverick() -> Pair:
+    """Dense and MoE layers in turn, no QK norm, plain RoPE: transformers' float32 model and ours with its weights."""
+    return make_pair("maverick")
+
+
+@pytest.fixture(scope="session")
+def tiny_scout() -> Pair:
+    """MoE on every layer, QK norm, scaled RoPE: transformers' float32 model and ours with its weights."""
+    return make_pair("scout")
+
+
+@pytest.fixture(params=["tiny_maverick", "tiny_scout"])
+def tiny(request) -> Pair:
+    """Each of the two tiny models in turn."""
+    return request.getfixturevalue(request.param)

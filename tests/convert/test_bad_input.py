@@ -1,0 +1,215 @@
+"""What users get wrong: one line that names the file and the cure, and nothing half-made that looks whole."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from maverick_jax.config import Config
+from maverick_jax.convert import convert, export, inspect, open_model_directory, safetensors
+from maverick_jax.convert.huggingface import INDEX
+from maverick_jax.convert.writer import Writer
+from maverick_jax.errors import UserError
+
+Q_PROJ = "language_model.model.layers.3.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def source(maverick, tmp_path) -> Path:
+    """A checkpoint to damage."""
+    return shutil.copytree(maverick.source, tmp_path / "source")
+
+
+@contextlib.contextmanager
+def one_line(message: str):
+    """A `UserError` of one line in which every part of `message`, split at `...`, appears in order."""
+    with pytest.raises(UserError) as error:
+        yield
+    text, at = str(error.value), 0
+    assert "\n" not in text
+    for part in message.split("..."):
+        assert part in text[at:], text
+        at = text.index(part, at)
+
+
+def shard_of(source: Path, name: str) -> Path:
+    return source / json.loads((source / INDEX).read_text())["weight_map"][name]
+
+
+def rewrite(file: Path, change) -> None:
+    """Save a shard again after `change(tensors)`."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit(file: Path, change) -> None:
+    """Save a JSON file again after `change(values)`."""
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def truncate(source):
+    file = shard_of(source, Q_PROJ)
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def misshape(source):
+    rewrite(shard_of(source, Q_PROJ), lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ][:, 1:].contiguous()}))
+
+
+def lose_tensor(source):
+    rewrite(shard_of(source, Q_PROJ), lambda tensors: tensors.pop(Q_PROJ))
+    edit(source / INDEX, lambda values: values["weight_map"].pop(Q_PROJ))
+
+
+def add_tensor(source):
+    file = shard_of(source, Q_PROJ)
+    rewrite(file, lambda tensors: tensors.update(extra=tensors[Q_PROJ].clone()))
+    edit(source / INDEX, lambda values: values["weight_map"].update(extra=file.name))
+
+
+def swap_home(source):
+    other = next(f.name for f in source.glob("*.safetensors") if f != shard_of(source, Q_PROJ))
+    edit(source / INDEX, lambda values: values["weight_map"].update({Q_PROJ: other}))
+
+
+def climb_out(source):
+    edit(source / INDEX, lambda values: values["weight_map"].update({Q_PROJ: "../model.safetensors"}))
+
+
+def quantize(source):
+    edit(source / "config.json", lambda values: values.update(quantization_config={"quant_method": "fbgemm_fp8"}))
+
+
+def lose_weights(source):
+    for file in source.glob("model*"):
+        file.unlink()
+
+
+DAMAGED = {
+    "missing shard": (lambda s: shard_of(s, Q_PROJ).unlink(), f"{INDEX} names model-...safetensors, which is not there: fetch"),
+    "truncated shard": (truncate, ".safetensors ends 100 bytes before `...` does: the download is incomplete; fetch this file again."),
+    "wrong shape": (misshape, f".safetensors: {Q_PROJ} has shape [160, 159], config.json asks for [160, 160]"),
+    "missing tensor": (lose_tensor, f"source lacks {Q_PROJ}: config.json and weights belong to different models"),
+    "unexpected tensor": (add_tensor, "source has the unexpected extra: config.json and weights belong to different models"),
+    "tensor in another shard": (swap_home, f".safetensors ... {INDEX} ...: fetch both again."),
+    "index that climbs out": (climb_out, f"{INDEX} has no weight_map from tensors to files beside it"),
+    "index without a map": (lambda s: (s / INDEX).write_text("{}"), f"{INDEX} has no weight_map"),
+    "index that is no JSON": (lambda s: (s / INDEX).write_text("<html>"), f"{INDEX} is not valid JSON"),
+    "no index": (lambda s: (s / INDEX).unlink(), f"source has safetensors files but no {INDEX}: fetch it too"),
+    "unknown quantization": (quantize, "config.json: quant_method 'fbgemm_fp8' is not supported"),
+    "no weights": (lose_weights, f"source is not a Hugging Face checkpoint: it has neither model.safetensors nor {INDEX}"),
+    "no config": (lambda s: (s / "config.json").unlink(), "source is not a checkpoint: it has neither config.json nor params.json"),
+    "nothing at all": (shutil.rmtree, "source does not exist"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_checkpoint_is_refused_before_anything_is_made(source, tmp_path, damage):
+    change, message = DAMAGED[damage]
+    change(source)
+    with one_line(message):
+        convert(source, tmp_path / "out", progress=False)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_destination_that_exists_is_kept(maverick, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("precious")
+    for make, directory in ((convert, maverick.source), (export, maverick.converted)):
+        with one_line("out exists: choose another destination, or remove it first."):
+            make(directory, tmp_path / "out", progress=False)
+    assert (tmp_path / "out/thesis.tex").read_text() == "precious"
+
+
+def test_a_destination_that_cannot_be_made_is_named(maverick, tmp_path):
+    (tmp_path / "file").touch()
+    with one_line("file/out.partial cannot be made (Not a directory): choose another destination."):
+        convert(maverick.source, tmp_path / "file/out", progress=False)
+
+
+def test_a_partial_directory_that_is_not_ours_is_kept(maverick, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/thesis.tex").write_text("precious")
+    with one_line("out.partial was begun from another checkpoint...remove it"):
+        convert(maverick.source, tmp_path / "out", progress=False)
+    assert (tmp_path / "out.partial/thesis.tex").exists()
+
+
+def test_space_is_checked_beforehand(maverick, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    for make, directory in ((convert, maverick.source), (export, maverick.converted)):
+        with one_line(f"1,000 bytes free, {inspect(directory).bytes:,} are needed: free some"):
+            make(directory, tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Failed to write 34816 bytes to file 4: No space left on device [os_error_code='28']"),
+    ],
+    ids=["ours", "TensorStore's"],
+)
+def test_a_disk_that_fills_up_leaves_an_unfinished_directory(maverick, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "close", full)
+        with one_line("no space left on the disk of ...out: free some, then run this again"):
+            convert(maverick.source, tmp_path / "out", progress=False)
+    partial = tmp_path / "out.partial"
+    assert not (tmp_path / "out").exists()
+    with one_line("out.partial is not a checkpoint"):  # so `load` refuses it, too
+        Config.from_directory(partial)
+    for use in (open_model_directory, inspect, lambda p: export(p, tmp_path / "hf", progress=False)):
+        with one_line("out.partial is not a finished model directory: it has no manifest.json"):
+            use(partial)
+    convert(maverick.source, tmp_path / "out", progress=False)
+    assert open_model_directory(tmp_path / "out").parameters
+
+
+def test_two_converters_do_not_share_a_destination(maverick, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    other = os.open(tmp_path / "out.partial", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    for make, directory in ((convert, maverick.source), (export, maverick.converted)):
+        with one_line("another process is writing ...out.partial: wait for it to end."):
+            make(directory, tmp_path / "out", progress=False)
+    os.close(other)
+    convert(maverick.source, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("manifest,message", [("{", "manifest.json is damaged"), ('{"format": 99}', "has format 99, this version reads")])
+def test_a_manifest_from_elsewhere_is_refused(maverick, tmp_path, manifest, message):
+    directory = shutil.copytree(maverick.converted, tmp_path / "model")
+    (directory / "manifest.json").write_text(manifest)
+    with one_line(message):
+        open_model_directory(directory)
+
+
+def test_export_of_a_hugging_face_directory_is_refused(maverick, tmp_path):
+    with one_line("source is not a finished model directory: it has no manifest.json. Make one with `maverick convert`."):
+        export(maverick.source, tmp_path / "out", progress=False)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_unreadable_file_is_named(source, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(safetensors, "open", refused, raising=False)
+    with one_line("model.safetensors cannot be read: Permission denied."):
+        safetensors.read_header(source / "model.safetensors")

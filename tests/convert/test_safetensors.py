@@ -1,0 +1,117 @@
+"""Reading slices of safetensors files, against numpy, the library, and another table of names."""
+
+import json
+
+import numpy as np
+import pytest
+
+from maverick_jax.config import Config
+from maverick_jax.convert import open_huggingface, safetensors
+from maverick_jax.errors import UserError
+from oracle.port import convert as expected_parameter
+
+
+@pytest.fixture(params=[64, 4096, safetensors.SCRATCH])
+def scratch(request, monkeypatch):
+    """Reads smaller than a row, than a matrix, and larger than either."""
+    monkeypatch.setattr(safetensors, "SCRATCH", request.param)
+
+
+def test_every_parameter_is_what_transformers_has(case):
+    source = open_huggingface(case.source, Config.from_directory(case.source))
+    tensors = case.tensors
+    for name, (shape, dtype) in source.parameters.items():
+        assert dtype == "bfloat16"
+        values = source.read(name, (slice(None),) * len(shape))
+        np.testing.assert_array_equal(values.astype(np.float32), expected_parameter(name, shape, tensors), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text.embedding",
+        "text.unembedding",
+        "text.layers.0.attention.query",
+        "text.layers.0.attention.output",
+        "text.layers.1.feed_forward.experts.gate",
+        "text.layers.1.feed_forward.experts.up",
+        "text.layers.1.feed_forward.experts.down",
+        "vision.layers.0.attention.query_bias",
+        "vision.class_embedding",
+    ],
+)
+def test_a_slice_is_that_slice_of_the_whole(maverick, scratch, name):
+    source = open_huggingface(maverick.source, Config.from_directory(maverick.source))
+    shape, _ = source.parameters[name]
+    whole = expected_parameter(name, shape, maverick.tensors)
+    random = np.random.default_rng(0)
+    for _ in range(12):
+        starts = [random.integers(0, size) for size in shape]
+        index = tuple(slice(int(start), int(random.integers(start + 1, size + 1))) for start, size in zip(starts, shape, strict=True))
+        np.testing.assert_array_equal(source.read(name, index).astype(np.float32), whole[index], err_msg=str(index))
+
+
+def test_a_slice_reads_little_more_than_itself(maverick, monkeypatch):
+    """A reader that takes whole stacks of experts would need 21 GB for one of Maverick's."""
+    source = open_huggingface(maverick.source, Config.from_directory(maverick.source))
+    read = []
+    preadv = safetensors.os.preadv
+    monkeypatch.setattr(safetensors.os, "preadv", lambda *args: read.append(preadv(*args)) or read[-1])
+    values = source.read("text.layers.1.feed_forward.experts.down", (slice(3, 4), slice(0, 96), slice(0, 160)))
+    assert sum(read) == values.nbytes
+    read.clear()
+    values = source.read("text.layers.1.feed_forward.experts.gate", (slice(3, 4), slice(0, 160), slice(0, 96)))
+    assert sum(read) == 2 * values.nbytes  # gate and up share the rows
+
+
+def test_headers_of_every_dtype_survive_the_library(tmp_path):
+    """Our writer's file opens in the library, and the library's in our reader."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(3, dtype=np.float16), "c": np.float32([])}
+    header = safetensors.make_header({name: (values.shape, values.dtype) for name, values in tensors.items()})
+    (tmp_path / "ours").write_bytes(header + b"".join(values.tobytes() for values in tensors.values()))
+    save_file(tensors, tmp_path / "library")
+    for name, values in load_file(tmp_path / "ours").items():
+        np.testing.assert_array_equal(values, tensors[name], strict=True)
+    for file in ("ours", "library"):
+        found = safetensors.read_header(tmp_path / file)
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == {n: (v.shape, v.dtype) for n, v in tensors.items()}
+
+
+ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+MUTILATED = {
+    "empty": (b"", "is not a safetensors file"),
+    "a web page": (b"<!DOCTYPE html><html>", "is not a safetensors file"),
+    "ends in the header": ((1000).to_bytes(8, "little") + b"{}", "ends 998 bytes before its header does"),
+    "no JSON": ((4).to_bytes(8, "little") + b"[1,2", "damaged header"),
+    "no object": ((5).to_bytes(8, "little") + b"[1,2]", "damaged header"),
+    "entry without shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, "damaged header"),
+    "bytes against shape": ({"a": ENTRY | {"shape": [2, 4]}}, r"shape \[2, 4\] of F32 does not take bytes 0 to 24"),
+    "negative offset": ({"a": ENTRY | {"data_offsets": [-24, 0]}}, "does not take bytes -24 to 0"),
+    "overlap": ({"a": ENTRY, "b": ENTRY}, "b does not begin where a ends"),
+    "gap": ({"a": ENTRY, "b": ENTRY | {"data_offsets": [48, 72]}}, "b does not begin where a ends"),
+    "fp8": ({"a": ENTRY | {"dtype": "F8_E4M3"}}, "a has dtype F8_E4M3; BF16, F16, F32 are supported"),
+    "truncated": ({"a": ENTRY | {"shape": [2, 4], "data_offsets": [0, 32]}}, "ends 8 bytes before `a` does: the download is incomplete"),
+    "too long": ({"a": ENTRY | {"shape": [2, 2], "data_offsets": [0, 16]}}, "goes on for 8 bytes after its last tensor"),
+}
+
+
+@pytest.mark.parametrize("case", MUTILATED)
+def test_a_header_that_cannot_be_is_refused(tmp_path, case):
+    content, message = MUTILATED[case]
+    if isinstance(content, dict):
+        text = json.dumps(content).encode()
+        content = len(text).to_bytes(8, "little") + text + bytes(24)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        safetensors.read_header(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(10))
+    with pytest.raises(UserError, match=r"model\.safetensors became shorter"):
+        safetensors.read_box(file, 0, (6,), (slice(0, 6),), np.empty(6, np.float32))

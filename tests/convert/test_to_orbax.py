@@ -1,0 +1,251 @@
+"""Conversion: Orbax reads what we made, an interruption costs nothing, memory does not grow."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from maverick_jax.config import Config, TextConfig
+from maverick_jax.convert import convert, names, open_model_directory, safetensors
+from maverick_jax.convert.orbax import flatten, unflatten
+from maverick_jax.convert.writer import Writer
+from maverick_jax.errors import UserError
+from oracle.port import convert as expected_parameter
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_orbax_alone_reads_the_weights(case):
+    loaded = flatten(ocp.load(case.converted / "params"))
+    tensors = case.tensors
+    assert len(loaded) == len(names.find_places(Config.from_directory(case.converted)))
+    for name, values in loaded.items():
+        assert values.dtype == "bfloat16"
+        np.testing.assert_array_equal(np.asarray(values, np.float32), expected_parameter(name, values.shape, tensors), err_msg=name)
+
+
+def test_orbax_alone_reads_them_sharded(maverick):
+    """Experts over eight devices, another parameter over a middle axis that cuts across chunks."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    experts, query = "text.layers.1.feed_forward.experts.up", "text.layers.0.feed_forward.down"
+    specs = {experts: PartitionSpec("x"), query: PartitionSpec(None, "x")}
+    described = flatten(ocp.metadata(maverick.converted / "params").metadata)
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=NamedSharding(mesh, specs.get(name, PartitionSpec())))
+        for name, leaf in described.items()
+    }
+    loaded = flatten(ocp.load(maverick.converted / "params", unflatten(abstract)))
+    tensors = maverick.tensors
+    for name, values in loaded.items():
+        np.testing.assert_array_equal(np.asarray(values, np.float32), expected_parameter(name, values.shape, tensors), err_msg=name)
+    assert loaded[experts].addressable_shards[3].data.shape == (1, 160, 96)
+    assert loaded[query].addressable_shards[3].data.shape == (192, 20)
+
+
+def test_orbax_knows_the_real_shapes(case):
+    described = flatten(ocp.metadata(case.converted / "params").metadata)
+    places = names.find_places(Config.from_directory(case.source))
+    assert {name: tuple(leaf.shape) for name, leaf in described.items()} == {name: place.shape for name, place in places.items()}
+
+
+def test_the_directory_holds_what_a_model_needs_and_nothing_else(maverick):
+    files = {"config.json", "generation_config.json", "manifest.json", "params", "tokenizer.json", "USE_POLICY.md"}
+    assert {file.name for file in maverick.converted.iterdir()} == files
+    assert not list(maverick.converted.parent.glob("*.partial"))
+    manifest = json.loads((maverick.converted / "manifest.json").read_text())
+    assert manifest["format"] == 1
+    assert manifest["parameters"] == sum(tensor.size for tensor in maverick.tensors.values())
+    assert manifest["bytes"] == 2 * manifest["parameters"]
+    assert manifest["source"] == {file.name: file.stat().st_size for file in maverick.source.glob("*.safetensors")}
+
+
+def test_chunks_of_zeros_are_kept(maverick, tmp_path):
+    """Zarr leaves chunks of its fill value out; then they would look missing, and be written again at each resumption."""
+    parameters, chunks = {"zeros": ((4, 2), np.dtype(np.float32))}, {"zeros": (2, 2)}
+    writer = Writer(tmp_path / "params", parameters, chunks)
+    first = (slice(0, 2), slice(0, 2))
+    assert not writer.has("zeros", first)
+    writer.write("zeros", first, np.zeros((2, 2), np.float32))
+    writer.close()
+    assert Writer(tmp_path / "params", parameters, chunks).has("zeros", first)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Many chunks per tensor, even in a tiny model."""
+    monkeypatch.setattr(names, "BLOCK", 1 << 14)
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[tuple]:
+    """What the writer is given, in order."""
+    calls: list[tuple] = []
+    write = Writer.write
+    monkeypatch.setattr(Writer, "write", lambda self, *args: calls.append(args[:2]) or write(self, *args))
+    return calls
+
+
+def test_an_interrupted_conversion_goes_on(maverick, tmp_path, small_blocks, written, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("maverick_jax.convert.huggingface.HuggingFace.read", _fails_after(100))
+        with pytest.raises(KeyboardInterrupt):
+            convert(maverick.source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    begun = len(written)
+    convert(maverick.source, tmp_path / "out", progress=False)
+    _assert_same_params(tmp_path / "out", maverick.converted)
+    assert begun == 100
+    assert len(set(map(str, written))) == len(written)  # nothing is written twice
+
+
+def _fails_after(count: int):
+    from maverick_jax.convert.huggingface import HuggingFace
+
+    read, calls = HuggingFace.read, []
+
+    def interrupted(self, name, index):
+        calls.append(name)
+        if len(calls) > count:
+            raise KeyboardInterrupt
+        return read(self, name, index)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("part", ["params", "params/state"])
+def test_a_skeleton_that_was_cut_short_is_made_again(maverick, tmp_path, monkeypatch, part):
+    """Killed inside Orbax's own save, or between it and the first chunk."""
+    with monkeypatch.context() as patch:
+        patch.setattr("maverick_jax.convert.huggingface.HuggingFace.read", _fails_after(0))
+        with pytest.raises(KeyboardInterrupt):
+            convert(maverick.source, tmp_path / "out", progress=False)
+    partial = tmp_path / "out.partial"
+    if part == "params":
+        (partial / "params").rename(partial / "params.orbax-checkpoint-tmp")
+    else:
+        shutil.rmtree(partial / "params/state/text.norm")
+    convert(maverick.source, tmp_path / "out", progress=False)
+    _assert_same_params(tmp_path / "out", maverick.converted)
+    assert not list((tmp_path / "out").glob("*tmp*"))
+
+
+SLOW_CONVERSION = """
+import sys, time
+from maverick_jax.convert import convert, names
+from maverick_jax.convert.writer import Writer
+names.BLOCK = 1 << 14
+write = Writer.write
+Writer.write = lambda self, *args: (time.sleep(0.005), write(self, *args))
+convert(sys.argv[1], sys.argv[2], progress=False)
+"""
+
+
+def test_a_killed_conversion_goes_on(maverick, tmp_path, small_blocks, written):
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", SLOW_CONVERSION, maverick.source, out], cwd=ROOT)
+    matrices = "out.partial/params/state/*/c/*/*"  # Orbax's skeleton has one-element vectors only
+    while process.poll() is None and len(list(tmp_path.glob(matrices))) < 60:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    done = len(_chunk_files(tmp_path / "out.partial"))
+    convert(maverick.source, out, progress=False)
+    _assert_same_params(out, maverick.converted)
+    assert len(_chunk_files(out)) - len(written) == done >= 60
+
+
+def _chunk_files(directory: Path) -> list[Path]:
+    return [Path(folder, name) for folder, _, files in os.walk(directory / "params/state") for name in files if name.isdigit()]
+
+
+def _assert_same_params(directory: Path, other: Path) -> None:
+    ours, theirs = open_model_directory(directory), open_model_directory(other)
+    assert ours.parameters == theirs.parameters
+    for name in ours.parameters:
+        np.testing.assert_array_equal(ours.read(name, ...), theirs.read(name, ...), err_msg=name)
+
+
+def test_a_partial_directory_of_another_checkpoint_is_refused(maverick, tmp_path, monkeypatch):
+    """Two fine-tunes have the same names, shapes and sizes: mixing them would go unnoticed."""
+    source = shutil.copytree(maverick.source, tmp_path / "source")
+    with monkeypatch.context() as patch:
+        patch.setattr("maverick_jax.convert.huggingface.HuggingFace.read", _fails_after(3))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out", progress=False)
+    os.utime(next(source.glob("*.safetensors")))
+    with pytest.raises(UserError, match=r"out\.partial was begun from another checkpoint, or this one has changed"):
+        convert(source, tmp_path / "out", progress=False)
+
+
+MEASURED = """
+import pathlib, re, sys, time
+from maverick_jax.convert import convert
+begin = time.monotonic()
+convert(sys.argv[1], sys.argv[2], progress=False)
+seconds = time.monotonic() - begin
+# not ru_maxrss: a child inherits its parent's peak through exec
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+print(peak, seconds)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_memory_does_not_grow_with_the_model():
+    """2 GB in at most 600 MB, of which the imports are 180."""
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path: pytest would keep 4 GB
+        if shutil.disk_usage(folder).free < 6e9:
+            pytest.skip("needs 6 GB of disk")
+        source, out = Path(folder, "source"), Path(folder, "out")
+        noise = _write_random_checkpoint(source)
+        run = subprocess.run([sys.executable, "-c", MEASURED, source, out], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        peak, seconds = map(float, run.stdout.split())
+        size = sum(file.stat().st_size for file in source.iterdir())
+        print(f"{size / 1e9:.2f} GB: peak {peak / 1e6:.0f} MB, {size / 1e6 / seconds:.0f} MB/s")
+        assert size > 1.9e9
+        assert peak <= 600e6
+        down = open_model_directory(out).read("text.layers.1.feed_forward.experts.down", (slice(63, 64), slice(None), slice(None)))
+        assert down.tobytes() in noise * 2
+
+
+def _write_random_checkpoint(directory: Path) -> bytes:
+    """2 GB, most of it 64 experts, from one block of noise repeated."""
+    text = TextConfig(
+        vocab_size=65536,
+        hidden_size=1024,
+        intermediate_size=4096,
+        intermediate_size_mlp=8192,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        num_local_experts=64,
+        moe_layers=(1,),
+        nope_layers=(),
+    )
+    config = Config(text=text)
+    places = names.find_places(config)
+    header = safetensors.make_header({place.tensor: (place.stored_shape, np.dtype(jnp.bfloat16)) for place in places.values()})
+    left = sum(np.prod(place.shape) * 2 for place in places.values())
+    noise = np.random.default_rng(0).bytes(1 << 24)
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config.to_huggingface()))
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(header)
+        while left > 0:
+            file.write(noise[:left])
+            left -= len(noise)
+    return noise

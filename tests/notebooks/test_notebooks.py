@@ -1,0 +1,31 @@
+"""The notebooks run from top to bottom, and the two forms of each hold the same."""
+
+import os
+from pathlib import Path
+
+import jupytext
+import nbclient
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+SOURCES = sorted(FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_source_and_notebook_agree(source):
+    """A reader of the ipynb sees what the reviewed source says."""
+    written, paired = jupytext.read(source), jupytext.read(source.with_suffix(".ipynb"))
+    assert [cell.source for cell in paired.cells] == [cell.source for cell in written.cells]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("default")  # of the kernel's own libraries
+def test_notebook_runs(source, monkeypatch):
+    """In a kernel of its own, which simulates the devices it asks for."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]))
+    notebook = jupytext.read(source)
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
+    texts = "".join(output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
+    answer, expected = texts.splitlines()[-2:]
+    assert expected == f"expected: {answer}"

@@ -1,0 +1,43 @@
+"""Laid out over eight simulated devices the model still computes what transformers computes."""
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from oracle.pair import TOLERANCE, logits, picture_prompt, text_ids
+from oracle.port import port
+
+from maverick_jax.sharding import make_mesh
+
+MESHES = [
+    ("tiny_maverick", dict(expert=8)),
+    ("tiny_maverick", dict(data=2, expert=2, tensor=2)),
+    ("tiny_scout", dict(expert=4)),
+    ("tiny_scout", dict(data=2, expert=2, tensor=2)),
+]
+
+
+@pytest.mark.parametrize("variant, sizes", MESHES)
+def test_batch_with_pictures_on_a_mesh(request, variant, sizes):
+    """Tokens reach their experts and come back to their places; heads, widths, rows and tiles are divided without a trace."""
+    pair = request.getfixturevalue(variant)
+    mesh = make_mesh(**sizes)
+    model = port(pair.reference, mesh=mesh)
+    picture, tiles = picture_prompt()
+    lengths = [picture.shape[1], 53, 7, 16, 17, 40, 33, 1]
+    ids = text_ids(8, max(lengths))
+    ids[0] = picture
+    ours = logits(model, ids, tiles, lengths)
+    for row, length in enumerate(lengths):
+        expected = pair.expected_logits(ids[row : row + 1, :length], tiles if row == 0 else None)[0]
+        assert_allclose(ours[row, :length], expected, atol=TOLERANCE, rtol=0, err_msg=f"row {row} of {length} tokens")
+
+
+def test_every_expert_lies_on_its_own_device(tiny_maverick):
+    """Eight experts on eight devices: one each, not a copy of all on every device."""
+    gate = port(tiny_maverick.reference, mesh=make_mesh(expert=8)).text.layers[1].feed_forward.experts.gate[...]
+    assert {shard.data.shape for shard in gate.addressable_shards} == {(1, 160, 96)}
+    assert sorted(shard.index[0].start or 0 for shard in gate.addressable_shards) == list(range(8))
+    assert len({shard.device for shard in gate.addressable_shards}) == len(jax.devices()) == 8
+    whole = np.concatenate([np.asarray(s.data) for s in sorted(gate.addressable_shards, key=lambda s: s.index[0].start or 0)])
+    assert (whole == np.asarray(tiny_maverick.model.text.layers[1].feed_forward.experts.gate[...])).all()

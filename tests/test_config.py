@@ -1,0 +1,287 @@
+"""Configurations: the releases' sizes, and every spelling in which their files describe them."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+from flax import nnx
+from transformers import AutoConfig
+
+from maverick_jax.config import Config
+from maverick_jax.errors import UserError
+from maverick_jax.model import get_abstract_model
+
+SCALING = dict(rope_type="llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_max_position_embeddings=8192)
+
+
+def release(variant: str = "maverick", **text) -> dict:
+    """config.json of a release, in the spelling of transformers 4.51 (spec section 1.1); `text` replaces fields of the text part."""
+    scout = variant == "scout"
+    rope = dict(rope_theta=10000.0)
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "boi_token_index": 200080,
+        "eoi_token_index": 200081,
+        "image_token_index": 200092,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0.dev0",
+        "text_config": dict(
+            model_type="llama4_text",
+            _attn_implementation_autoset=True,
+            attention_bias=False,
+            attention_chunk_size=8192,
+            attention_dropout=0.0,
+            bos_token_id=200000,
+            cache_implementation="hybrid",
+            eos_token_id=[200001, 200007, 200008],
+            for_llm_compressor=False,
+            head_dim=128,
+            hidden_act="silu",
+            hidden_size=5120,
+            initializer_range=0.02,
+            interleave_moe_layer_step=1 if scout else 2,
+            intermediate_size=8192,
+            intermediate_size_mlp=16384,
+            max_position_embeddings=10485760 if scout else 1048576,
+            no_rope_layers=[],
+            num_attention_heads=40,
+            num_experts_per_tok=1,
+            num_hidden_layers=48,
+            num_key_value_heads=8,
+            num_local_experts=16 if scout else 128,
+            output_router_logits=False,
+            pad_token_id=200018,
+            rms_norm_eps=1e-05,
+            rope_scaling=SCALING if scout else None,
+            rope_theta=500000.0,
+            router_aux_loss_coef=0.001,
+            router_jitter_noise=0.0,
+            torch_dtype="bfloat16",
+            use_cache=True,
+            use_qk_norm=scout,
+            vocab_size=202048,
+        )
+        | text,
+        "vision_config": dict(
+            model_type="llama4_vision_model",
+            attention_dropout=0.0,
+            hidden_act="gelu",
+            hidden_size=1408,
+            image_size=336,
+            initializer_range=0.02,
+            intermediate_size=5632,
+            multi_modal_projector_bias=False,
+            norm_eps=1e-05,
+            num_attention_heads=16,
+            num_channels=3,
+            num_hidden_layers=34,
+            patch_size=14,
+            pixel_shuffle_ratio=0.5,
+            projector_dropout=0.0,
+            projector_input_dim=4096,
+            projector_output_dim=4096,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+            vision_output_dim=4096,
+        )
+        | rope,
+    }
+
+
+PRESETS = {"maverick": Config.maverick(), "scout": Config.scout()}
+
+
+@pytest.mark.parametrize("preset, parameters, tensors", [("maverick", 401_583_781_376, 1061 + 24), ("scout", 108_641_793_536, 1133 + 48)])
+def test_presets_have_the_releases_size(preset, parameters, tensors):
+    """Scout's count is published, Maverick's follows; tensors are the releases' plus one per fused gate/up stack."""
+    leaves = jax.tree.leaves(nnx.state(get_abstract_model(PRESETS[preset])))
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == parameters
+    assert len(leaves) == tensors
+
+
+@pytest.mark.parametrize("variant", ["maverick", "scout"])
+def test_release_files_read_as_the_presets(variant):
+    """A field of the release is read wrongly, taken for unknown, or the preset is not the release."""
+    assert Config.from_huggingface(release(variant)) == PRESETS[variant]
+
+
+@pytest.mark.parametrize("variant", ["maverick", "scout"])
+def test_both_spellings_of_rope_and_dtype_are_equal(variant):
+    """transformers 5.x writes `rope_parameters` and `dtype` for what 4.51 called `rope_scaling`, `rope_theta` and `torch_dtype`."""
+    values = release(variant)
+    text = values["text_config"]
+    text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), **(text.pop("rope_scaling") or {"rope_type": "default"})}
+    text["dtype"], values["dtype"] = text.pop("torch_dtype"), values.pop("torch_dtype")
+    values["vision_config"]["rope_parameters"] = {"rope_theta": values["vision_config"].pop("rope_theta"), "rope_type": "default"}
+    assert Config.from_huggingface(values) == PRESETS[variant]
+
+
+@pytest.mark.parametrize("spelling", [[], None, "absent", "explicit"])
+def test_nope_layers(spelling):
+    """In `no_rope_layers` a 1 means "uses RoPE", against its name; absent, null and [] all mean every fourth layer without."""
+    values = release(no_rope_layers=[int((i + 1) % 4 != 0) for i in range(48)] if spelling == "explicit" else spelling)
+    if spelling == "absent":
+        del values["text_config"]["no_rope_layers"]
+    assert Config.from_huggingface(values).text.nope_layers == tuple(range(3, 48, 4))
+
+
+def test_an_explicit_list_of_nope_layers_wins():
+    """A fine-tune's own pattern must not be replaced by the interval of four."""
+    assert Config.from_huggingface(release(no_rope_layers=[1] * 46 + [0, 1])).text.nope_layers == (46,)
+
+
+def test_a_short_list_of_nope_layers_is_refused():
+    """Which layers the missing entries mean cannot be guessed."""
+    with pytest.raises(UserError, match="no_rope_layers has 3 entries for 48 layers"):
+        Config.from_huggingface(release(no_rope_layers=[1, 1, 0]))
+
+
+@pytest.mark.parametrize("value, expected", [(True, True), (False, False), (4, True), (None, True)])
+def test_temperature_switch(value, expected):
+    """Mirrors write the integer 4 for true; absent means on (Meta's own files: off)."""
+    assert Config.from_huggingface(release(attn_temperature_tuning=value)).text.attn_temperature_tuning is expected
+
+
+def test_chunk_null_is_full_attention_and_absent_is_the_default():
+    """Llama Guard 4 attends fully on every layer; null must not become 8192."""
+    assert Config.from_huggingface(release(attention_chunk_size=None)).text.attention_chunk_size is None
+    values = release()
+    del values["text_config"]["attention_chunk_size"]
+    assert Config.from_huggingface(values).text.attention_chunk_size == 8192
+
+
+@pytest.mark.parametrize("listed, expected", [([], ()), ([1, 5], (1, 5)), (None, tuple(range(1, 48, 2)))])
+def test_moe_layers_override_the_step(listed, expected):
+    """An empty list is a dense model (Llama Guard 4), not "use the step"."""
+    assert Config.from_huggingface(release(moe_layers=listed)).text.moe_layers == expected
+
+
+def test_flat_text_only_files():
+    """Text-only fine-tunes have no `text_config`, no vision, and a vocabulary of 201135 or so."""
+    flat = {**release(vocab_size=201135)["text_config"], "architectures": ["Llama4ForCausalLM"]}
+    config = Config.from_huggingface(flat)
+    assert config.vision is None
+    assert config.text == dataclasses.replace(Config.maverick().text, vocab_size=201135)
+
+
+@pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
+def test_an_unknown_field_that_asks_for_something_is_named(part):
+    """It may change the result: passing over it is how ports go wrong."""
+    values = release()
+    (values[part] if part else values)["logit_soft_cap"] = 30.0
+    with pytest.raises(UserError, match=rf"unknown field {part}\.?logit_soft_cap = 30.0"):
+        Config.from_huggingface(values)
+
+
+@pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
+@pytest.mark.parametrize("value", [None, False, [], {}])
+def test_an_unknown_switch_that_is_off_is_ignored(part, value):
+    """Newer transformers add switches; one that is off asks for nothing."""
+    values = release()
+    (values[part] if part else values)["some_new_switch"] = value
+    assert Config.from_huggingface(values) == Config.maverick()
+
+
+@pytest.mark.parametrize("field, value", [("num_experts_per_tok", 2), ("hidden_act", "gelu"), ("attention_bias", True)])
+def test_another_computation_is_refused(field, value):
+    """A known field with a value that no Llama 4 has would be computed as if it were not there."""
+    with pytest.raises(UserError, match=rf"text_config.{field} is {value!r}"):
+        Config.from_huggingface(release(**{field: value}))
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "yarn", "factor": 4.0}, {"rope_type": "llama3", "factor": 16.0}])
+def test_rope_scaling_of_another_kind_or_without_its_numbers_is_refused(rope):
+    """Unscaled angles would look right on short prompts."""
+    with pytest.raises(UserError, match="rope"):
+        Config.from_huggingface(release(rope_scaling=rope))
+
+
+def test_another_model_is_refused():
+    """A Llama 3 file has almost the same fields."""
+    with pytest.raises(UserError, match="model_type is 'llama'"):
+        Config.from_huggingface({**release(), "model_type": "llama"})
+
+
+META = dict(
+    dim=5120,
+    n_layers=48,
+    n_heads=40,
+    n_kv_heads=8,
+    head_dim=128,
+    vocab_size=202048,
+    multiple_of=2048,
+    ffn_dim_multiplier=1.2,
+    ffn_exp=4.0,
+    norm_eps=1e-5,
+    attention_chunk_size=8192,
+    rope_theta=500000.0,
+    nope_layer_interval=4,
+    max_seq_len=1048576,
+    vision_args=dict(
+        image_size=dict(height=336, width=336),
+        patch_size=dict(height=14, width=14),
+        dim=1408,
+        n_layers=34,
+        n_heads=16,
+        mlp_ratio=4.0,
+        output_dim=4096,
+        pixel_shuffle_ratio=0.5,
+    ),
+)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_meta_params_of_maverick(nested):
+    """Widths are derived (16384 dense, 8192 expert), and temperature is off unless asked for, unlike in Hugging Face's files."""
+    values = META | dict(moe_args=dict(num_experts=128, capacity_factor=1.0, auto_scale_F=True, top_k=1, interleave_moe_layer_step=2))
+    config = Config.from_meta({"model": values} if nested else values)
+    expected = Config.maverick()
+    assert config == dataclasses.replace(expected, text=dataclasses.replace(expected.text, attn_temperature_tuning=False))
+
+
+def test_meta_params_of_scout():
+    """`use_scaled_rope` means factor 16 and equal bands, the released values, not those of the first code (8, 1, 4)."""
+    values = META | dict(
+        moe_args=dict(num_experts=16, capacity_factor=1.0, auto_scale_F=True, top_k=1, interleave_moe_layer_step=1),
+        use_scaled_rope=True,
+        use_qk_norm=True,
+        attn_temperature_tuning=True,
+        max_seq_len=10485760,
+    )
+    assert Config.from_meta(values) == Config.scout()
+
+
+@pytest.mark.parametrize("variant", ["maverick", "scout", "text only", "dense"])
+def test_written_config_reads_back_and_transformers_reads_it(variant, tmp_path):
+    """An exported checkpoint describes the model that it was made from, to us and to transformers."""
+    config = PRESETS.get(variant, Config.maverick())
+    if variant == "text only":
+        config = dataclasses.replace(config, vision=None)
+    if variant == "dense":
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, moe_layers=(), nope_layers=(0, 47)))
+    assert Config.from_huggingface(config.to_huggingface()) == config
+    (tmp_path / "config.json").write_text(json.dumps(config.to_huggingface()))
+    assert Config.from_directory(tmp_path) == config
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert Config.from_huggingface(theirs.to_dict()) == config
+
+
+def test_generation_config_decides_where_to_stop(tmp_path):
+    """Fine-tunes change their stop tokens there and leave config.json as it was."""
+    (tmp_path / "config.json").write_text(json.dumps(release()))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert Config.from_directory(tmp_path).eos_token_id == (7,)
+
+
+@pytest.mark.parametrize("content, message", [("{", "not valid JSON"), ("[]", "no JSON object"), ("{}", "model_type is None"), (None, "neither")])
+def test_broken_directories_are_named(tmp_path, content, message):
+    """One line says which file and what is wrong with it."""
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        Config.from_directory(tmp_path)
+    assert str(tmp_path) in str(caught.value)

@@ -1,0 +1,97 @@
+"""Lower packages never import higher ones: what a module may know is decided by where it lies (DESIGN section 2)."""
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "maverick_jax"
+ORDER = [  # lowest first; neighbours on one line do not know each other
+    {"errors", "config", "config_files"},
+    {"ops"},
+    {"sharding"},
+    {"model"},
+    {"convert", "assets"},
+    {"checkpoint"},
+    {"inference"},
+    {"serving", "training", "plan"},
+    {"cli", "__main__"},
+]
+BASE = ORDER[0]
+RANK = {package: rank for rank, packages in enumerate(ORDER) for package in packages}
+PROMPT_USERS = {"assets", "inference", "serving", "training", "plan", "cli", "__main__"}
+
+
+def sources() -> list[Path]:
+    """Every module, those behind the symbolic links included; the package's own face may import anything."""
+    found = [Path(folder) / name for folder, _, names in os.walk(ROOT, followlinks=True) for name in names if name.endswith(".py")]
+    return sorted(path.relative_to(ROOT) for path in found if path != ROOT / "__init__.py")
+
+
+def package_of(module: str) -> str:
+    """`maverick_jax.ops.rope` -> `ops`; the package itself -> ``."""
+    return ".".join(module.split(".")[1:2])
+
+
+def imported_packages(tree: ast.AST) -> set[str]:
+    """Our packages that a module imports at run time, imports inside functions included."""
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {package_of(alias.name) for alias in node.names if alias.name.split(".")[0] == "maverick_jax"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports in full"
+            if node.module == "maverick_jax":
+                known = RANK.keys() | {"prompt"}
+                found |= {alias.name if alias.name in known else "" for alias in node.names}
+            elif node.module and node.module.startswith("maverick_jax."):
+                found.add(package_of(node.module))
+        else:
+            found |= imported_packages(node)
+    return found
+
+
+def allowed(importer: str, imported: str) -> bool:
+    if importer == imported or (importer in BASE and imported in BASE):
+        return True
+    if importer == "prompt":
+        return imported in BASE
+    if imported == "prompt":
+        return importer in PROMPT_USERS
+    if imported == "":  # the package's face imports everything
+        return RANK[importer] == len(ORDER) - 1
+    return RANK[imported] < RANK[importer]
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_imports_point_downwards(path):
+    """An import upwards makes two packages one: neither can be read, tested or replaced alone."""
+    importer = path.parts[0].removesuffix(".py")
+    assert importer in RANK or importer == "prompt", f"{importer} is new: give it a place in the order"
+    imported = imported_packages(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+    assert not {name or "maverick_jax" for name in imported if not allowed(importer, name)}
+
+
+def test_every_package_is_looked_at():
+    """The two symbolic links are followed, or their packages would import what they like."""
+    assert {"ops", "sharding", "model", "inference"} <= {path.parts[0] for path in sources()}
+
+
+@pytest.mark.parametrize(
+    "code, importer, good",
+    [
+        ("from maverick_jax.model import Llama4", "ops", False),
+        ("def f():\n    from maverick_jax import checkpoint", "model", False),
+        ("if TYPE_CHECKING:\n    from maverick_jax.inference.cache import KVCache", "model", True),
+        ("import maverick_jax as mj", "inference", False),
+        ("import maverick_jax as mj", "cli", True),
+        ("from maverick_jax.serving import server", "training", False),
+        ("from maverick_jax.prompt import Prompt", "convert", False),
+    ],
+)
+def test_the_check_sees_what_it_should(code, importer, good):
+    """A rule that never fails keeps nothing."""
+    assert all(allowed(importer, name) for name in imported_packages(ast.parse(code))) is good
