@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from maverick_jax.assets import mini_directory
 from maverick_jax.config import Config
-from maverick_jax.convert import PARAMS, open_huggingface, orbax
+from maverick_jax.convert import PARAMS, open_huggingface, open_model_directory, orbax
 from maverick_jax.convert.building import building
 from maverick_jax.convert.model_directory import copy_companions, write_manifest
 from maverick_jax.convert.names import compare_names
@@ -138,12 +138,11 @@ def _read_params(directory: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> 
     """Read the Orbax checkpoint of a model directory."""
     from orbax.checkpoint import v1 as ocp
 
-    with orbax.quiet():
-        stored = flatten(ocp.metadata(str(directory / PARAMS)).metadata)
+    stored = open_model_directory(directory).parameters
     compare_names(directory, stored, abstract)
     for name, leaf in abstract.items():
-        if tuple(stored[name].shape) != leaf.shape:
-            raise UserError(f"{directory}: {name} has shape {tuple(stored[name].shape)}, config.json asks for {leaf.shape}.")
+        if stored[name][0] != leaf.shape:
+            raise UserError(f"{directory}: {name} has shape {stored[name][0]}, config.json asks for {leaf.shape}.")
     try:
         with orbax.quiet():
             return flatten(ocp.load(str(directory / PARAMS), unflatten(abstract)))

@@ -120,7 +120,9 @@ def _read_text(values: dict[str, Any]) -> TextConfig:
         rms_norm_eps=1e-5,
         max_position_embeddings=131072,
     )
-    same: dict[str, Any] = {name: defaults[name] if values.get(name) is None and name in defaults else values.get(name) for name in TEXT_SAME}
+    same: dict[str, Any] = {
+        name: defaults[name] if values.get(name) is None and name in defaults else values.get(name) for name in TEXT_SAME
+    }
     if "attention_chunk_size" not in values:
         same["attention_chunk_size"] = 8192  # absent is the default; null is full attention (Llama Guard 4)
     same["floor_scale"] = int(same["floor_scale"])

@@ -88,7 +88,8 @@ load = chat.last.load_ME
 figure, axis = plt.subplots(figsize=(9, 2))
 image = axis.imshow(load, aspect="auto", cmap="magma")
 layers = model.config.text.moe_layers
-axis.set(xlabel="expert", ylabel="layer", yticks=range(len(layers)), yticklabels=layers, title=f"tokens per expert, dropped = {chat.last.dropped}")
+axis.set(xlabel="expert", ylabel="layer", yticks=range(len(layers)), yticklabels=layers)
+axis.set_title(f"tokens per expert, dropped = {chat.last.dropped}")
 figure.colorbar(image)
 plt.show()
 

@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import jax
 import pytest
+
 from oracle.pair import Pair, make_pair
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

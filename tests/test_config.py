@@ -277,7 +277,9 @@ def test_generation_config_decides_where_to_stop(tmp_path):
     assert Config.from_directory(tmp_path).eos_token_id == (7,)
 
 
-@pytest.mark.parametrize("content, message", [("{", "not valid JSON"), ("[]", "no JSON object"), ("{}", "model_type is None"), (None, "neither")])
+@pytest.mark.parametrize(
+    "content, message", [("{", "not valid JSON"), ("[]", "no JSON object"), ("{}", "model_type is None"), (None, "neither")]
+)
 def test_broken_directories_are_named(tmp_path, content, message):
     """One line says which file and what is wrong with it."""
     if content is not None:

@@ -5,7 +5,7 @@ Shape suffixes: B batch, T tokens, N tiles, S pixels, D model width, V vocabular
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -141,4 +141,11 @@ class Llama4(nnx.Module):
 
 def get_abstract_model(config: Config, **options: Any) -> Llama4:
     """The model with `jax.ShapeDtypeStruct`s for parameters: 400B are described without memory. Options as for `Llama4`."""
-    return nnx.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), **options))
+    return nnx.eval_shape(lambda: Llama4(config, rngs=cast(nnx.Rngs, _SameKey()), **options))
+
+
+class _SameKey:
+    """Stands in for `nnx.Rngs` where no value is ever drawn: tracing its counter for every parameter takes quadratic time."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)

@@ -76,7 +76,7 @@ def image_tokens(rows: int, columns: int, tokens_per_tile: int, tokenizer: Token
         tokenizer.id_of(f"<|{name}|>") for name in ("image_start", "image_end", "tile_x_separator", "tile_y_separator", "image", "patch")
     )
     tile = [patch] * tokens_per_tile
-    row = [*(tile + [x]) * (columns - 1), *tile, y]
+    row = [*[*tile, x] * (columns - 1), *tile, y]
     return [start, *(row * rows if rows * columns > 1 else []), image, *tile, end]
 
 

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, Llama4ForConditionalGeneration
 
 import maverick_jax as mj
 from maverick_jax.assets import digits, mini_directory
-from maverick_jax.assets.evaluate import accuracy, answers
 from maverick_jax.prompt import Tokenizer, render
+from maverick_jax.training.mini.evaluate import accuracy, answers
 
 TOLERANCE = 1e-4
 QUESTIONS = 512

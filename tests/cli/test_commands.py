@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import maverick_jax as mj
 from maverick_jax.assets import digits, mini_directory
@@ -61,7 +62,17 @@ def test_raw_continues_text(maverick):
 
 def test_chat_keeps_the_conversation(maverick, pictures, monkeypatch):
     """Pictures belong to the next question; a mistake does not end the chat; /reset forgets."""
-    lines = [f"/image {pictures[0]}", f"/image {pictures[1]}", QUESTION, "/image absent.png", "/nonsense", QUESTION, "/reset", "/quit", "never"]
+    lines = [
+        f"/image {pictures[0]}",
+        f"/image {pictures[1]}",
+        QUESTION,
+        "/image absent.png",
+        "/nonsense",
+        QUESTION,
+        "/reset",
+        "/quit",
+        "no",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     result = maverick("chat", "--json", "--max-new-tokens", 16)
     first, second = map(json.loads, result.out.splitlines())
@@ -77,16 +88,10 @@ def test_convert_inspect_export(maverick, tmp_path):
     assert maverick("convert", mini_directory(), tmp_path / "model").status == 0
     assert maverick("export", tmp_path / "model", tmp_path / "again").status == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (mini_directory() / "model.safetensors").read_bytes()
-    parameters = {
-        json.loads(maverick("inspect", folder, "--json").out)["parameters"] for folder in (mini_directory(), tmp_path / "model", tmp_path / "again")
-    }
-    assert parameters == {sum(np.prod(leaf.shape) for leaf in mj_leaves())}
+    folders = (mini_directory(), tmp_path / "model", tmp_path / "again")
+    counted = {json.loads(maverick("inspect", folder, "--json").out)["parameters"] for folder in folders}
+    leaves = nnx.to_flat_state(nnx.state(mj.get_abstract_model(mj.Config.from_directory(mini_directory()))))
+    assert counted == {sum(np.prod(leaf.shape) for _, leaf in leaves)}
     table = maverick("inspect", tmp_path / "model").out
     assert "text.layers.1.feed_forward.experts.gate" in table
     assert "128 x 64 x 32" in table
-
-
-def mj_leaves():
-    from flax import nnx
-
-    return [leaf for _, leaf in nnx.to_flat_state(nnx.state(mj.get_abstract_model(mj.Config.from_directory(mini_directory()))))]

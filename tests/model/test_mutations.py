@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.pair import TOLERANCE, text_ids
-from oracle.port import port
 
 from maverick_jax.config import TextConfig
 from maverick_jax.model import attention, moe
 from maverick_jax.sharding import Local
+from oracle.pair import TOLERANCE, text_ids
+from oracle.port import port
 
 VISIBLE = 1e-2  # a hundred times the tolerance: a mutation is never mistaken for rounding
 

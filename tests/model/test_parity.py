@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from oracle.pair import TOLERANCE, logits, picture_prompt, text_ids
 
 from maverick_jax.model.attention import Piece
 from maverick_jax.model.llama4 import Llama4
+from oracle.pair import TOLERANCE, logits, picture_prompt, text_ids
 
 
 def test_text_over_three_chunks(tiny):
@@ -50,7 +50,9 @@ def test_hidden_states_of_every_layer(tiny):
     ours = states(tiny.model, ids)
     assert len(ours) == len(expected)
     for layer, (x, reference) in enumerate(zip(ours, expected, strict=True)):
-        assert_allclose(np.asarray(x), reference.numpy(), atol=TOLERANCE, rtol=0, err_msg=f"input of layer {layer} (the last: normed output)")
+        assert_allclose(
+            np.asarray(x), reference.numpy(), atol=TOLERANCE, rtol=0, err_msg=f"input of layer {layer} (the last: normed output)"
+        )
 
 
 def test_vision_tower(tiny_maverick):

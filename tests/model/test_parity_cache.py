@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-from oracle.pair import TOLERANCE, Pair, cached_step, text_ids
-from oracle.port import port
-from oracle.tiny_checkpoints import make_model, text_values
 from transformers import Llama4TextConfig
 
 from maverick_jax.inference.cache import KVCache
+from oracle.pair import TOLERANCE, Pair, cached_step, text_ids
+from oracle.port import port
+from oracle.tiny_checkpoints import make_model, text_values
 
 LENGTH, BUFFER = 53, 17
 

@@ -4,6 +4,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 from numpy.testing import assert_allclose
+
 from oracle.pair import TOLERANCE, Pair, logits, text_ids
 from oracle.port import port
 from oracle.tiny_checkpoints import PATCH, make_config, make_model

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from oracle.port import port
-from oracle.tiny_checkpoints import image_block, make_config, make_model
 
 from maverick_jax.config import Config
 from maverick_jax.inference.cache import KVCache
 from maverick_jax.model import Llama4
+from oracle.port import port
+from oracle.tiny_checkpoints import image_block, make_config, make_model
 
 # Both compute in float32 but sum in another order: measured differences are about 1e-5 on logits of about 5, while the
 # smallest real fault (a missing temperature) moves them by 2.5. Never relaxed.

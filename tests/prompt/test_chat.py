@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 from transformers.models.llama4.processing_llama4 import chat_template as HUGGINGFACE_TEMPLATE
 
-from maverick_jax.assets.mini_model import CHAT_TEMPLATE, mini_config, mini_tokenizer
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.prompt import Tokenizer, load_template, render
 from maverick_jax.prompt.chat import image_tokens
+from maverick_jax.training.mini.definition import CHAT_TEMPLATE, mini_config, mini_tokenizer
 
 TOKENIZER = Tokenizer(mini_tokenizer())
 CONFIG = mini_config(mini_tokenizer())

@@ -119,5 +119,5 @@ def test_bad_pictures_are_one_clear_line(tmp_path):
             tile_image(tmp_path / name, VISION)
         assert name in str(raised.value)
         assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match="absent.png"):
+    with pytest.raises(UserError, match=r"absent\.png"):
         tile_image(tmp_path / "absent.png", VISION)

@@ -1,17 +1,18 @@
 """Token ids equal those of Meta's tokenizer, and nothing that a user types becomes a control token."""
 
 import base64
+import itertools
 import json
 import random
 
 import pytest
 import regex
 
-from maverick_jax.assets.mini_model import mini_tokenizer
 from maverick_jax.errors import UserError
 from maverick_jax.prompt import StreamDecoder, Tokenizer
 from maverick_jax.prompt.byte_level import SPLIT_PATTERN
 from maverick_jax.prompt.tokenizer_model import special_tokens
+from maverick_jax.training.mini.definition import mini_tokenizer
 
 TEXTS = [
     "Hello world!",
@@ -64,7 +65,7 @@ def merge_by_rank(text: str, ranks: dict[bytes, int]) -> list[int]:
     for piece in regex.findall(SPLIT_PATTERN, text):
         parts = [bytes([byte]) for byte in piece.encode()]
         while True:
-            pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks]
+            pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
             if not pairs:
                 break
             _, i = min(pairs)

@@ -38,7 +38,9 @@ def test_parse_mesh():
     assert parse_mesh("tensor=2, data=2") == {"tensor": 2, "data": 2}
 
 
-@pytest.mark.parametrize("text", ["", "8", "expert", "expert=", "expert=0", "expert=-2", "experts=8", "expert=8,expert=8", "data=2;tensor=2"])
+@pytest.mark.parametrize(
+    "text", ["", "8", "expert", "expert=", "expert=0", "expert=-2", "experts=8", "expert=8,expert=8", "data=2;tensor=2"]
+)
 def test_bad_mesh_texts(text):
     """A mistyped axis must not fall back to one device."""
     with pytest.raises(UserError, match="AXIS=SIZE"):

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-from oracle.pair import TOLERANCE, logits, picture_prompt, text_ids
-from oracle.port import port
 
 from maverick_jax.sharding import make_mesh
+from oracle.pair import TOLERANCE, logits, picture_prompt, text_ids
+from oracle.port import port
 
 MESHES = [
     ("tiny_maverick", dict(expert=8)),

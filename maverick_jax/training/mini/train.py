@@ -1,4 +1,4 @@
-"""Train the embedded mini model on scikit-learn's handwritten digits: `python -m maverick_jax.assets.train_mini OUT`.
+"""Train the embedded mini model on scikit-learn's handwritten digits: `python -m maverick_jax.training.mini.train OUT`.
 
 Shape suffixes: B batch, T tokens, N pictures, S pixels.
 """
@@ -20,13 +20,13 @@ from flax import nnx
 from tqdm import trange
 
 from maverick_jax.assets import digits
-from maverick_jax.assets.evaluate import accuracy
-from maverick_jax.assets.mini_model import CHAT_TEMPLATE, mini_config, mini_tokenizer
 from maverick_jax.checkpoint import load, save
 from maverick_jax.config import Config
 from maverick_jax.convert import export
 from maverick_jax.model import Llama4
 from maverick_jax.prompt import Tokenizer, render, tile_image
+from maverick_jax.training.mini.definition import CHAT_TEMPLATE, mini_config, mini_tokenizer
+from maverick_jax.training.mini.evaluate import accuracy
 
 HELD_OUT = 360  # pictures that are never trained on
 LENGTH = 40  # tokens of a padded example
@@ -73,7 +73,7 @@ class Examples:
         blank = digits.picture(pictures[0])
         self.prompts = [render(digits.messages(q, blank, blank), tokenizer, config).token_ids for q in digits.QUESTIONS]
         self.answers = {
-            (q, left, right): tokenizer.encode(digits.answer(question, left, right)) + [self.end_of_turn]
+            (q, left, right): [*tokenizer.encode(digits.answer(question, left, right)), self.end_of_turn]
             for q, question in enumerate(digits.QUESTIONS)
             for left in range(10)
             for right in range(10)

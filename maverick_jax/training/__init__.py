@@ -1,0 +1,1 @@
+"""Training stages. So far: the embedded mini model."""

@@ -1,0 +1,1 @@
+"""How the embedded mini model was made: its definition, its training, and how well it does."""
