@@ -1,0 +1,75 @@
+"""The cache: as long as each layer can see and no longer, right however its tokens come in."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maverick_jax.config import Config
+from maverick_jax.inference.cache import KVCache
+from maverick_jax.model.attention import Piece
+
+CHUNK, ROOM = 8, 32
+
+
+def small_config():
+    """A layer with RoPE, then one without."""
+    sizes = dict(num_hidden_layers=2, moe_layers=(), nope_layers=(1,), attention_chunk_size=CHUNK)
+    return dataclasses.replace(Config.maverick().text, num_attention_heads=1, num_key_value_heads=1, head_dim=2, **sizes)
+
+
+def test_a_million_tokens_of_maverick_take_49_gib():
+    """12 layers keep everything (48 GiB), 36 one chunk (1.125 GiB); 192 GiB if all kept everything."""
+    cache = jax.eval_shape(lambda: KVCache.create(Config.maverick().text, 1, 1048576, jnp.bfloat16))
+    buffers = [buffer for layer in cache.layers for buffer in (layer.key_BKSd, layer.value_BKSd)]
+    assert sum(math.prod(b.shape) * b.dtype.itemsize for b in buffers) == 49.125 * 2**30
+
+
+def test_buffers_are_a_chunk_or_the_whole_context():
+    """RoPE layers have `chunk` slots, NoPE layers all, and no buffer is longer than the context."""
+    cache = KVCache.create(small_config(), 3, ROOM, jnp.float32)
+    assert [layer.key_BKSd.shape for layer in cache.layers] == [(3, 1, CHUNK, 2), (3, 1, ROOM, 2)]
+    assert [layer.key_BKSd.shape[2] for layer in KVCache.create(small_config(), 3, 5, jnp.float32).layers] == [5, 5]
+    assert cache.nbytes == 2 * 4 * 3 * 2 * (CHUNK + ROOM)
+
+
+@pytest.fixture(scope="module")
+def append():
+    return jax.jit(lambda cache, layer, key, piece: cache.layers[layer].append(key, key, piece), static_argnums=1)
+
+
+WIDTH = 11
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, WIDTH), st.integers(0, WIDTH)), min_size=1, max_size=7))
+def test_pieces_of_any_lengths_leave_the_keys_in_reach(append, pieces):
+    """Pieces across chunk borders, longer than a chunk, or empty for one row: each query finds the keys of its chunk, or all.
+
+    A key holds its own position (and padding a wrong one), so a slot that was overwritten too early, or by padding, shows.
+    """
+    cache = KVCache.create(small_config(), 2, ROOM, jnp.float32)
+    start = np.zeros(2, np.int32)
+    for lengths in pieces:
+        lengths = np.minimum(lengths, ROOM - start).astype(np.int32)
+        piece = Piece.of(jnp.asarray(start), jnp.asarray(lengths), WIDTH)
+        held = np.where(np.asarray(piece.real_BT), np.asarray(piece.positions_BT), -99)
+        key = jnp.broadcast_to(jnp.asarray(held, jnp.float32)[:, None, :, None], (2, 1, WIDTH, 2))
+        layers = []
+        for layer, chunk in ((0, CHUNK), (1, ROOM)):
+            new, seen, _, positions = append(cache, layer, key, piece)
+            layers.append(new)
+            for row in range(2):
+                for query in range(start[row], start[row] + lengths[row]):
+                    in_reach = [
+                        slot for slot, p in enumerate(np.asarray(positions)[row]) if 0 <= p <= query and p // chunk == query // chunk
+                    ]
+                    found = sorted(np.asarray(seen)[row, 0, in_reach, 0].tolist())
+                    assert found == list(range(query // chunk * chunk, query + 1)), f"layer {layer}, row {row}, query {query}"
+        start = start + lengths
+        cache = cache.advanced(tuple(layers), jnp.asarray(start))

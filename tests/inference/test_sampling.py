@@ -1,0 +1,106 @@
+"""Sampling: the tokens that top-k, top-p and min-p leave are exactly those of their definitions, and draws follow the model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maverick_jax.errors import UserError
+from maverick_jax.inference.sampling import RowSampling, Sampling, sample
+
+ROWS = 4000
+PROBABILITIES = np.array([0.02, 0.3, 0.1, 0.05, 0.25, 0.08, 0.2], np.float32)
+LOGITS = np.log(PROBABILITIES)
+draw = jax.jit(sample)
+
+
+def drawn(step: int = 0, rows: int = ROWS, **settings) -> np.ndarray:
+    """One token for each of many rows with the same logits."""
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (rows, len(LOGITS)))
+    return np.asarray(draw(logits, RowSampling.repeat(Sampling(**settings), rows), jnp.int32(step)))
+
+
+def kept(temperature=1.0, top_k=None, top_p=None, min_p=None) -> dict[int, float]:
+    """Tokens and probabilities that are left, filter after filter, by their definitions."""
+    scaled = np.exp(LOGITS.astype(np.float64) / temperature)
+    left = dict(enumerate(scaled))
+    left = dict(sorted(left.items(), key=lambda item: -item[1])[: top_k or len(left)])
+    total, reached, nucleus = sum(left.values()), 0.0, {}
+    for token, p in left.items():  # the most likely tokens until they together reach top_p
+        if reached >= (top_p or 2.0):
+            break
+        nucleus[token] = p / total
+        reached += p / total
+    best = max(nucleus.values())
+    nucleus = {token: p for token, p in nucleus.items() if p >= (min_p or 0.0) * best}
+    return {token: p / sum(nucleus.values()) for token, p in nucleus.items()}
+
+
+def test_greedy_takes_the_most_likely():
+    """Temperature 0 depends on no seed, and takes the lowest id on a tie."""
+    assert set(drawn(temperature=0.0)) == {1}
+    tied = jnp.zeros((2, 5))
+    assert sample(tied, RowSampling.repeat(Sampling(), 2), jnp.int32(0)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(temperature=1.0),
+        dict(temperature=0.5),
+        dict(temperature=2.0),
+        dict(temperature=1.0, top_k=1),
+        dict(temperature=1.0, top_k=3),
+        dict(temperature=1.0, top_p=0.6),
+        dict(temperature=1.0, top_p=0.01),
+        dict(temperature=1.0, min_p=0.5),
+        dict(temperature=1.0, min_p=1.0),
+        dict(temperature=0.7, top_k=5, top_p=0.7, min_p=0.3),
+        dict(temperature=1.5, top_k=100, top_p=1.0, min_p=0.0),
+    ],
+    ids=str,
+)
+def test_draws_follow_what_the_filters_leave(settings):
+    """No token outside, none missing inside, and frequencies that a chi-square test of 1 in 10,000 does not refuse."""
+    expected = kept(**settings)
+    counts = np.bincount(drawn(**settings), minlength=len(LOGITS))
+    assert set(np.flatnonzero(counts)) == set(expected)
+    chi_square = sum((counts[token] - ROWS * p) ** 2 / (ROWS * p) for token, p in expected.items())
+    quantiles = [0, 15.1, 18.4, 21.1, 23.5, 25.7, 27.9]  # of 1 - 1e-4, by degrees of freedom
+    assert chi_square <= quantiles[len(expected) - 1] + 1e-6
+
+
+def test_seeds_are_reproducible_and_differ():
+    """Same seed, same tokens; another seed, another step and another row draw anew."""
+    first = drawn(temperature=1.0, seed=7, rows=50)
+    assert (first == drawn(temperature=1.0, seed=7, rows=50)).all()
+    assert (first != drawn(temperature=1.0, seed=8, rows=50)).any()
+    assert (first != drawn(temperature=1.0, seed=7, rows=50, step=1)).any()
+    assert len(set(first)) > 1
+
+
+def test_rows_have_their_own_settings():
+    """A greedy row in a batch stays greedy whatever its neighbours ask for."""
+    rows = RowSampling.repeat(Sampling(temperature=5.0), 200)
+    rows.temperature_B[::2] = 0
+    tokens = np.asarray(draw(jnp.broadcast_to(jnp.asarray(LOGITS), (200, len(LOGITS))), rows, jnp.int32(0)))
+    assert set(tokens[::2]) == {1}
+    assert len(set(tokens[1::2])) > 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(dict(temperature=value) for value in (-0.1, float("nan"))),
+        dict(top_k=0),
+        *(dict(top_p=value) for value in (0.0, 1.1)),
+        *(dict(min_p=value) for value in (-0.1, 1.5)),
+        *(dict(seed=value) for value in (-1, 2**32)),
+    ],
+    ids=str,
+)
+def test_settings_outside_their_range_are_refused(settings):
+    """The message names the setting and its value."""
+    ((name, value),) = settings.items()
+    with pytest.raises(UserError, match=f"{name} is {value}"):
+        Sampling(**settings)
