@@ -81,7 +81,8 @@ print("expected:", expected)
 # %% [markdown]
 # ## Which experts did the work
 #
-# Every token goes to one expert per mixture layer, and none is ever dropped.
+# Every token goes to one expert per mixture layer, and none is ever dropped. The last layer is dark: of a prompt it computes
+# only the last token, for nothing else of it is read.
 
 # %%
 load = chat.last.load_ME

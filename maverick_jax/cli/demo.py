@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     _heading("tokens per expert, a mark for each of the 128")
     assert chat.last is not None
     _print_load(model.config.text.moe_layers, chat.last.load_ME)
+    print("Of a prompt, the last layer computes only the last token: nothing else of it is read.")
     print(f"dropped = {chat.last.dropped}")
 
     _heading("speed")

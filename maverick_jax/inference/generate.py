@@ -75,7 +75,8 @@ class DecodeState:
       token_B: [B] int32 the newest token of every row, not yet in the cache.
       done_B: [B] bool rows that met a stop token.
       step: [] int32 tokens sampled per row.
-      load_ME: [M, E] int32 tokens that each expert of each mixture has seen.
+      load_ME: [M, E] int32 tokens that each expert of each mixture has computed. In a prefill the last layer computes
+        only the last token of every row.
       dropped: [] int32 tokens that found no room at their expert: 0.
     """
 
@@ -91,7 +92,7 @@ class Generation:
     """A batch of prompts being continued: iterate to get each row's new tokens as they come.
 
     After the iteration `seconds` holds the times of prefill and decode, `load_ME` [MoE layers, experts] how many tokens
-    went to which expert and `dropped` how many found no room. Arguments and errors as for `generate`.
+    went to which expert (see `DecodeState`) and `dropped` how many found no room. Arguments and errors as for `generate`.
     """
 
     def __init__(
@@ -250,9 +251,8 @@ def _encode_tiles(graphdef, weights, tiles_N3SS) -> jax.Array:
 def _prefill_piece(graphdef, weights, cache, ids_BT, lengths_B, features, index_BT, last_BD, load_ME, dropped):
     """One piece of all prompts; `last_BD` keeps the hidden state of each row's last token so far."""
     model = nnx.merge(graphdef, weights)
-    x_BTD, cache, stats = model.hidden(model.embed(ids_BT, features, index_BT), lengths_B, cache)
-    newest_BD = jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    last_BD = newest_BD if last_BD is None else jnp.where(lengths_B[:, None] > 0, newest_BD, last_BD)
+    newest_B1D, cache, stats = model.hidden(model.embed(ids_BT, features, index_BT), lengths_B, cache, last_only=True)
+    last_BD = newest_B1D[:, 0] if last_BD is None else jnp.where(lengths_B[:, None] > 0, newest_B1D[:, 0], last_BD)
     return cache, last_BD, *_add_stats(load_ME, dropped, stats)
 
 

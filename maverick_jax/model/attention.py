@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from maverick_jax.config import TextConfig
 from maverick_jax.model.parameter import weight
-from maverick_jax.ops.attention import attention, temperature_scale, visible
+from maverick_jax.ops.attention import attention, causal_attention, temperature_scale, visible
 from maverick_jax.ops.linear import linear
 from maverick_jax.ops.norm import rms_norm
 from maverick_jax.ops.rope import inverse_frequencies, rotate, text_angles
@@ -48,6 +48,16 @@ class Piece:
         """True for tokens, False for padding."""
         return jnp.arange(self.positions_BT.shape[1])[None, :] < self.lengths_B[:, None]
 
+    @property
+    def last(self) -> "Piece":
+        """The last token of every row, a piece of its own; a row without tokens has none there either."""
+        lengths = jnp.minimum(self.lengths_B, 1)
+        return Piece.of(self.end_B - lengths, lengths, 1)
+
+    def pick_last(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, 1, D], what belongs to `last`."""
+        return jnp.take_along_axis(x_BTD, jnp.maximum(self.lengths_B - 1, 0)[:, None, None], axis=1)
+
 
 class Attention(nnx.Module):
     """Self-attention of one layer."""
@@ -63,29 +73,41 @@ class Attention(nnx.Module):
         self.chunk = config.chunk_of_layer(layer)
         self.constrain = constrain
 
-    def __call__(self, x_BTD: jax.Array, piece: Piece, cache: Any = None) -> tuple[jax.Array, Any]:
-        """Attend within the piece and to what the cache holds. Returns [B, T, D] and the new layer cache (None without)."""
-        query = self.constrain(linear(x_BTD, self.query[...]), ("batch", None, "heads", None))
+    def __call__(self, x_BTD: jax.Array, piece: Piece, cache: Any = None, *, last_only: bool = False) -> tuple[jax.Array, Any]:
+        """Attend within the piece and to what the cache holds.
+
+        Args:
+          cache: the layer's, or None.
+          last_only: only the last token of every row asks; all are seen and cached.
+
+        Returns:
+          [B, T, D] ([B, 1, D] with last_only) and the new layer cache (None without).
+        """
+        asking_BTD, asking = (piece.pick_last(x_BTD), piece.last) if last_only else (x_BTD, piece)
+        query = self.constrain(linear(asking_BTD, self.query[...]), ("batch", None, "heads", None))
         key = self.constrain(linear(x_BTD, self.key[...]), ("batch", None, "kv_heads", None))
         value = self.constrain(linear(x_BTD, self.value[...]), ("batch", None, "kv_heads", None))
-        query, key = self._rotate_and_norm(query, key, piece) if self.uses_rope else (self._scale(query, piece), key)
+        if self.uses_rope:
+            query, key = self._rotate_and_norm(query, asking), self._rotate_and_norm(key, piece)
+        else:
+            query = self._scale(query, asking)
         key_BKSd, value_BKSd = key.swapaxes(1, 2), value.swapaxes(1, 2)
         key_positions = piece.positions_BT
+        among_themselves = not last_only and (cache is None or cache.fresh)
         if cache is not None:
             cache, key_BKSd, value_BKSd, key_positions = cache.append(key_BKSd, value_BKSd, piece)
-        out = attention(query, key_BKSd, value_BKSd, visible(piece.positions_BT, key_positions, self.chunk))
+        mask_BTS = visible(asking.positions_BT, key_positions, self.chunk)
+        out = (causal_attention if among_themselves else attention)(query, key_BKSd, value_BKSd, mask_BTS)
         out = self.constrain(out, ("batch", None, "heads", None))
         return linear(out, self.output[...], contract=2), cache
 
-    def _rotate_and_norm(self, query, key, piece):
+    def _rotate_and_norm(self, x, piece):
         """RoPE, then (Scout) the weightless norm per head. Within a chunk only differences of positions matter."""
         positions = piece.positions_BT if self.chunk is None else piece.positions_BT % self.chunk
         config = self.config
         angles = text_angles(positions, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
-        query, key = rotate(query, angles), rotate(key, angles)
-        if config.use_qk_norm:
-            query, key = rms_norm(query, None, config.rms_norm_eps), rms_norm(key, None, config.rms_norm_eps)
-        return query, key
+        x = rotate(x, angles)
+        return rms_norm(x, None, config.rms_norm_eps) if config.use_qk_norm else x
 
     def _scale(self, query, piece):
         config = self.config

@@ -33,8 +33,11 @@ class Layer(nnx.Module):
         self.eps = config.rms_norm_eps
         self.constrain = constrain
 
-    def __call__(self, x_BTD: jax.Array, piece: Piece, cache: Any) -> tuple[jax.Array, Any, Stats | None]:
-        attended, cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), piece, cache)
+    def __call__(self, x_BTD: jax.Array, piece: Piece, cache: Any, *, last_only: bool = False) -> tuple[jax.Array, Any, Stats | None]:
+        """`last_only` computes every row's last token alone: [B, 1, D]; its keys and values are cached all the same."""
+        attended, cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), piece, cache, last_only=last_only)
+        if last_only:
+            x_BTD, piece = piece.pick_last(x_BTD), piece.last
         x_BTD = self.constrain(x_BTD + attended, ("batch", None, None))
         transformed, stats = self.feed_forward(rms_norm(x_BTD, self.feed_forward_norm[...], self.eps), piece.real_BT)
         return self.constrain(x_BTD + transformed, ("batch", None, None)), cache, stats
@@ -53,18 +56,22 @@ class Text(nnx.Module):
         self.unembedding = weight(rngs, (D, V), ("embed", "vocab"), dtype)
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x_BTD: jax.Array, piece: Piece, caches: Any = None) -> tuple[jax.Array, Any, tuple[Stats, ...]]:
+    def __call__(
+        self, x_BTD: jax.Array, piece: Piece, caches: Any = None, *, last_only: bool = False
+    ) -> tuple[jax.Array, Any, tuple[Stats, ...]]:
         """Through all layers and the final norm.
 
         Args:
           caches: one layer cache per layer, or None.
+          last_only: the last token of every row is all that is read, so the last layer computes no other.
 
         Returns:
-          [B, T, D] normed hidden states, the new layer caches (None without), and the stats of the MoE layers.
+          [B, T, D] ([B, 1, D] with last_only) normed hidden states, the new layer caches (None without), and the stats of the MoE layers.
         """
         new_caches, all_stats = [], []
         for i, layer in enumerate(self.layers):
-            x_BTD, cache, stats = layer(x_BTD, piece, None if caches is None else caches[i])
+            last_layer = i == len(self.layers) - 1
+            x_BTD, cache, stats = layer(x_BTD, piece, None if caches is None else caches[i], last_only=last_only and last_layer)
             new_caches.append(cache)
             if stats is not None:
                 all_stats.append(stats)

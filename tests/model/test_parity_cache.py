@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -93,3 +94,24 @@ def test_a_full_cache_is_refused(tiny_maverick):
     cache = dataclasses.replace(cache, lengths_B=jnp.array([6], jnp.int32))
     with pytest.raises(ValueError, match="room for 8 tokens; 6 are in it and 3 are added"):
         tiny_maverick.model(jnp.ones((1, 3), jnp.int32), cache=cache)
+
+
+def test_last_tokens_only(tiny):
+    """The last layer asks for each row's last token alone; the cache and what comes out are those of the whole pass."""
+    ids, lengths = text_ids(3, BUFFER), np.array([BUFFER, 0, 4], np.int32)
+
+    def prefill_both(start: int, last_only: bool):
+        cache = KVCache.create(tiny.config.text, 3, 64, jnp.float32)
+        for piece_lengths in (np.array([start] * 3, np.int32), lengths) if start else (lengths,):
+            x, cache, _ = tiny.model.hidden(tiny.model.embed(ids), piece_lengths, cache, last_only=last_only)
+        return x, cache
+
+    for start in (0, 9):  # what a piece sees is itself, or an older cache too
+        whole, cache = prefill_both(start, False)
+        last, same_cache = prefill_both(start, True)
+        assert last.shape[1] == 1
+        for row, length in enumerate(lengths):
+            if length:
+                assert_allclose(last[row, 0], whole[row, length - 1], atol=1e-5)
+        for ours, theirs in zip(jax.tree.leaves(same_cache), jax.tree.leaves(cache), strict=True):
+            assert_allclose(ours, theirs, atol=1e-5)

@@ -1,11 +1,12 @@
 """Attention: which keys a query sees, how heads share keys, and the temperature of the layers without RoPE."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from maverick_jax.ops.attention import attention, temperature_scale, visible
+from maverick_jax.ops.attention import attention, causal_attention, temperature_scale, visible
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 16])
@@ -31,6 +32,20 @@ def test_consecutive_query_heads_share_a_key_head():
         scores = np.where(mask[0], query[0, :, h] @ key[0, h // 3].T / 2, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         assert_allclose(out[0, :, h], weights / weights.sum(-1, keepdims=True) @ value[0, h // 3], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("T", [1, 64, 65, 200, 600])
+def test_blocks_of_queries_change_nothing(T, dtype, tolerance):
+    """One block, a last block of one query, several, and more than the eighth part: as all queries at once."""
+    random = np.random.default_rng(T)
+    query, key, value = (jnp.asarray(random.standard_normal(s), dtype) for s in ((2, T, 6, 4), (2, 2, T, 4), (2, 2, T, 4)))
+    positions = jnp.arange(T, dtype=jnp.int32)[None] + jnp.array([[0], [30]], jnp.int32)
+    mask = visible(positions, positions, 48)
+    blocks = jax.jit(causal_attention)(query, key, value, mask)
+    assert blocks.dtype == dtype
+    whole = jax.jit(attention)(*(a.astype(jnp.float32) for a in (query, key, value)), mask)
+    assert_allclose(blocks.astype(jnp.float32), whole, atol=tolerance)
 
 
 def test_a_query_that_sees_nothing_stays_finite():
