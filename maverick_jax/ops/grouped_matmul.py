@@ -128,5 +128,5 @@ def _block_rows(rows: int, experts: int, dtype: jnp.dtype) -> int:
 
     One bfloat16 row alone would run XLA:CPU's naive path.
     """
-    least = 1 if rows == 1 and dtype != jnp.bfloat16 else 2
+    least = 2 if dtype == jnp.bfloat16 else 1
     return min(64, max(least, 1 << (rows // experts).bit_length() >> 1))

@@ -1,10 +1,13 @@
 """Matrix products with float32 accumulation."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+FEW_ROWS = 32  # measured: from 64 on the usual form is quicker
 
 
 def linear(x: jax.Array, weight: jax.Array, *, contract: int = 1) -> jax.Array:
@@ -22,18 +25,33 @@ def linear(x: jax.Array, weight: jax.Array, *, contract: int = 1) -> jax.Array:
 
 def linear_float32(x: jax.Array, weight: jax.Array, *, contract: int = 1) -> jax.Array:
     """As `linear`, but the float32 sums are returned as they are (router scores, logits)."""
-    leading = x.shape[: x.ndim - contract]
+    rows = math.prod(x.shape[: x.ndim - contract])
+    # XLA:CPU multiplies few rows slowly in the form that suits many; each dtype has its own better one.
+    cpu = _product
+    if x.dtype == jnp.bfloat16 and rows == 1:
+        cpu = _as_two_rows
+    elif x.dtype == jnp.float32 and 2 < rows <= FEW_ROWS:
+        cpu = _rows_last
+    if cpu is _product:
+        return _product(x, weight, contract)
+    default, cpu = (functools.partial(form, contract=contract) for form in (_product, cpu))
+    return lax.platform_dependent(x, weight, cpu=cpu, default=default)
+
+
+def _product(x, weight, contract):
     dimensions = (((*range(x.ndim - contract, x.ndim),), (*range(contract),)), ((), ()))
-
-    def product(x, weight):
-        # On CPU `preferred_element_type` is also what selects XLA's native bfloat16 path.
-        return lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.float32)
-
-    if x.dtype == jnp.bfloat16 and math.prod(leading) == 1:
-        return lax.platform_dependent(x, weight, cpu=lambda x, w: _as_two_rows(product, x, w), default=product)
-    return product(x, weight)
+    # On CPU `preferred_element_type` is also what selects XLA's native bfloat16 path.
+    return lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.float32)
 
 
-def _as_two_rows(product, x, weight):
-    """XLA:CPU multiplies a single bfloat16 row with a naive loop; two rows run the vectorised kernel."""
-    return lax.slice_in_dim(product(jnp.concatenate([x, x]), weight), 0, 1)
+def _as_two_rows(x, weight, contract):
+    """A single bfloat16 row runs a naive loop, two run the vectorised kernel."""
+    return _product(jnp.stack([x, x]), weight, contract)[0]
+
+
+def _rows_last(x, weight, contract):
+    """Written as [K, rows] times [K, N], few float32 rows run Eigen's kernel, which reads the weights 1.3 to 1.9 times as fast."""
+    leading, inner = x.shape[: x.ndim - contract], x.shape[x.ndim - contract :]
+    x_KR = lax.optimization_barrier(x.reshape(-1, math.prod(inner)).T)  # or the transposition is folded into the product
+    y = lax.dot_general(x_KR, weight.reshape(x_KR.shape[0], -1), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return y.reshape(*leading, *weight.shape[contract:])

@@ -1,0 +1,34 @@
+"""A product is the same however many rows it has: on CPU the number of rows chooses its form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from maverick_jax.ops.linear import FEW_ROWS, linear, linear_float32
+
+LEADING = [(), (1,), (1, 1), (2,), (3,), (2, 3), (FEW_ROWS,), (FEW_ROWS + 1,)]
+
+
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@pytest.mark.parametrize(("inner", "outer"), [((6,), (5,)), ((3, 2), (5,)), ((6,), (5, 2))], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_number_of_rows(dtype, inner, outer, leading):
+    """Axes come out in their order, whichever form is taken; integers are exact in both dtypes, so the sums are too."""
+    random = np.random.default_rng(0)
+    x, weight = (random.integers(-4, 5, shape) for shape in ((*leading, *inner), (*inner, *outer)))
+    contract = len(inner)
+    y = jax.jit(lambda x, w: linear_float32(x, w, contract=contract))(jnp.asarray(x, dtype), jnp.asarray(weight, dtype))
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, np.tensordot(x, weight, contract))
+    assert linear(jnp.asarray(x, dtype), jnp.asarray(weight, dtype), contract=contract).dtype == dtype
+
+
+def test_gradients_of_few_rows():
+    """The form for few rows is written so that the compiler leaves it alone; its gradient is still that of a product."""
+    random = np.random.default_rng(0)
+    x, weight, dy = (jnp.asarray(random.standard_normal(s, np.float32)) for s in ((4, 6), (6, 5), (4, 5)))
+    dx, dweight = jax.jit(jax.grad(lambda x, w: (linear(x, w) * dy).sum(), argnums=(0, 1)))(x, weight)
+    assert_allclose(dx, dy @ weight.T, rtol=1e-5, atol=1e-5)
+    assert_allclose(dweight, x.T @ dy, rtol=1e-5, atol=1e-5)
