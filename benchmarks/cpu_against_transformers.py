@@ -83,7 +83,8 @@ def our_decode(model: mj.Llama4, ids: np.ndarray, steps: int) -> float:
 
 def in_turn(repeats: int, theirs: Callable[[], float], ours: Callable[[], float]) -> tuple[float, float]:
     """Best seconds of each; both are warmed up, then measured alternately, so that a busy machine disturbs both."""
-    theirs(), ours()
+    for warm_up in (theirs, ours):
+        warm_up()
     pairs = [(theirs(), ours()) for _ in tqdm(range(repeats), leave=False)]
     return min(theirs for theirs, _ in pairs), min(ours for _, ours in pairs)
 

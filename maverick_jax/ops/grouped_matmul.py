@@ -74,7 +74,7 @@ def _product(x_RK, weight_EKN, group_sizes_E, *, contract_axis):
         return lax.fori_loop(0, groups.blocks_E[expert], per_block, out)
 
     out = jnp.zeros((rows + block, weight_EKN.shape[2 - contract_axis]), x_RK.dtype)
-    out = lax.fori_loop(0, groups.count, per_expert, out)
+    out = lax.fori_loop(0, groups.occupied, per_expert, out)
     return jnp.where((jnp.arange(rows) < group_sizes_E.sum())[:, None], out[:rows], 0)
 
 
@@ -98,20 +98,20 @@ def _outer_products(x_RK, dy_RN, weight_EKN, group_sizes_E):
         total = lax.fori_loop(0, groups.blocks_E[expert], per_block, jnp.zeros(weight_EKN.shape[1:], jnp.float32))
         return lax.dynamic_update_index_in_dim(stack, total.astype(stack.dtype), expert, axis=0)
 
-    return lax.fori_loop(0, groups.count, per_expert, jnp.zeros_like(weight_EKN))
+    return lax.fori_loop(0, groups.occupied, per_expert, jnp.zeros_like(weight_EKN))
 
 
 class _Groups(NamedTuple):
     """The experts that have rows.
 
     Attributes:
-      count: how many there are.
+      occupied: how many there are.
       order_E: those experts in ascending order, then the others.
       start_E: first row of every expert.
       blocks_E: blocks of rows of every expert.
     """
 
-    count: jax.Array
+    occupied: jax.Array
     order_E: jax.Array
     start_E: jax.Array
     blocks_E: jax.Array
