@@ -6,3 +6,6 @@ class UserError(ValueError):
 
     The command line prints it as one line and ends with status 2; as a `ValueError` it can be caught as usual.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # it may quote a library's message of several lines

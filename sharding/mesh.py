@@ -11,6 +11,7 @@ from maverick_jax.errors import UserError
 
 AXES = ("data", "expert", "tensor")
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+MOST_SIMULATED = 128  # one per expert of Maverick; of a thousand, some wait so long for the others that XLA:CPU aborts
 
 
 def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
@@ -31,15 +32,18 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     available = jax.device_count()
     if wanted > available:
         shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        cure = f"; set XLA_FLAGS={DEVICE_COUNT_FLAG}={wanted} before starting Python" if jax.default_backend() == "cpu" else ""
+        cure = ""
+        if jax.default_backend() == "cpu":
+            set_flag = f"; set XLA_FLAGS={DEVICE_COUNT_FLAG}={wanted} before starting Python"
+            cure = set_flag if wanted <= MOST_SIMULATED else f"; a CPU simulates at most {MOST_SIMULATED}"
         raise UserError(f"the mesh {shape} needs {wanted} devices, there are {available}{cure}.")
     # Explicit axes, jax's default, break shard_map on inputs that carry no sharding.
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:wanted])
 
 
 def request_cpu_devices(count: int) -> None:
-    """Ask for `count` simulated CPU devices, unless somebody asked before or jax's backend has started."""
-    if count > 1 and DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", "") and jax.config.jax_num_cpu_devices < count:
+    """Ask for `count` simulated CPU devices, unless they are too many, somebody asked before or jax's backend has started."""
+    if 1 < count <= MOST_SIMULATED and DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", "") and jax.config.jax_num_cpu_devices < count:
         with contextlib.suppress(RuntimeError):  # the backend runs already: make_mesh says what that means
             jax.config.update("jax_num_cpu_devices", count)
 

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maverick_jax.config import VisionConfig
 from maverick_jax.errors import UserError
@@ -46,11 +46,20 @@ def load_picture(source: Picture) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} unfolds to too many pixels ({error}): scale it down first.") from error
     except Exception as error:  # decoders raise whatever a broken file makes them stumble over
-        raise UserError(f"{name} cannot be read as a picture ({error}): give a PNG, JPEG, WebP or similar file.") from error
+        what = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{name} cannot be read as a picture ({what}): give a PNG, JPEG, WebP or similar file.") from error
 
 
 def _read(source: str | os.PathLike | bytes) -> bytes:
-    return source if isinstance(source, bytes) else Path(source).read_bytes()
+    if isinstance(source, bytes):
+        return source
+    try:
+        data = Path(source).read_bytes()
+    except OSError as error:
+        raise UserError(f"picture {source} cannot be read ({error.strerror}): check the path.") from error
+    if not data:
+        raise UserError(f"picture {source} is empty: fetch it again.")
+    return data
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

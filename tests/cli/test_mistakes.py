@@ -58,7 +58,7 @@ def test_pictures(maverick, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("hello")
     Image.new("L", (50_000, 1)).save(tmp_path / "wide.png")
-    for name, word in (("empty.png", "cannot be read"), ("text.jpg", "cannot be read"), ("wide.png", "50000 x 1")):
+    for name, word in (("empty.png", "is empty"), ("text.jpg", "cannot be read"), ("wide.png", "50000 x 1")):
         expect(maverick("generate", "hi", "--image", tmp_path / name, "-m", "nowhere"), name, word)
 
 

@@ -95,6 +95,12 @@ def lose_weights(source):
         file.unlink()
 
 
+def turn_into_meta(source):
+    (source / "config.json").rename(source / "params.json")
+    edit(source / "params.json", lambda values: values.update(dim=160, n_layers=8, n_heads=10, vocab_size=1024))
+    (source / "consolidated.00.pth").touch()
+
+
 DAMAGED = {
     "missing shard": (lambda s: shard_of(s, Q_PROJ).unlink(), f"{INDEX} names model-...safetensors, which is not there: fetch"),
     "truncated shard": (truncate, ".safetensors ends 100 bytes before `...` does: the download is incomplete; fetch this file again."),
@@ -109,6 +115,7 @@ DAMAGED = {
     "unknown quantization": (quantize, "config.json: quant_method 'fbgemm_fp8' is not supported"),
     "no weights": (lose_weights, f"source is not a Hugging Face checkpoint: it has neither model.safetensors nor {INDEX}"),
     "no config": (lambda s: (s / "config.json").unlink(), "source is not a checkpoint: it has neither config.json nor params.json"),
+    "Meta's files": (turn_into_meta, "source holds Meta's .pth files, which cannot be read yet: use the Hugging Face checkpoint"),
     "nothing at all": (shutil.rmtree, "source does not exist"),
 }
 

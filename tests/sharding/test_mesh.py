@@ -25,6 +25,12 @@ def test_more_devices_than_there_are():
         make_mesh(expert=16)
 
 
+def test_more_devices_than_can_be_simulated():
+    """A thousand threads that wait for one another end in an abort, deep inside XLA: the flag is not suggested."""
+    with pytest.raises(UserError, match=r"needs 1000 devices, there are 8; a CPU simulates at most 128\.$"):
+        make_mesh(data=1000)
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_every_axis_needs_a_device(size):
     """A product of zero devices would make an empty mesh."""
