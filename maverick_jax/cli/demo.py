@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     options.quiet_accelerator_search()
     import jax
+    from PIL import Image
 
     from maverick_jax.assets import digits, mini_directory
     from maverick_jax.checkpoint import load
@@ -74,8 +75,10 @@ def run(args: argparse.Namespace) -> int:
     pictures = [digits.held_out()[0][i] for i in (left, right)]
     print(digits.draw(*pictures))
     images = [digits.picture(pixels) for pixels in pictures]
+    assert model.config.vision is not None
+    side = model.config.vision.image_size
     for name, image in zip(("left.png", "right.png"), images, strict=True):
-        image.resize((64, 64), 0).save(Path(args.out) / name)
+        image.resize((side, side), Image.Resampling.BILINEAR).save(Path(args.out) / name)  # exactly the tile that the model sees
 
     _heading("a question about them")
     chat = Chat(model, max_new_tokens=32)

@@ -129,16 +129,20 @@ class Llama4(nnx.Module):
     def _check(self, token_ids, features, cache):
         if isinstance(token_ids, Tracer):
             return
-        patches = int((token_ids == self.config.image_token_index).sum())
+        # NumPy, because under jit even the comparison of ids that are known at compile time is traced.
+        patches = int((np.asarray(token_ids) == self.config.image_token_index).sum())
         given = 0 if features is None else features.shape[0]
         if patches != given:
             raise UserError(
                 f"the prompt has {patches} <|patch|> tokens, the tiles make {given} image features: pass every picture's tiles."
             )
-        if cache is not None and int(cache.lengths_B.max()) + token_ids.shape[1] > cache.max_length:
+        if cache is None or isinstance(cache.lengths_B, Tracer):
+            return
+        held, added = int(np.asarray(cache.lengths_B).max()), token_ids.shape[1]
+        if held + added > cache.max_length:
             raise UserError(
-                f"the cache has room for {cache.max_length} tokens; {int(cache.lengths_B.max())} are in it and "
-                f"{token_ids.shape[1]} are added: create it with a larger max_length."
+                f"the cache has room for {cache.max_length} tokens; {held} are in it and {added} are added: "
+                "create it with a larger max_length."
             )
 
 

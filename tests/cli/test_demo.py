@@ -9,7 +9,7 @@ ORDER = [
 
 
 def test_demo_twice(maverick, tmp_path):
-    """Everything in the promised order; a second run replaces what the first made."""
+    """Everything in the promised order; a second run replaces what the first made; then the README's next command."""
     for _ in range(2):
         result = maverick("demo", "--out", tmp_path / "demo")
         assert result.status == 0
@@ -21,6 +21,9 @@ def test_demo_twice(maverick, tmp_path):
         answer, expected = (next(line for line in lines if line.startswith(word)) for word in ("answer ", "expected "))
         assert answer.split(maxsplit=1)[1] == expected.split(maxsplit=1)[1]
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"mini-maverick", "left.png", "right.png"}
+    question = next(line for line in lines if line.startswith("question ")).split(maxsplit=1)[1]
+    pictures = [word for name in ("left.png", "right.png") for word in ("--image", tmp_path / "demo" / name)]
+    assert maverick("generate", question, *pictures).out.strip() == expected.split(maxsplit=1)[1]
 
 
 def test_a_wrong_answer_is_a_failure(maverick, tmp_path, monkeypatch):

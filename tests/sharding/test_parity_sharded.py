@@ -1,13 +1,17 @@
 """Laid out over eight simulated devices the model still computes what transformers computes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from numpy.testing import assert_allclose
+from transformers import Llama4TextConfig
 
-from maverick_jax.sharding import make_mesh
+from maverick_jax.sharding import THROUGHPUT, AllToAll, make_mesh
 from oracle.pair import TOLERANCE, logits, picture_prompt, text_ids
 from oracle.port import port
+from oracle.tiny_checkpoints import make_model, text_values
 
 MESHES = [
     ("tiny_maverick", dict(expert=8)),
@@ -41,3 +45,25 @@ def test_every_expert_lies_on_its_own_device(tiny_maverick):
     assert len({shard.device for shard in gate.addressable_shards}) == len(jax.devices()) == 8
     whole = np.concatenate([np.asarray(s.data) for s in sorted(gate.addressable_shards, key=lambda s: s.index[0].start or 0)])
     assert (whole == np.asarray(tiny_maverick.model.text.layers[1].feed_forward.experts.gate[...])).all()
+
+
+def gradients(model) -> dict:
+    """Of a loss that weighs every logit differently, by parameter."""
+    graphdef, state = nnx.split(model)
+    ids = jnp.asarray(text_ids(8, 33))
+    found = jax.jit(jax.grad(lambda state: jnp.sin(nnx.merge(graphdef, state)(ids)).mean()))(state)
+    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(found)}
+
+
+@pytest.mark.parametrize("sizes", [dict(expert=8), dict(data=2, expert=2, tensor=2)], ids=str)
+def test_gradients_of_a_whole_model(sizes):
+    """Training mode with room for every token: each parameter's gradient is that of one device."""
+    reference = make_model(Llama4TextConfig(**text_values("maverick", num_hidden_layers=2, no_rope_layers=[1, 0])))
+    mesh = make_mesh(**sizes)
+    training = AllToAll(mesh, THROUGHPUT, capacity_factor=mesh.shape["expert"], rounds=1)
+    ours, expected = gradients(port(reference, mesh=mesh, dispatcher=training)), gradients(port(reference))
+    assert ours.keys() == expected.keys()
+    for path, gradient in expected.items():
+        assert np.isfinite(ours[path]).all()
+        assert np.abs(gradient).max() > 0
+        assert_allclose(ours[path], gradient, atol=TOLERANCE * np.abs(gradient).max(), rtol=0, err_msg=str(path))
