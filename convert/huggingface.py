@@ -64,9 +64,9 @@ def open_huggingface(directory: str | Path, config: Config) -> HuggingFace:
       UserError: quantized in a way we cannot read; a file, tensor or byte is missing; a tensor is unexpected or misshapen.
     """
     directory = Path(directory)
-    if not (directory / "config.json").is_file() and any(directory.glob("*.pth")):
-        raise UserError(f"{directory} holds Meta's .pth files, which cannot be read yet: use the Hugging Face checkpoint.")
     if not (directory / "config.json").is_file():
+        if any(directory.glob("*.pth")):
+            raise UserError(f"{directory} holds Meta's .pth files, which cannot be read yet: use the Hugging Face checkpoint.")
         raise UserError(f"{directory} is not a Hugging Face checkpoint: it has no config.json.")
     _refuse_quantized(directory / "config.json")
     places, tensors = find_places(config), read_tensors(directory)

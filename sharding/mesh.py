@@ -11,7 +11,7 @@ from maverick_jax.errors import UserError
 
 AXES = ("data", "expert", "tensor")
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
-MOST_SIMULATED = 128  # one per expert of Maverick; of a thousand, some wait so long for the others that XLA:CPU aborts
+MOST_SIMULATED = 128  # one per expert of Maverick; 128 ran on two cores, with 1,000 the process aborts inside XLA:CPU
 
 
 def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:

@@ -26,7 +26,7 @@ def test_more_devices_than_there_are():
 
 
 def test_more_devices_than_can_be_simulated():
-    """A thousand threads that wait for one another end in an abort, deep inside XLA: the flag is not suggested."""
+    """A thousand end in an abort of the process, deep inside XLA: the flag is not suggested."""
     with pytest.raises(UserError, match=r"needs 1000 devices, there are 8; a CPU simulates at most 128\.$"):
         make_mesh(data=1000)
 
