@@ -1,10 +1,11 @@
 """Expert parallelism by all-to-all: tokens travel to the device of their expert and back, inside `shard_map`.
 
 Every device sorts its tokens by expert, which also sorts them by destination, and sends each destination up to
-`capacity` of them; what does not fit goes in a further round, so that inference never drops a token. The fixed shapes
-run on CPU, GPU and TPU. Two data all-to-alls and one for the expert numbers per round.
+`capacity` of them, whichever of its experts they want; what does not fit goes in a further round, so that inference never
+drops a token. The fixed shapes run on CPU, GPU and TPU. Two data all-to-alls and one for the expert numbers per round.
 
-Shape suffixes: T all tokens, L tokens of one device, N devices of the expert axis, C capacity, D model width, E experts.
+Shape suffixes: T all tokens, L tokens of one device, N devices that divide the experts, C capacity, D model width,
+E experts, K experts of one device.
 """
 
 from __future__ import annotations
@@ -14,112 +15,79 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
+from maverick_jax.ops.permute import sort_rows, take_rows
 from maverick_jax.ops.swiglu import ExpertWeights
-from maverick_jax.sharding.dispatch import Stats, run_experts
+from maverick_jax.sharding.dispatch import Stats, count_load, run_experts, run_rounds
 from maverick_jax.sharding.layout import Layout
+from maverick_jax.sharding.placement import Placement
+from maverick_jax.sharding.wire import all_to_all, exchange
 
-AXIS = "expert"
 ONE_ROUND_TOKENS = 64  # up to here a device's tokens all fit one destination's buffer: no loop, as in decode
 
 
 @dataclasses.dataclass(frozen=True)
 class AllToAll:
-    """Dispatcher over the mesh's `expert` axis.
+    """Dispatcher over the mesh axes that divide the experts.
 
     Attributes:
       mesh, layout: where tokens and experts lie.
       capacity_factor: rows per destination, as a multiple of an even share of a device's tokens.
       rounds: None sends until no token is left (inference; reverse mode cannot pass its `while_loop`); a number sends so
         often and reports what was dropped (training).
+      wire: dtype that travels: None for the activations' own, "bfloat16" or "float8_e4m3fn" (with a scale per row).
     """
 
     mesh: Mesh
     layout: Layout
     capacity_factor: float = 2.0
     rounds: int | None = None
+    wire: str | None = None
 
     def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:
-        token_axes = self.layout.mesh_axes("tokens")
-        width_axes = self.layout.mesh_axes("expert_mlp")
-        T, E = x_TD.shape[0], experts.gate_EDF.shape[0]
-        missing = -T % math.prod(self.mesh.shape[a] for a in token_axes)
-        x_TD = jnp.pad(x_TD, ((0, missing), (0, 0)))
-        expert_T = jnp.pad(expert_T, (0, missing), constant_values=E)
-        tokens, weights = (
-            PartitionSpec(token_axes),
-            ExpertWeights(
-                PartitionSpec(AXIS, None, width_axes), PartitionSpec(AXIS, None, width_axes), PartitionSpec(AXIS, width_axes, None)
-            ),
+        placement, E = Placement.of(self.mesh, self.layout, experts), experts.gate_EDF.shape[0]
+        y_TD, dropped = placement.run(
+            lambda x, e, w: self._on_device(x, e, w, placement), x_TD, expert_T, experts, token_axes=placement.split_token_axes
         )
-        local = jax.shard_map(
-            lambda x, e, w: self._on_device(x, e, w, E, token_axes, width_axes),
-            mesh=self.mesh,
-            in_specs=(tokens, tokens, weights),
-            out_specs=(tokens, Stats(PartitionSpec(), PartitionSpec())),
-            check_vma=False,  # the CPU grouped matmul's loops carry zeros that vary over no axis
-        )
-        y_TD, stats = local(x_TD, expert_T, experts)
-        return y_TD[:T], stats
+        return y_TD, Stats(dropped, count_load(expert_T, E))
 
-    def _on_device(self, x_LD, expert_L, experts, E, token_axes, width_axes):
-        N, L = self.mesh.shape[AXIS], x_LD.shape[0]
+    def _on_device(self, x_LD, expert_L, experts, placement):
+        axes = placement.expert_axes
+        L, N, K = x_LD.shape[0], placement.size(axes), experts.gate_EDF.shape[0]
+        if N == 1:
+            return placement.sum(run_experts(x_LD, expert_L, experts), placement.width_axes), jnp.zeros((), jnp.int32)
         capacity = self._capacity(L, N)
-        order = jnp.argsort(expert_L)
-        sorted_expert = expert_L[order]
-        destination = sorted_expert // (E // N)  # N for padding
-        count_N = jnp.bincount(destination, length=N).astype(jnp.int32)
+        order, place_L = sort_rows(expert_L, N * K + 1)
+        destination_L = expert_L // K  # N for padding
+        count_N = count_load(destination_L, N)
         first_N = jnp.cumsum(count_N) - count_N
-        rank = jnp.arange(L) - first_N[jnp.minimum(destination, N - 1)]
-        x_sorted = x_LD[order]
+        rank_L = place_L - first_N[jnp.minimum(destination_L, N - 1)]
 
-        def one_round(number, y_sorted):
+        def one_round(number):
             """Send and receive the tokens whose rank among those for their destination lies in this round's window."""
-            window = number * capacity + jnp.arange(capacity)
-            row_NC = jnp.minimum(first_N[:, None] + window[None, :], L - 1)
-            used_NC = window[None, :] < count_N[:, None]
-            send = jnp.where(used_NC[..., None], x_sorted[row_NC], 0)
-            send_expert = jnp.where(used_NC, sorted_expert[row_NC] % (E // N), E // N)
-            received, received_expert = _exchange(send), _exchange(send_expert)
-            y, _ = run_experts(received.reshape(N * capacity, -1), received_expert.reshape(-1), experts)
-            back_NCD = _exchange(y.reshape(N, capacity, -1))
-            here = (rank >= number * capacity) & (rank < (number + 1) * capacity) & (destination < N)
-            mine = back_NCD[jnp.minimum(destination, N - 1), jnp.clip(rank - number * capacity, 0, capacity - 1)]
-            return jnp.where(here[:, None], mine, y_sorted)
+            rank_C = number * capacity + jnp.arange(capacity, dtype=jnp.int32)
+            used_NC = rank_C[None, :] < count_N[:, None]
+            token_NC = jnp.where(used_NC, order[jnp.minimum(first_N[:, None] + rank_C[None, :], L - 1)], L)
+            in_window_L = (destination_L < N) & (rank_L >= rank_C[0]) & (rank_L <= rank_C[-1])
+            slot_L = jnp.where(in_window_L, destination_L * capacity + rank_L - rank_C[0], N * capacity)
+            token_R = token_NC.reshape(-1)
+            send_RD = take_rows(x_LD, token_R, slot_L)
+            send_expert_R = (expert_L % K).at[token_R].get(mode="fill", fill_value=K)
+            received = exchange(send_RD.reshape(N, capacity, -1), axes, self.wire)
+            received_expert = all_to_all(send_expert_R.reshape(N, capacity), axes)
+            y = run_experts(received.reshape(N * capacity, -1), received_expert.reshape(-1), experts)
+            back = exchange(y.reshape(N, capacity, -1), axes, self.wire)
+            return take_rows(back.reshape(N * capacity, -1), slot_L, token_R)
 
-        y_sorted, done = self._all_rounds(one_round, jnp.zeros_like(x_sorted), count_N, capacity, L)
-        y_LD = y_sorted[jnp.argsort(order)]
-        if width_axes:
-            y_LD = lax.psum(y_LD, width_axes)  # each device of the tensor axis computed a part of F
-        dropped = jnp.maximum(count_N - done * capacity, 0).sum()
-        load_E = jnp.bincount(expert_L, length=E).astype(jnp.int32)
-        return y_LD, Stats(lax.psum(dropped, token_axes), lax.psum(load_E, token_axes))
+        if capacity >= L:
+            y_LD, done = one_round(0), 1
+        else:
+            y_LD, done = run_rounds(one_round, -(-count_N.max() // capacity), rounds=self.rounds, mesh=self.mesh, like=x_LD)
+        # Each device of the width axes computed a part of F: summed here, where rows are fewest.
+        return placement.sum(y_LD, placement.width_axes), jnp.maximum(count_N - done * capacity, 0).sum()
 
     def _capacity(self, L: int, N: int) -> int:
         if L <= ONE_ROUND_TOKENS:
             return L
         return min(L, math.ceil(self.capacity_factor * L / N))
-
-    def _all_rounds(self, one_round, y, count_N, capacity, L):
-        """Results and the number of rounds. As many as needed, the same number on every device, or `self.rounds`."""
-        if capacity >= L:
-            return one_round(0, y), jnp.int32(1)
-        if self.rounds is not None:
-            for number in range(self.rounds):
-                y = one_round(number, y)
-            return y, jnp.int32(self.rounds)
-        needed = lax.pmax(-(-count_N.max() // capacity), tuple(self.mesh.axis_names))
-
-        def body(state):
-            number, y = state
-            return number + 1, one_round(number, y)
-
-        number, y = lax.while_loop(lambda state: state[0] < needed, body, (jnp.int32(0), y))
-        return y, number
-
-
-def _exchange(x):
-    """Axis 0 names the destination before and the source after."""
-    return lax.all_to_all(x, AXIS, split_axis=0, concat_axis=0, tiled=True)

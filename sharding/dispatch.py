@@ -1,17 +1,24 @@
-"""Dispatchers move tokens to their experts and bring the results back. `Local`: everything on one device.
+"""Dispatchers move tokens to their experts and bring the results back. `Local`: every device computes what its own experts
+owe to the tokens it is given, one device being the simplest case.
 
-Shape suffixes: T tokens, D model width, E experts.
+Shape suffixes: T tokens, L tokens of one device, R rows, D model width, F expert width, E experts, K experts of one device.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
 
+from maverick_jax.ops.permute import sort_rows, take_rows
 from maverick_jax.ops.swiglu import ExpertWeights, grouped_swiglu
+from maverick_jax.sharding.layout import Layout
+from maverick_jax.sharding.placement import Placement
 
 
 class Stats(NamedTuple):
@@ -33,23 +40,71 @@ class Dispatcher(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """All experts on this device: sort by expert, one grouped matmul, sort back."""
+    """No token travels to an expert: each device applies the experts it holds to all tokens of its data group.
+
+    On one device (no mesh) that is all there is to do: sort by expert, one grouped matmul, sort back. On a mesh the tokens
+    are gathered over the axes that divide experts, and the results are summed over them and over the axes that divide the
+    experts' width. The `latency` layout, which divides only the width, needs nothing else.
+    """
+
+    mesh: Mesh | None = None
+    layout: Layout | None = None
 
     def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:
-        y_TD, load_E = run_experts(x_TD, expert_T, experts)
-        return y_TD, Stats(jnp.zeros((), jnp.int32), load_E)
+        E = experts.gate_EDF.shape[0]
+        if self.mesh is None or self.layout is None:
+            y_TD = run_experts(x_TD, expert_T, experts)
+            return y_TD, Stats(jnp.zeros((), jnp.int32), count_load(expert_T, E))
+        placement = Placement.of(self.mesh, self.layout, experts)
+
+        def on_device(x_LD, expert_L, experts):
+            K = experts.gate_EDF.shape[0]
+            own_L = expert_L - lax.axis_index(placement.expert_axes) * K if placement.expert_axes else expert_L
+            y_LD = run_experts(x_LD, jnp.where((own_L >= 0) & (own_L < K), own_L, K), experts)
+            return placement.sum(y_LD, placement.expert_axes + placement.width_axes), jnp.zeros((), jnp.int32)
+
+        y_TD, dropped = placement.run(on_device, x_TD, expert_T, experts, token_axes=placement.gathered_token_axes)
+        return y_TD, Stats(dropped, count_load(expert_T, E))
 
 
-def run_experts(x_RD: jax.Array, expert_R: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, jax.Array]:
+def run_experts(x_RD: jax.Array, expert_R: jax.Array, experts: ExpertWeights) -> jax.Array:
     """Rows in any order through their experts, on one device.
 
     Args:
-      expert_R: int32 in 0..E; E marks rows without an expert.
+      expert_R: int32 in 0..K; K marks rows without an expert.
 
     Returns:
-      [R, D] results in the rows' order (zero without an expert) and [E] rows per expert.
+      [R, D] results in the rows' order, zero without an expert.
     """
-    load_E = jnp.bincount(expert_R, length=experts.gate_EDF.shape[0]).astype(jnp.int32)
-    order = jnp.argsort(expert_R)  # stable; padding sorts behind the last expert
-    y_sorted = grouped_swiglu(x_RD[order], experts, load_E)
-    return y_sorted[jnp.argsort(order)], load_E
+    K = experts.gate_EDF.shape[0]
+    order, inverse = sort_rows(expert_R, K + 1)  # rows without an expert sort behind the last one
+    y_sorted = grouped_swiglu(take_rows(x_RD, order, inverse), experts, count_load(expert_R, K))
+    return take_rows(y_sorted, inverse, order)
+
+
+def count_load(expert_T: jax.Array, E: int) -> jax.Array:
+    """[E] int32 tokens per expert; padding counts for none."""
+    return (expert_T[:, None] == jnp.arange(E, dtype=expert_T.dtype)[None, :]).sum(axis=0, dtype=jnp.int32)
+
+
+def run_rounds(
+    one_round: Callable[[int | jax.Array], jax.Array], needed: jax.Array, *, rounds: int | None, mesh: Mesh, like: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of what the rounds bring back, each token's result coming in one of them, and how many there were.
+
+    Args:
+      one_round: number of the round -> [L, D], zero for tokens of other rounds.
+      needed: rounds that this device's tokens need.
+      rounds: exactly so many (training: reverse mode cannot pass a `while_loop`), or None for as many as any device needs.
+      like: an array of the result's shape and dtype.
+    """
+    if rounds is not None:
+        return sum((one_round(number) for number in range(1, rounds)), start=one_round(0)), jnp.int32(rounds)
+    # The same number on every device of the mesh, or the collectives of some would wait for ever.
+    needed = lax.pmax(needed, tuple(mesh.axis_names))
+    number, y = lax.while_loop(
+        lambda state: state[0] < needed,
+        lambda state: (state[0] + 1, state[1] + one_round(state[0])),
+        (jnp.int32(0), jnp.zeros_like(like)),
+    )
+    return y, number

@@ -10,12 +10,13 @@ import math
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 
 Axes = tuple[str | None, ...]
+MOST_SHARES = 256  # an error lists divisors up to here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +34,37 @@ class Layout:
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         return dict(self.rows).get(axis, ()) if axis else ()
 
-    def spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-        """Partition of an array with these logical axes. An axis that the mesh does not divide stays whole."""
+    def split(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> list[tuple[str, ...]]:
+        """The mesh axes that divide each axis of an array.
+
+        From left to right every axis takes the mesh axes of its row that are still free, as many of them, from the first,
+        as divide its size. So a batch of one leaves its mesh axes to the sequence, and what nothing divides stays whole.
+        """
+        taken: set[str] = set()
         entries = []
         for axis, size in zip(axes, shape, strict=True):
-            to = self.mesh_axes(axis)
-            entries.append((to if len(to) > 1 else to[0]) if to and size % math.prod(mesh.shape[a] for a in to) == 0 else None)
-        return PartitionSpec(*entries)
+            entries.append(self._divisors(axis, size, mesh, taken))
+            taken |= set(entries[-1])
+        return entries
 
-    def sharding(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    def spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+        """Partition of an array with these logical axes, by `split`."""
+        return PartitionSpec(*(used if len(used) > 1 else used[0] if used else None for used in self.split(axes, shape, mesh)))
+
+    def _divisors(self, axis: str | None, size: int, mesh: Mesh | AbstractMesh, taken: set[str]) -> tuple[str, ...]:
+        used: tuple[str, ...] = ()
+        for name in self.mesh_axes(axis):
+            if name in taken:
+                continue
+            if size % (mesh.shape[name] * math.prod(mesh.shape[other] for other in used)):
+                break
+            used = (*used, name)
+        return used
+
+    def sharding(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
         return NamedSharding(mesh, self.spec(axes, shape, mesh))
 
-    def check(self, config: Config, mesh: Mesh) -> None:
+    def check(self, config: Config, mesh: Mesh | AbstractMesh) -> None:
         """Refuse a mesh that does not divide what must be divided, or that lacks an axis of this table.
 
         Raises:
@@ -55,38 +75,64 @@ class Layout:
                 if name not in mesh.shape:
                     raise UserError(f"layout {self.name!r} puts {axis!r} on mesh axis {name!r}, but the mesh has {tuple(mesh.shape)}.")
         text = config.text
-        sizes = {"heads": text.num_attention_heads, "kv_heads": text.num_key_value_heads}
+        sizes = {
+            "heads": (text.num_attention_heads, "attention heads"),
+            "kv_heads": (text.num_key_value_heads, "key/value heads"),
+            "mlp": (text.intermediate_size_mlp, "columns of a dense layer"),
+        }
         if text.moe_layers:
-            sizes["expert"] = text.num_local_experts
-        for axis, size in sizes.items():
+            sizes["expert"] = (text.num_local_experts, "experts")
+            sizes["expert_mlp"] = (text.intermediate_size, "columns of an expert")
+        for axis, (size, what) in sizes.items():
             devices = math.prod(mesh.shape[a] for a in self.mesh_axes(axis))
             if size % devices:
                 on = " x ".join(self.mesh_axes(axis))
-                good = [n for n in range(1, size + 1) if size % n == 0]
-                what = {"expert": "experts", "heads": "attention heads", "kv_heads": "key/value heads"}[axis]
+                good = [n for n in range(1, min(size, MOST_SHARES) + 1) if size % n == 0]
                 raise UserError(f"mesh axis {on} = {devices} does not divide the {size} {what}: choose one of {good}.")
 
+
+_TENSOR_PARALLEL = {
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vision_heads": "tensor",
+    "vision_mlp": "tensor",
+    "tiles": ("data", "expert"),
+    "attention_batch": ("data", "expert"),
+    "attention_sequence": ("data", "expert"),  # of a batch too small for these axes: context parallelism
+}
 
 # Tokens over data x expert, whole experts over expert; heads and widths over tensor.
 THROUGHPUT = Layout.from_table(
     "throughput",
     {
-        # activations
+        **_TENSOR_PARALLEL,
         "batch": ("data", "expert"),
+        "sequence": ("data", "expert"),
         "tokens": ("data", "expert"),
-        # parameters, and the activations that carry their axes
         "expert": "expert",
         "expert_mlp": "tensor",
-        "heads": "tensor",
-        "kv_heads": "tensor",
         "mlp": "tensor",
         "vocab": "tensor",
-        "vision_heads": "tensor",
-        "vision_mlp": "tensor",
-        "tiles": ("data", "expert"),
     },
 )
-LAYOUTS = {layout.name: layout for layout in (THROUGHPUT,)}
+# Every matrix over tensor, and what is wide enough over expert too: each device works on every token, whichever expert it
+# needs. Attention, whose heads end at tensor, divides rows or the cache's sequence over expert.
+LATENCY = Layout.from_table(
+    "latency",
+    {
+        **_TENSOR_PARALLEL,
+        "batch": "data",
+        "tokens": "data",
+        "sequence": "data",
+        "expert_mlp": ("expert", "tensor"),
+        "mlp": ("expert", "tensor"),
+        "vocab": ("expert", "tensor"),
+    },
+)
+# As throughput, with parameters and optimizer state also over data; they are gathered where they are used.
+TRAINING = Layout.from_table("training", {**dict(THROUGHPUT.rows), "embed": "data", "vision_embed": "data"})
+
+LAYOUTS = {layout.name: layout for layout in (THROUGHPUT, LATENCY, TRAINING)}
 
 
 def get_layout(layout: str | Layout | Mapping[str, str | tuple[str, ...]] | None) -> Layout:

@@ -10,6 +10,8 @@ Shape suffixes: B batch, T new tokens, S slots, K key/value heads, d head size.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +21,9 @@ from jax.typing import DTypeLike
 
 from maverick_jax.config import TextConfig
 from maverick_jax.model.attention import Piece
+from maverick_jax.sharding.attend import CACHE
 
-AXES = ("batch", "kv_heads", None, None)
+Write = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -33,15 +36,18 @@ class LayerCache:
     fresh: bool = dataclasses.field(metadata={"static": True})
     wraps: bool = dataclasses.field(metadata={"static": True})
 
-    def append(self, key_BKTd: jax.Array, value_BKTd: jax.Array, piece: Piece) -> tuple[LayerCache, jax.Array, jax.Array, jax.Array]:
-        """Write a piece. Returns the new cache and what the piece's queries may see: keys, values and their positions [B, S']."""
+    def append(
+        self, key_BKTd: jax.Array, value_BKTd: jax.Array, piece: Piece, write: Write
+    ) -> tuple[LayerCache, jax.Array, jax.Array, jax.Array]:
+        """Write a piece by `write(buffer, new, slots)`.
+
+        Returns:
+          The new cache and what the piece's queries may see: keys, values and their positions [B, S'].
+        """
         T = key_BKTd.shape[2]
-        written = dataclasses.replace(
-            self,
-            key_BKSd=_write(self.key_BKSd, key_BKTd, piece, self.fresh),
-            value_BKSd=_write(self.value_BKSd, value_BKTd, piece, self.fresh),
-            fresh=False,
-        )
+        put = _first_piece if self.fresh else functools.partial(_further_piece, write=write)
+        key, value = put(self.key_BKSd, key_BKTd, piece), put(self.value_BKSd, value_BKTd, piece)
+        written = dataclasses.replace(self, key_BKSd=key, value_BKSd=value, fresh=False)
         if self.fresh:  # the piece is all there is
             return written, key_BKTd, value_BKTd, piece.positions_BT
         S = self.key_BKSd.shape[2]
@@ -53,16 +59,22 @@ class LayerCache:
         return written, key, value, jnp.concatenate([_positions(piece.start_B, S), piece.positions_BT], axis=1)
 
 
-def _write(buffer_BKSd, new_BKTd, piece, fresh):
+def _first_piece(buffer_BKSd, new_BKTd, piece):
+    """Position p is token p: the piece as it is or, of one longer than the buffer, each slot's last token.
+
+    Padding lands in slots that a later token overwrites before anyone sees them: `_positions` calls them empty.
+    """
+    S, new_BKTd = buffer_BKSd.shape[2], new_BKTd.astype(buffer_BKSd.dtype)
+    if new_BKTd.shape[2] <= S:
+        return lax.dynamic_update_slice_in_dim(buffer_BKSd, new_BKTd, 0, axis=2)
+    return jnp.take_along_axis(new_BKTd, jnp.maximum(_positions(piece.end_B, S), 0)[:, None, :, None], axis=2)
+
+
+def _further_piece(buffer_BKSd, new_BKTd, piece, *, write):
     """The piece's real tokens into slots position mod S; of a piece longer than the buffer, the last S tokens."""
-    S, T = buffer_BKSd.shape[2], new_BKTd.shape[2]
-    if fresh and T <= S:
-        # Padding lands in slots that a later token overwrites before anyone sees them: `_positions` calls them empty.
-        return lax.dynamic_update_slice_in_dim(buffer_BKSd, new_BKTd.astype(buffer_BKSd.dtype), 0, axis=2)
+    S = buffer_BKSd.shape[2]
     kept = piece.real_BT & (piece.positions_BT >= piece.end_B[:, None] - S)
-    slots = jnp.where(kept, piece.positions_BT % S, S)  # S is outside: dropped
-    rows = jnp.arange(buffer_BKSd.shape[0])[:, None]
-    return buffer_BKSd.at[rows, :, slots].set(new_BKTd.swapaxes(1, 2).astype(buffer_BKSd.dtype), mode="drop")
+    return write(buffer_BKSd, new_BKTd, jnp.where(kept, piece.positions_BT % S, S))
 
 
 def _positions(end_B, S):
@@ -95,7 +107,7 @@ class KVCache:
             slots = max_length if chunk is None else min(chunk, max_length)
             buffers = [jnp.zeros((batch, config.num_key_value_heads, slots, config.head_dim), dtype) for _ in range(2)]
             if constrain is not None:
-                buffers = [constrain(b, AXES) for b in buffers]
+                buffers = [constrain(b, CACHE) for b in buffers]
             layers.append(LayerCache(*buffers, fresh=True, wraps=slots < max_length))
         return cls(tuple(layers), jnp.zeros((batch,), jnp.int32), max_length)
 

@@ -14,10 +14,11 @@ from jax.typing import DTypeLike
 
 from maverick_jax.config import TextConfig
 from maverick_jax.model.parameter import weight
-from maverick_jax.ops.attention import attention, causal_attention, temperature_scale, visible
+from maverick_jax.ops.attention import temperature_scale
 from maverick_jax.ops.linear import linear
 from maverick_jax.ops.norm import rms_norm
 from maverick_jax.ops.rope import inverse_frequencies, rotate, text_angles
+from maverick_jax.sharding.attend import KEYS, QUERIES, Attend
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +63,7 @@ class Piece:
 class Attention(nnx.Module):
     """Self-attention of one layer."""
 
-    def __init__(self, config: TextConfig, layer: int, *, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, layer: int, *, attend: Attend, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
         D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.query = weight(rngs, (D, H, d), ("embed", "heads", None), dtype)
         self.key = weight(rngs, (D, K, d), ("embed", "kv_heads", None), dtype)
@@ -71,6 +72,7 @@ class Attention(nnx.Module):
         self.config = config
         self.uses_rope = layer not in config.nope_layers
         self.chunk = config.chunk_of_layer(layer)
+        self.attend = attend
         self.constrain = constrain
 
     def __call__(self, x_BTD: jax.Array, piece: Piece, cache: Any = None, *, last_only: bool = False) -> tuple[jax.Array, Any]:
@@ -84,21 +86,23 @@ class Attention(nnx.Module):
           [B, T, D] ([B, 1, D] with last_only) and the new layer cache (None without).
         """
         asking_BTD, asking = (piece.pick_last(x_BTD), piece.last) if last_only else (x_BTD, piece)
-        query = self.constrain(linear(asking_BTD, self.query[...]), ("batch", None, "heads", None))
-        key = self.constrain(linear(x_BTD, self.key[...]), ("batch", None, "kv_heads", None))
-        value = self.constrain(linear(x_BTD, self.value[...]), ("batch", None, "kv_heads", None))
+        query = self.constrain(linear(asking_BTD, self.query[...]), QUERIES)
+        key = self.constrain(linear(x_BTD, self.key[...]), KEYS)
+        value = self.constrain(linear(x_BTD, self.value[...]), KEYS)
         if self.uses_rope:
             query, key = self._rotate_and_norm(query, asking), self._rotate_and_norm(key, piece)
         else:
             query = self._scale(query, asking)
         key_BKSd, value_BKSd = key.swapaxes(1, 2), value.swapaxes(1, 2)
         key_positions = piece.positions_BT
-        among_themselves = not last_only and (cache is None or cache.fresh)
+        in_order = not last_only and (cache is None or cache.fresh)
         if cache is not None:
-            cache, key_BKSd, value_BKSd, key_positions = cache.append(key_BKSd, value_BKSd, piece)
-        mask_BTS = visible(asking.positions_BT, key_positions, self.chunk)
-        out = (causal_attention if among_themselves else attention)(query, key_BKSd, value_BKSd, mask_BTS)
-        out = self.constrain(out, ("batch", None, "heads", None))
+            cache, key_BKSd, value_BKSd, key_positions = cache.append(key_BKSd, value_BKSd, piece, self.attend.write)
+        if in_order:
+            out = self.attend.in_order(query, key_BKSd, value_BKSd, self.chunk)
+        else:
+            out = self.attend.over(query, key_BKSd, value_BKSd, asking.positions_BT, key_positions, self.chunk)
+        out = self.constrain(out, QUERIES)
         return linear(out, self.output[...], contract=2), cache
 
     def _rotate_and_norm(self, x, piece):

@@ -18,9 +18,10 @@ from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.model.attention import Piece
 from maverick_jax.model.parameter import weight
-from maverick_jax.model.text import Text
+from maverick_jax.model.text import RESIDUAL, Text
 from maverick_jax.model.vision import Vision
 from maverick_jax.ops.linear import linear, linear_float32
+from maverick_jax.sharding.attend import Attend, AttendHere
 from maverick_jax.sharding.dispatch import Dispatcher, Local, Stats
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Llama4(nnx.Module):
     Args:
       config: sizes and switches.
       dispatcher: moves tokens to their experts; `Local()` keeps them on one device.
+      attend: how queries meet keys; `AttendHere()` on one device.
       constrain: `constrain(x, logical_axes)` pins an activation to a layout.
       dtype: of weights and activations; None takes the config's.
       rngs: for initial values. `get_abstract_model` describes a model without making any.
@@ -51,12 +53,14 @@ class Llama4(nnx.Module):
         config: Config,
         *,
         dispatcher: Dispatcher | None = None,
+        attend: Attend | None = None,
         constrain: Any = identity,
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
         dtype = jnp.dtype(dtype or config.dtype)
-        self.text = Text(config.text, dispatcher=dispatcher or Local(), constrain=constrain, dtype=dtype, rngs=rngs)
+        dispatcher, attend = dispatcher or Local(), attend or AttendHere()
+        self.text = Text(config.text, dispatcher=dispatcher, attend=attend, constrain=constrain, dtype=dtype, rngs=rngs)
         if config.vision is not None:
             self.vision = Vision(config.vision, constrain=constrain, dtype=dtype, rngs=rngs)
             self.projector = weight(rngs, (config.vision.vision_output_dim, config.text.hidden_size), ("vision_output", "embed"), dtype)
@@ -106,7 +110,7 @@ class Llama4(nnx.Module):
         if features_ID is not None:
             is_patch = token_ids_BT == self.config.image_token_index
             x_BTD = jnp.where(is_patch[..., None], features_ID[index_BT], x_BTD)
-        return self.constrain(x_BTD, ("batch", None, None))
+        return self.constrain(x_BTD, RESIDUAL)
 
     def hidden(
         self, x_BTD: jax.Array, lengths_B: Array | None = None, cache: KVCache | None = None, *, last_only: bool = False

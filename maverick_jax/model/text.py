@@ -15,16 +15,21 @@ from maverick_jax.model.feed_forward import FeedForward
 from maverick_jax.model.moe import MoE
 from maverick_jax.model.parameter import ones, weight
 from maverick_jax.ops.norm import rms_norm
+from maverick_jax.sharding.attend import Attend
 from maverick_jax.sharding.dispatch import Dispatcher, Stats
+
+RESIDUAL = ("batch", "sequence", None)
 
 
 class Layer(nnx.Module):
     """Pre-norm attention and feed-forward (dense or mixture of experts), each added to the residual stream."""
 
-    def __init__(self, config: TextConfig, layer: int, *, dispatcher: Dispatcher, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TextConfig, layer: int, *, dispatcher: Dispatcher, attend: Attend, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         D = config.hidden_size
         self.attention_norm = ones((D,), ("embed",), dtype)
-        self.attention = Attention(config, layer, constrain=constrain, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, layer, attend=attend, constrain=constrain, dtype=dtype, rngs=rngs)
         self.feed_forward_norm = ones((D,), ("embed",), dtype)
         if layer in config.moe_layers:
             self.feed_forward = MoE(config, dispatcher=dispatcher, constrain=constrain, dtype=dtype, rngs=rngs)
@@ -38,19 +43,20 @@ class Layer(nnx.Module):
         attended, cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), piece, cache, last_only=last_only)
         if last_only:
             x_BTD, piece = piece.pick_last(x_BTD), piece.last
-        x_BTD = self.constrain(x_BTD + attended, ("batch", None, None))
+        x_BTD = self.constrain(x_BTD + attended, RESIDUAL)
         transformed, stats = self.feed_forward(rms_norm(x_BTD, self.feed_forward_norm[...], self.eps), piece.real_BT)
-        return self.constrain(x_BTD + transformed, ("batch", None, None)), cache, stats
+        return self.constrain(x_BTD + transformed, RESIDUAL), cache, stats
 
 
 class Text(nnx.Module):
     """The decoder. `embed`, the layers and `logits` are separate steps, so that images enter between the first two."""
 
-    def __init__(self, config: TextConfig, *, dispatcher: Dispatcher, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, dispatcher: Dispatcher, attend: Attend, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.hidden_size
         self.embedding = weight(rngs, (V, D), ("vocab", "embed"), dtype, fan_in=1)
         self.layers = nnx.List(
-            Layer(config, i, dispatcher=dispatcher, constrain=constrain, dtype=dtype, rngs=rngs) for i in range(config.num_hidden_layers)
+            Layer(config, i, dispatcher=dispatcher, attend=attend, constrain=constrain, dtype=dtype, rngs=rngs)
+            for i in range(config.num_hidden_layers)
         )
         self.norm = ones((D,), ("embed",), dtype)
         self.unembedding = weight(rngs, (D, V), ("embed", "vocab"), dtype)

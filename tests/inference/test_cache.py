@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from maverick_jax.config import Config
 from maverick_jax.inference.cache import KVCache
 from maverick_jax.model.attention import Piece
+from maverick_jax.ops.attention import write_slots
 
 CHUNK, ROOM = 8, 32
 
@@ -40,7 +41,7 @@ def test_buffers_are_a_chunk_or_the_whole_context():
 
 @pytest.fixture(scope="module")
 def append():
-    return jax.jit(lambda cache, layer, key, piece: cache.layers[layer].append(key, key, piece), static_argnums=1)
+    return jax.jit(lambda cache, layer, key, piece: cache.layers[layer].append(key, key, piece, write_slots), static_argnums=1)
 
 
 WIDTH = 11

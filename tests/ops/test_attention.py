@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from maverick_jax.ops.attention import attention, causal_attention, temperature_scale, visible
+from maverick_jax.ops import attention as ops_attention
+from maverick_jax.ops.attention import attend, attend_in_order, attention, temperature_scale, visible
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 16])
@@ -34,18 +35,79 @@ def test_consecutive_query_heads_share_a_key_head():
         assert_allclose(out[0, :, h], weights / weights.sum(-1, keepdims=True) @ value[0, h // 3], atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("T", [1, 64, 65, 200, 600])
-def test_blocks_of_queries_change_nothing(T, dtype, tolerance):
-    """One block, a last block of one query, several, and more than the eighth part: as all queries at once."""
+def random_heads(B, T, S, dtype="float32"):
+    """Six query heads on two key/value heads."""
     random = np.random.default_rng(T)
-    query, key, value = (jnp.asarray(random.standard_normal(s), dtype) for s in ((2, T, 6, 4), (2, 2, T, 4), (2, 2, T, 4)))
-    positions = jnp.arange(T, dtype=jnp.int32)[None] + jnp.array([[0], [30]], jnp.int32)
-    mask = visible(positions, positions, 48)
-    blocks = jax.jit(causal_attention)(query, key, value, mask)
+    return (jnp.asarray(random.standard_normal(s), dtype) for s in ((B, T, 6, 4), (B, 2, S, 4), (B, 2, S, 4)))
+
+
+def whole(query, key, value, positions, key_positions, chunk):
+    """All scores at once, in float32."""
+    mask = visible(positions, key_positions, chunk)
+    return jax.jit(attention)(*(a.astype(jnp.float32) for a in (query, key, value)), mask)
+
+
+@pytest.fixture
+def few_scores(monkeypatch):
+    """Blocks as in a context of a million tokens, with few tokens."""
+    monkeypatch.setattr(ops_attention, "MOST_SCORES", 2**10)
+    monkeypatch.setattr(ops_attention, "KEY_BLOCK", 32)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("chunk", [None, 48])
+@pytest.mark.parametrize("T", [1, 64, 65, 200, 600])
+def test_blocks_in_order_change_nothing(T, chunk, dtype, tolerance):
+    """One block, a last block of one query, several, chunks as rows of their own: as all queries over all keys at once."""
+    query, key, value = random_heads(2, T, T, dtype)
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
+    blocks = jax.jit(attend_in_order, static_argnums=3)(query, key, value, chunk)
     assert blocks.dtype == dtype
-    whole = jax.jit(attention)(*(a.astype(jnp.float32) for a in (query, key, value)), mask)
-    assert_allclose(blocks.astype(jnp.float32), whole, atol=tolerance)
+    assert_allclose(blocks.astype(jnp.float32), whole(query, key, value, positions, positions, chunk), atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [None, 48])
+@pytest.mark.parametrize("T", [2, 65, 200])
+def test_blocks_of_keys_change_nothing(few_scores, T, chunk):
+    """The softmax is carried from block to block: over a wrapped cache, and from the start of a context."""
+    query, key, value = random_heads(2, T, 100)
+    positions = 90 + jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
+    key_positions = jnp.stack([jnp.roll(jnp.arange(100, dtype=jnp.int32), 7), jnp.arange(-20, 80, dtype=jnp.int32)])
+    blocks = jax.jit(attend, static_argnums=5)(query, key, value, positions, key_positions, chunk)
+    expected = np.array(whole(query, key, value, positions, key_positions, chunk))
+    sees_nothing = ~np.asarray(visible(positions, key_positions, chunk)).any(axis=-1)
+    expected[sees_nothing], blocks = 0, np.where(sees_nothing[..., None, None], 0, blocks)
+    assert_allclose(blocks, expected, atol=2e-6)
+    query, key, value = random_heads(2, T, T)
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
+    blocks = jax.jit(attend_in_order, static_argnums=3)(query, key, value, chunk)
+    assert_allclose(blocks, whole(query, key, value, positions, positions, chunk), atol=2e-6)
+
+
+def test_the_gradient_by_blocks(few_scores):
+    """Blocks that are computed again in the backward pass give the gradient of the whole."""
+    T = 150
+    query, key, value = random_heads(1, T, T)
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+
+    def gradient(attending):
+        return jax.grad(lambda *heads: jnp.sin(attending(*heads)).sum(), argnums=(0, 1, 2))(query, key, value)
+
+    blocks = gradient(lambda q, k, v: attend_in_order(q, k, v, None))
+    for ours, expected in zip(blocks, gradient(lambda q, k, v: whole(q, k, v, positions, positions, None)), strict=True):
+        assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_a_long_context_makes_no_square(few_scores):
+    """No array of T x S scores, forward or backward: at a million tokens one head's would take 4 TB."""
+    T = 512
+    query, key, value = random_heads(1, T, T)
+
+    def loss(query, key, value):
+        return attend_in_order(query, key, value, None).sum()
+
+    sizes = [v.aval.size for eqn in jax.make_jaxpr(jax.grad(loss))(query, key, value).eqns for v in eqn.outvars]
+    assert max(sizes) < T * T
 
 
 def test_a_query_that_sees_nothing_stays_finite():

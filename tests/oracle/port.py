@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from maverick_jax.config import Config
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
-from maverick_jax.sharding import THROUGHPUT, AllToAll, Constrain
+from maverick_jax.sharding import THROUGHPUT, AttendOnMesh, Constrain, Layout, make_dispatcher
 
 TEXT, VISION = "language_model.model.", "vision_model."
 TEXT_LAYER, VISION_LAYER = TEXT + r"layers.\1.", VISION + r"model.layers.\1."
@@ -75,16 +75,22 @@ def convert(name: str, shape: tuple[int, ...], tensors: dict[str, np.ndarray]) -
     return np.ascontiguousarray(change[kind]()).reshape(shape)
 
 
-def port(reference: torch.nn.Module, config: Config | None = None, *, mesh: Mesh | None = None, **options: Any) -> Llama4:
+def port(
+    reference: torch.nn.Module, config: Config | None = None, *, mesh: Mesh | None = None, layout: Layout = THROUGHPUT, **options: Any
+) -> Llama4:
     """Our float32 model with the reference's weights, on one device or laid out over a mesh."""
     config = config or Config.from_huggingface(reference.config.to_dict())
     if mesh is not None:
-        options = {"constrain": Constrain(mesh, THROUGHPUT), "dispatcher": AllToAll(mesh, THROUGHPUT)} | options
+        options = {
+            "constrain": Constrain(mesh, layout),
+            "dispatcher": make_dispatcher(mesh, layout),
+            "attend": AttendOnMesh(mesh, layout),
+        } | options
     graphdef, state = nnx.split(get_abstract_model(config, dtype="float32", **options))
     tensors = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
     for path, leaf in nnx.to_flat_state(state):
         array = jnp.asarray(convert(parameter_name(path), leaf.shape, tensors))
         if mesh is not None:
-            array = jax.device_put(array, THROUGHPUT.sharding(leaf.get_metadata()["axes"], leaf.shape, mesh))
+            array = jax.device_put(array, layout.sharding(leaf.get_metadata()["axes"], leaf.shape, mesh))
         leaf.set_value(array)
     return nnx.merge(graphdef, state)

@@ -1,0 +1,127 @@
+"""Attention on a mesh: rows, heads and, where rows are few, the sequence lie on different devices (context parallelism).
+
+Whole chunks on each device need nothing from another; elsewhere the keys and values are gathered.
+
+Shape suffixes: B batch, T query tokens, S key slots, H query heads, K key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from maverick_jax.ops.attention import attend, attend_in_order, partial_attention, visible, write_slots
+from maverick_jax.sharding.layout import Layout
+
+QUERIES = ("attention_batch", "attention_sequence", "heads", None)
+KEYS = ("attention_batch", "attention_sequence", "kv_heads", None)
+CACHE = ("attention_batch", "kv_heads", "attention_sequence", None)
+
+
+class Attend(Protocol):
+    """Both ways of attending, as in `ops.attention`, and writing keys or values into a cache that may be divided like them."""
+
+    def write(self, buffer_BKSd, new_BKTd, slots_BT) -> jax.Array: ...
+
+    def over(self, query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk: int | None) -> jax.Array: ...
+
+    def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk: int | None) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendHere:
+    """Everything on one device."""
+
+    def write(self, buffer_BKSd, new_BKTd, slots_BT):
+        return write_slots(buffer_BKSd, new_BKTd, slots_BT)
+
+    def over(self, query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk):
+        return attend(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk)
+
+    def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk):
+        return attend_in_order(query_BTHd, key_BKTd, value_BKTd, chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendOnMesh:
+    """Each device attends for its rows, heads and part of the sequence."""
+
+    mesh: Mesh
+    layout: Layout
+
+    def write(self, buffer_BKSd, new_BKTd, slots_BT):
+        rows, kv_heads, sequence, _ = self.layout.split(CACHE, buffer_BKSd.shape, self.mesh)
+        if not sequence:
+            return write_slots(buffer_BKSd, new_BKTd, slots_BT)
+
+        def part(buffer, new, slots):
+            """The partitioner would gather the buffer: each device takes what falls into its part."""
+            S = buffer.shape[2]
+            own = slots - lax.axis_index(sequence) * S
+            return write_slots(buffer, new, jnp.where((own >= 0) & (own < S), own, S))
+
+        buffers = PartitionSpec(rows, kv_heads, sequence)
+        local = self._shard_map(part, (buffers, PartitionSpec(rows, kv_heads), PartitionSpec(rows)))
+        return local(buffer_BKSd, new_BKTd, slots_BT)
+
+    def over(self, query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk):
+        if query_BTHd.shape[1] == 1:
+            return self._one_token(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk)
+        rows, sequence, heads, kv_heads = self._divided(query_BTHd, key_BKSd)
+        keys = PartitionSpec(rows, kv_heads)
+        local = self._shard_map(
+            functools.partial(attend, chunk=chunk),
+            (PartitionSpec(rows, sequence, heads), keys, keys, PartitionSpec(rows, sequence), PartitionSpec(rows)),
+        )
+        return local(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS)
+
+    def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk):
+        rows, sequence, heads, kv_heads = self._divided(query_BTHd, key_BKTd)
+        tokens = query_BTHd.shape[1] // math.prod(self.mesh.shape[a] for a in sequence)
+        queries = PartitionSpec(rows, sequence, heads)
+        if not sequence or (chunk is not None and tokens % chunk == 0):
+            keys = PartitionSpec(rows, kv_heads, sequence)
+            return self._shard_map(functools.partial(attend_in_order, chunk=chunk), (queries, keys, keys))(query_BTHd, key_BKTd, value_BKTd)
+
+        def behind(query, key, value):
+            first = lax.axis_index(sequence) * tokens
+            positions_BT = jnp.broadcast_to(first + jnp.arange(tokens, dtype=jnp.int32), query.shape[:2])
+            key_positions_BS = jnp.broadcast_to(jnp.arange(key.shape[2], dtype=jnp.int32), (key.shape[0], key.shape[2]))
+            return attend(query, key, value, positions_BT, key_positions_BS, chunk)
+
+        keys = PartitionSpec(rows, kv_heads)
+        return self._shard_map(behind, (queries, keys, keys))(query_BTHd, key_BKTd, value_BKTd)
+
+    def _one_token(self, query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk):
+        """Each device looks at its part of the sequence; only sums travel."""
+        rows, kv_heads, sequence, _ = self.layout.split(
+            ("attention_batch", "kv_heads", "attention_sequence", None), key_BKSd.shape, self.mesh
+        )
+        if not sequence:  # plain operations, which the compiler divides and fuses better than a region of our own
+            return attend(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk)
+
+        def part(query, key, value, positions, key_positions):
+            out, total, most = partial_attention(query, key, value, visible(positions, key_positions, chunk))
+            shrink = jnp.exp(most - lax.pmax(most, sequence))
+            out, total = lax.psum((out * shrink[..., None], total * shrink), sequence)
+            return jnp.moveaxis(out / total[..., None], 3, 1).reshape(query.shape).astype(query.dtype)
+
+        queries, keys = PartitionSpec(rows, None, kv_heads), PartitionSpec(rows, kv_heads, sequence)
+        local = self._shard_map(part, (queries, keys, keys, PartitionSpec(rows), PartitionSpec(rows, sequence)))
+        return local(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS)
+
+    def _divided(self, query_BTHd, key_BKSd):
+        """Mesh axes of rows, sequence, query heads and key/value heads."""
+        rows, sequence, heads, _ = self.layout.split(QUERIES, query_BTHd.shape, self.mesh)
+        kv_heads = self.layout.split(("kv_heads",), key_BKSd.shape[1:2], self.mesh)[0]
+        return rows, sequence, heads, kv_heads
+
+    def _shard_map(self, function, in_specs):
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=in_specs[0], check_vma=False)

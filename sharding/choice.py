@@ -1,0 +1,33 @@
+"""Which dispatcher a mesh and a layout call for, and those that can be asked for by name."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from maverick_jax.errors import UserError
+from maverick_jax.sharding.all_to_all import AllToAll
+from maverick_jax.sharding.dispatch import Dispatcher, Local
+from maverick_jax.sharding.layout import Layout
+from maverick_jax.sharding.ragged import Ragged
+
+DISPATCHERS = {"local": Local, "all_to_all": AllToAll, "ragged": Ragged}
+
+
+def make_dispatcher(mesh: Mesh | None, layout: Layout, dispatcher: str | Dispatcher | None = None) -> Dispatcher:
+    """The dispatcher for a mesh.
+
+    Args:
+      dispatcher: one of your own, a name of `DISPATCHERS`, or None: `AllToAll` where the layout divides the experts over
+        several devices, else `Local`.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    if dispatcher is not None and not isinstance(dispatcher, str):
+        return dispatcher
+    if dispatcher is not None and dispatcher not in DISPATCHERS:
+        raise UserError(f"dispatcher {dispatcher!r} is unknown: choose one of {', '.join(DISPATCHERS)}.")
+    if mesh is None or mesh.size == 1:
+        return Local()
+    divided = any(mesh.shape[axis] > 1 for axis in layout.mesh_axes("expert"))
+    return DISPATCHERS[dispatcher or ("all_to_all" if divided else "local")](mesh, layout)

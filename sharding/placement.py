@@ -1,0 +1,87 @@
+"""Where a mixture's tokens and experts lie on a mesh, and the `shard_map` around what each device does with them.
+
+Shape suffixes: T all tokens, L tokens of one device, D model width, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from maverick_jax.ops.swiglu import ExpertWeights
+from maverick_jax.sharding.layout import Layout
+
+OnDevice = Callable[[jax.Array, jax.Array, ExpertWeights], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Mesh axes that divide the experts, their width, and the tokens.
+
+    Attributes:
+      expert_axes, width_axes: as the layout divides `gate_EDF`.
+      token_axes: of the layout's `tokens`; none of `width_axes`, whose devices each add a part to the same tokens.
+    """
+
+    mesh: Mesh
+    expert_axes: tuple[str, ...]
+    width_axes: tuple[str, ...]
+    token_axes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, mesh: Mesh, layout: Layout, experts: ExpertWeights) -> Placement:
+        expert_axes, _, width_axes = layout.split(("expert", None, "expert_mlp"), experts.gate_EDF.shape, mesh)
+        return cls(mesh, expert_axes, width_axes, tuple(a for a in layout.mesh_axes("tokens") if a not in width_axes))
+
+    @property
+    def gathered_token_axes(self) -> tuple[str, ...]:
+        """All devices of the expert axes look at the same tokens."""
+        return tuple(a for a in self.token_axes if a not in self.expert_axes)
+
+    @property
+    def split_token_axes(self) -> tuple[str, ...]:
+        """Every device of the expert axes brings tokens of its own, also where the layout keeps copies on them."""
+        return self.token_axes + tuple(a for a in self.expert_axes if a not in self.token_axes)
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.mesh.shape[a] for a in axes)
+
+    @staticmethod
+    def sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        return lax.psum(x, axes) if axes else x
+
+    def run(
+        self, on_device: OnDevice, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights, *, token_axes: tuple[str, ...]
+    ) -> tuple[jax.Array, jax.Array]:
+        """`on_device(x_LD, expert_L, experts) -> (y_LD, dropped)` on every device, tokens divided over `token_axes`.
+
+        Tokens that the devices do not share evenly, perhaps fewer than devices, are padded. `dropped` is summed over the
+        token axes.
+        """
+        T, E = x_TD.shape[0], experts.gate_EDF.shape[0]
+        missing = -T % self.size(token_axes)
+        if missing:
+            x_TD = jnp.pad(x_TD, ((0, missing), (0, 0)))
+            expert_T = jnp.pad(expert_T, (0, missing), constant_values=E)
+        tokens, inwards = PartitionSpec(token_axes), PartitionSpec(self.expert_axes, None, self.width_axes)
+        outwards = PartitionSpec(self.expert_axes, self.width_axes, None)
+
+        def body(*args: Any) -> tuple[jax.Array, jax.Array]:
+            y_LD, dropped = on_device(*args)
+            return y_LD, self.sum(dropped, token_axes)
+
+        y_TD, dropped = jax.shard_map(
+            body,
+            mesh=self.mesh,
+            in_specs=(tokens, tokens, ExpertWeights(inwards, inwards, outwards)),
+            out_specs=(tokens, PartitionSpec()),
+            check_vma=False,  # the CPU grouped matmul's loops carry zeros that vary over no axis
+        )(x_TD, expert_T, experts)
+        return y_TD[:T], dropped
