@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "what is in a checkpoint: names, shapes, dtypes, bytes",
     "generate": "answer one prompt",
     "chat": "talk, with pictures",
+    "plan": "will it fit, how fast can it be, on devices that need not be there",
 }
 MISTAKE = 2
 INTERRUPTED = 130

@@ -1,0 +1,112 @@
+"""One question: this model, on this mesh of these chips, in this dtype, with so many rows of so many tokens.
+
+What a device holds follows from the layout table alone: every size here comes from `Layout.sharding`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import cast
+
+from jax.sharding import AbstractMesh, Mesh
+
+from maverick_jax.config import Config
+from maverick_jax.errors import UserError
+from maverick_jax.model.parameter import Axes
+from maverick_jax.plan.topology import Topology
+from maverick_jax.plan.weights import COMPONENTS, check_dtype, parameters, stored
+from maverick_jax.sharding.attend import CACHE as CACHE_AXES
+from maverick_jax.sharding.layout import Layout
+from maverick_jax.sharding.mesh import AXES as MESH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Everything that a plan depends on.
+
+    Attributes:
+      mesh_shape: devices on the axes data, expert and tensor.
+      batch: rows; each holds `context` tokens.
+
+    Raises:
+      UserError: the mesh has another number of devices than the topology or does not divide the model; batch or context
+        out of range; an unknown dtype; a layout that names an axis the mesh lacks.
+    """
+
+    config: Config
+    topology: Topology
+    mesh_shape: tuple[int, ...]
+    layout: Layout
+    dtype: str
+    batch: int
+    context: int
+
+    def __post_init__(self):
+        check_dtype(self.dtype)
+        if self.batch < 1:
+            raise UserError(f"batch is {self.batch}: a batch has at least one row.")
+        longest = self.config.text.max_position_embeddings
+        if not 1 <= self.context <= longest:
+            raise UserError(f"context is {self.context:,}: this model's is 1 to {longest:,} tokens.")
+        devices = math.prod(self.mesh_shape)
+        if devices != self.topology.devices:
+            raise UserError(
+                f"the mesh {self.mesh_name} has {devices} devices, {self.topology.name} has {self.topology.devices}: make them equal."
+            )
+        self.layout.check(self.config, self.mesh)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """A mesh without devices: a layout asks only for its shape."""
+        return cast(Mesh, AbstractMesh(self.mesh_shape, MESH_AXES))
+
+    @property
+    def mesh_name(self) -> str:
+        """As `--mesh` takes it; axes of one device are left out."""
+        sizes = [f"{axis}={size}" for axis, size in zip(MESH_AXES, self.mesh_shape, strict=True) if size > 1]
+        return ",".join(sizes or ["data=1"])
+
+    def local(self, axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What one device holds of an array with these logical axes."""
+        return self.layout.sharding(axes, shape, self.mesh).shard_shape(shape)
+
+    def ways(self, axis: str | None) -> int:
+        """Devices among which a logical axis is divided if its size allows."""
+        return math.prod(self.mesh.shape[name] for name in self.layout.mesh_axes(axis))
+
+    def split(self, axis: str, size: int) -> int:
+        """Devices among which a logical axis of this size is divided."""
+        return size // self.local((axis,), (size,))[0]
+
+    @functools.cached_property
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes per device of every component, in the order of `COMPONENTS`."""
+        found = dict.fromkeys(COMPONENTS, 0)
+        for part, axes, shape, size, count in stored(self.config, self.dtype):
+            found[part] += math.prod(self.local(axes, shape)) * size * count
+        return {part: size for part, size in found.items() if size}
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(math.prod(shape) * count for (_, _, shape), count in parameters(self.config).items())
+
+    @functools.cached_property
+    def weight_total(self) -> int:
+        """Bytes of the whole model, every parameter counted once."""
+        return sum(math.prod(shape) * size * count for _, _, shape, size, count in stored(self.config, self.dtype))
+
+    @functools.cached_property
+    def matrix_elements(self) -> dict[str, int]:
+        """Elements per device of every component's matrices, which is what products are made of."""
+        found: dict[str, int] = {}
+        for (part, axes, shape), count in parameters(self.config).items():
+            if len(shape) > 1:
+                found[part] = found.get(part, 0) + math.prod(self.local(axes, shape)) * count
+        return found
+
+    @property
+    def row_ways(self) -> int:
+        """A batch is divided among devices only if it is a multiple of this."""
+        return max(self.ways("batch"), self.ways(CACHE_AXES[0]))

@@ -1,0 +1,210 @@
+"""Plans as text for a terminal and as plain values for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from maverick_jax.plan.chips import GIB
+from maverick_jax.plan.memory import RESERVE
+from maverick_jax.plan.roofline import Cost, token_bytes
+
+if TYPE_CHECKING:
+    from maverick_jax.plan.planner import Plan
+
+
+def as_text(plan: Plan) -> str:
+    """Memory by component, the limit of a decode step and of a prefill, and how the limit moves with the batch."""
+    return "\n\n".join(
+        "\n".join(part) for part in (_question(plan), _memory(plan), _decode(plan), _prefill(plan), _room(plan), _curve(plan))
+    )
+
+
+def _question(plan: Plan) -> list[str]:
+    case = plan.case
+    chip = case.topology.chip
+    return [
+        f"{case.parameter_count / 1e9:,.1f} B parameters, {case.weight_total / 1e9:,.2f} GB in {case.dtype}; "
+        f"batch {case.batch:,}, context {case.context:,}",
+        f"{case.topology.name}: {case.topology.devices} devices of {chip.memory / GIB:.0f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s, "
+        f"{chip.flops / 1e12:,.0f} TFLOP/s, links {chip.link / 1e9:,.0f} GB/s each way",
+        f"mesh {case.mesh_name}{' (the best that divides)' if plan.mesh_chosen else ''}, layout {case.layout.name}",
+        *(f"note: {note}" for note in plan.notes),
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    held = plan.memory
+    cache = [("cache, RoPE layers", held.rope_cache), ("cache, NoPE layers", held.full_cache)]
+    temporaries = [(f"temporaries, {kind}", size) for kind, size in held.temporaries.items() if size]
+    totals = [("total", held.needed), ("usable", held.usable), ("free", held.free)]
+    lines = [("GiB per device", "")] + [
+        (name, f"{size / GIB:.2f}") for name, size in [*held.weights.items(), *cache, *temporaries, *totals]
+    ]
+    text = _aligned(lines)
+    text[-2] += f"   {held.capacity / GIB:.0f} GiB less {RESERVE:.0%} for the runtime"
+    text[-1] += "   it fits" if held.fits else "   it does not fit"
+    return text
+
+
+def _decode(plan: Plan) -> list[str]:
+    cost, case = plan.decode, plan.case
+    return [
+        f"decode, one token per row: at least {_seconds(cost.step)} per step, {_bound(cost.binds)}; "
+        f"{_seconds(cost.serial)} if nothing overlaps",
+        *_aligned(
+            [
+                ("  memory", _seconds(cost.seconds["memory"]), f"{sum(cost.read.values()) / 1e9:.2f} GB: {_largest(cost.read)}"),
+                ("  compute", _seconds(cost.seconds["compute"]), f"{sum(cost.products.values()) / 1e12:.3f} TFLOP"),
+                ("  links", _seconds(cost.seconds["links"]), _sent(cost)),
+            ]
+        ),
+        f"  at most {1 / cost.step:,.0f} tokens/s per user, {case.batch / cost.step:,.0f} in total, "
+        f"{case.batch / cost.step / case.topology.devices:,.0f} per device",
+        *([f"  {_experts(plan)}"] if cost.distinct else []),
+    ]
+
+
+def _sent(cost: Cost) -> str:
+    if not cost.collectives:
+        return "none"
+    return f"{sum(cost.sent.values()) / 1e6:.1f} MB in {cost.collectives} collectives: {_largest(cost.sent)}"
+
+
+def _experts(plan: Plan) -> str:
+    case = plan.case
+    text = f"{plan.decode.distinct:.1f} of {case.config.text.num_local_experts} experts hit in a layer"
+    travels = any("all-to-all" in name for name in plan.decode.sent)
+    return text + (f"; a token takes {token_bytes(case):,} B to its expert and as many back" if travels else "")
+
+
+def _prefill(plan: Plan) -> list[str]:
+    found, case = plan.prefill, plan.case
+    prompts = f"{found.rows} prompts" if found.rows > 1 else "a prompt"
+    everyone = f", for all {case.batch} after {_seconds(found.batch_seconds)}" if case.batch > found.rows else ""
+    return [
+        f"prefill, {prompts} of {case.context:,} tokens in pieces of {found.piece:,}: first token after at least "
+        f"{_seconds(found.seconds)}{everyone}; {_bound(found.binds)}; at most {found.tokens_per_second:,.0f} tokens/s"
+    ]
+
+
+def _room(plan: Plan) -> list[str]:
+    case = plan.case
+    return [
+        f"room for batch {plan.largest_batch:,} at context {case.context:,}, or context {plan.largest_context:,} at batch {case.batch:,}"
+    ]
+
+
+def _curve(plan: Plan) -> list[str]:
+    rows = [("batch", "step", "tokens/s per user", "in total", "per device", "bound by")]
+    last = len(plan.curve) - 1
+    for batch, cost in (point for i, point in enumerate(plan.curve) if i % 2 == 0 or i == last):
+        speed = batch / cost.step
+        per_device = speed / plan.case.topology.devices
+        rows.append((f"{batch:,}", _seconds(cost.step), f"{1 / cost.step:,.0f}", f"{speed:,.0f}", f"{per_device:,.1f}", cost.binds))
+    return _aligned(rows)
+
+
+def search_table(plans: list[Plan]) -> str:
+    """A line per plan."""
+    rows = [("mesh", "layout", "GiB", "free", "step", "tokens/s per user", "in total", "per device", "largest batch", "bound by")]
+    for plan in plans:
+        case, step = plan.case, plan.decode.step
+        total = case.batch / step
+        rows.append(
+            (
+                case.mesh_name,
+                case.layout.name,
+                f"{plan.memory.needed / GIB:.1f}",
+                f"{plan.memory.free / GIB:.1f}",
+                _seconds(step),
+                f"{1 / step:,.0f}",
+                f"{total:,.0f}",
+                f"{total / case.topology.devices:,.0f}",
+                f"{plan.largest_batch:,}",
+                plan.decode.binds,
+            )
+        )
+    return "\n".join(_aligned(rows, left=2))
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """Bytes, seconds and tokens, unrounded."""
+    case, held = plan.case, plan.memory
+    return {
+        "topology": case.topology.name,
+        "devices": case.topology.devices,
+        "mesh": dict(case.mesh.shape),
+        "layout": case.layout.name,
+        "dtype": case.dtype,
+        "batch": case.batch,
+        "context": case.context,
+        "notes": plan.notes,
+        "parameters": case.parameter_count,
+        "weight_bytes": case.weight_total,
+        "memory_per_device": {
+            "weights": held.weights,
+            "rope_cache": held.rope_cache,
+            "nope_cache": held.full_cache,
+            "temporaries": held.temporaries,
+            "needed": held.needed,
+            "usable": held.usable,
+            "capacity": held.capacity,
+            "fits": held.fits,
+        },
+        "decode": _cost(plan.decode, case.batch, case.topology.devices),
+        "prefill": vars(plan.prefill),
+        "largest_batch": plan.largest_batch,
+        "largest_context": plan.largest_context,
+        "over_batch": [
+            {"batch": batch, "step": cost.step, "tokens_per_second": batch / cost.step, "binds": cost.binds} for batch, cost in plan.curve
+        ],
+    }
+
+
+def _cost(cost: Cost, batch: int, devices: int) -> dict[str, Any]:
+    return {
+        "read_bytes": cost.read,
+        "products": cost.products,
+        "sent_bytes": cost.sent,
+        "collectives": cost.collectives,
+        "seconds": cost.seconds,
+        "step": cost.step,
+        "serial": cost.serial,
+        "binds": cost.binds,
+        "distinct_experts": cost.distinct,
+        "tokens_per_second": {"user": 1 / cost.step, "total": batch / cost.step, "device": batch / cost.step / devices},
+    }
+
+
+def _seconds(seconds: float) -> str:
+    """Three digits with a unit that suits."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:,.0f} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _bound(binds: str) -> str:
+    return {"memory": "memory binds", "compute": "compute binds", "links": "the links bind"}[binds]
+
+
+def _largest(sizes: dict[str, float]) -> str:
+    """The three largest shares."""
+    total = sum(sizes.values())
+    shares = sorted(sizes.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{name} {size / total:.0%}" for name, size in shares)
+
+
+def _aligned(rows: Iterable[tuple[str, ...]], *, left: int = 1) -> list[str]:
+    """Columns of equal width, the first `left` of them and the last aligned to the left."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1 if len(widths) > 2 else len(widths)
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if i < left or i == last else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,202 @@
+"""How fast a step can be at most: bytes, products and links of one device, each at the chip's full rate.
+
+Nothing here is a forecast. Real steps reach a part of every rate; a step can never be faster than its slowest resource.
+Source of the method: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from maverick_jax.plan.case import Case
+from maverick_jax.plan.memory import prefill_piece, prefill_rows
+from maverick_jax.plan.weights import ATTENTION, DENSE, EMBEDDING, ROUTED, SHARED, SMALL, UNEMBEDDING, VISION, itemsize
+from maverick_jax.sharding.attend import CACHE as CACHE_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one device does in a step.
+
+    Attributes:
+      read: bytes from its memory, by what is read.
+      products: floating-point operations, by component ("scores": queries times keys, and weights times values).
+      sent: bytes over its links in one direction, by collective.
+      collectives: how many there are; what starting one takes is not in `seconds`.
+      seconds: of memory, compute and links, each alone.
+      distinct: experts of a mixture layer that the whole batch hits.
+    """
+
+    read: dict[str, float]
+    products: dict[str, float]
+    sent: dict[str, float]
+    collectives: int
+    seconds: dict[str, float]
+    distinct: float
+
+    @property
+    def step(self) -> float:
+        """Seconds if all three overlap perfectly: the limit."""
+        return max(self.seconds.values())
+
+    @property
+    def serial(self) -> float:
+        """Seconds if nothing overlaps."""
+        return sum(self.seconds.values())
+
+    @property
+    def binds(self) -> str:
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+
+def distinct_experts(experts: int, tokens: float) -> float:
+    """Expected distinct experts among `tokens` that each choose one of `experts` uniformly: E (1 - (1 - 1/E)^T)."""
+    return experts * (1 - (1 - 1 / experts) ** tokens)
+
+
+def all_reduce(ways: int, size: float) -> float:
+    """Bytes that each of `ways` devices sends to sum an array of `size` bytes: ring of reduce-scatter and all-gather."""
+    return 2 * (ways - 1) / ways * size
+
+
+def all_gather(ways: int, size: float) -> float:
+    """Bytes that each of `ways` devices sends until all have an array of `size` bytes. An all-to-all sends as much."""
+    return (ways - 1) / ways * size
+
+
+def decode(case: Case) -> Cost:
+    """One token for every row, the last that the context has room for."""
+    return step(case, case.batch, 1, case.context - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """Reading prompts of the whole context, one for each share of the batch at a time.
+
+    Attributes:
+      rows: prompts that are read together.
+      piece: tokens of each that a step takes.
+      seconds: until those rows have their first token.
+      batch_seconds: until every row of the batch has.
+      tokens_per_second: prompt tokens, all devices together.
+      binds: what most of the time is spent on.
+    """
+
+    rows: int
+    piece: int
+    seconds: float
+    batch_seconds: float
+    tokens_per_second: float
+    binds: str
+
+
+def prefill(case: Case) -> Prefill:
+    rows, piece = prefill_rows(case), prefill_piece(case)
+    costs = [step(case, rows, min(piece, case.context - start), start) for start in range(0, case.context, piece)]
+    seconds = sum(cost.step for cost in costs)
+    spent = {kind: sum(cost.step for cost in costs if cost.binds == kind) for kind in costs[0].seconds}
+    return Prefill(
+        rows=rows,
+        piece=piece,
+        seconds=seconds,
+        batch_seconds=math.ceil(case.batch / rows) * seconds,
+        tokens_per_second=rows * case.context / seconds,
+        binds=max(spent, key=spent.__getitem__),
+    )
+
+
+def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
+    """`rows` rows advance by `tokens` tokens each, `start` tokens after their beginnings."""
+    text, size = case.config.text, itemsize(case.dtype)
+    D = text.hidden_size
+    (own_rows,) = case.local(("batch",), (rows,))
+    (asking_rows,) = case.local((CACHE_AXES[0],), (rows,))
+    experts, hit, routed_tokens, distinct = _experts(case, rows * tokens)
+
+    slots, pairs = _attention(case, tokens, start)
+    (kv_heads,) = case.local(("kv_heads",), (text.num_key_value_heads,))
+    (heads,) = case.local(("heads",), (text.num_attention_heads,))
+    weights = {part: float(size) for part, size in case.weight_bytes.items() if part not in (VISION, EMBEDDING)}
+    if text.moe_layers:
+        weights[ROUTED] *= hit / experts
+    read = {
+        **weights,
+        EMBEDDING: own_rows * tokens * D * size,
+        "cache": 2 * asking_rows * kv_heads * slots * text.head_dim * size,
+    }
+
+    elements = case.matrix_elements
+    used = {ATTENTION: asking_rows * tokens, UNEMBEDDING: own_rows}  # of a prompt only the last token has logits
+    used |= dict.fromkeys((DENSE, SHARED, SMALL), own_rows * tokens)
+    products = {part: 2.0 * elements[part] * count for part, count in used.items() if part in elements}
+    products["scores"] = 4.0 * asking_rows * heads * text.head_dim * pairs
+    if text.moe_layers:
+        products[ROUTED] = 2.0 * elements[ROUTED] / experts * routed_tokens
+
+    links = _links(case, own_rows * tokens, asking_rows * tokens, rows * tokens)
+    sent = {name: count * size for name, (count, size) in links.items()}
+    chip = case.topology.chip
+    in_experts = products.get(ROUTED, 0.0)
+    expert_rate = chip.fp8_flops if case.dtype == "fp8" else chip.flops
+    seconds = {
+        "memory": sum(read.values()) / chip.bandwidth,
+        "compute": (sum(products.values()) - in_experts) / chip.flops + in_experts / expert_rate,
+        "links": sum(sent.values()) / chip.link,
+    }
+    return Cost(read, products, sent, sum(count for count, _ in links.values()), seconds, distinct)
+
+
+def _experts(case: Case, tokens: int) -> tuple[int, float, float, float]:
+    """Of one device: experts it holds, distinct ones hit and tokens computed; and distinct ones hit by the whole batch.
+
+    Expected values of uniform routing, and at least one expert and one token: somebody has it, and all wait.
+    """
+    E = case.config.text.num_local_experts
+    if not case.config.text.moe_layers:
+        return 1, 0.0, 0.0, 0.0
+    (held,) = case.local(("expert",), (E,))
+    apart = set(case.layout.mesh_axes("tokens")) - set(case.layout.mesh_axes("expert"))  # groups with experts of their own
+    group = math.ceil(tokens / math.prod(case.mesh.shape[name] for name in apart))
+    hit = held / E * distinct_experts(E, group)
+    return held, max(1.0, hit), max(1.0, group * held / E), distinct_experts(E, tokens)
+
+
+def _attention(case: Case, tokens: int, start: int) -> tuple[int, int]:
+    """Of one row, summed over the layers: cache slots read, and pairs of a query and a key that it sees.
+
+    A decode step of a RoPE layer reads its whole buffer, whatever part of it belongs to the current chunk.
+    """
+    text = case.config.text
+    slots = pairs = 0
+    for layer in range(text.num_hidden_layers):
+        chunk = text.chunk_of_layer(layer)
+        before = start if chunk is None else min(start, chunk - 1) if tokens == 1 else start % chunk
+        slots += before + tokens
+        pairs += tokens * before + tokens * (tokens + 1) // 2
+    return slots, pairs
+
+
+def _links(case: Case, own_tokens: int, asking_tokens: int, all_tokens: int) -> dict[str, tuple[int, float]]:
+    """Collectives of a step: how many of each kind, and the bytes that one device sends in one."""
+    text = case.config.text
+    layers, mixtures = text.num_hidden_layers, len(text.moe_layers)
+    own, asking = own_tokens * token_bytes(case), asking_tokens * token_bytes(case)
+    dispatched = math.ceil(all_tokens / case.ways("tokens")) * token_bytes(case)
+    to_experts = all_gather(case.split("expert", text.num_local_experts), dispatched) if mixtures else 0.0
+    found = {
+        "embedding all-reduce": (1, all_reduce(case.split("vocab", text.vocab_size), own)),
+        "attention all-reduce": (layers, all_reduce(case.split("heads", text.num_attention_heads), asking)),
+        "attention all-gather": (layers, all_gather(own_tokens // asking_tokens, own)),
+        "dense all-reduce": (layers - mixtures, all_reduce(case.split("mlp", text.intermediate_size_mlp), own)),
+        "shared expert all-reduce": (mixtures, all_reduce(case.split("mlp", text.intermediate_size), own)),
+        "all-to-all to experts": (mixtures, to_experts),
+        "all-to-all from experts": (mixtures, to_experts),
+        "routed expert all-reduce": (mixtures, all_reduce(case.split("expert_mlp", text.intermediate_size), dispatched)),
+    }
+    return {name: (count, size) for name, (count, size) in found.items() if count and size}
+
+
+def token_bytes(case: Case) -> int:
+    """Bytes of a token's hidden state: what goes to its expert, and what comes back."""
+    return case.config.text.hidden_size * itemsize(case.dtype)

@@ -1,0 +1,109 @@
+"""`maverick plan`: what it prints, and a line for every mistake."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+from maverick_jax.assets import mini_directory
+
+
+def test_text(maverick):
+    result = maverick("plan", "--topology", "v6e:8x8", "--mesh", "expert=8,tensor=8")
+    assert result.status == 0
+    assert "803.17 GB in bfloat16" in result.out
+    assert re.search(r"^routed experts +11\.25$", result.out, re.MULTILINE)  # 2 x 386.5 B / 64
+    assert "50.5 of 128 experts hit in a layer; a token takes 10,240 B to its expert and as many back" in result.out
+    assert "memory binds" in result.out
+
+
+def test_json_has_the_numbers_of_the_text(maverick):
+    question = ("plan", "--topology", "h100:8", "--dtype", "fp8")
+    text, values = maverick(*question).out, json.loads(maverick(*question, "--json").out)
+    assert values["mesh"] == {"data": 1, "expert": 1, "tensor": 8}
+    assert values["weight_bytes"] == 416_752_626_688
+    assert values["decode"]["binds"] == "memory"
+    assert f"at most {values['decode']['tokens_per_second']['user']:,.0f} tokens/s per user" in text
+    assert f"batch {values['largest_batch']:,} at context 8,192" in text
+    assert "not yet run by this package" in text
+
+
+def test_search(maverick):
+    result = maverick("plan", "--topology", "v6e:8x8", "--layout", "throughput", "--search")
+    lines = result.out.splitlines()
+    assert lines[0].split()[:2] == ["mesh", "layout"]
+    assert lines[1].startswith("expert=8,tensor=8")
+    plans = json.loads(maverick("plan", "--topology", "v6e:8x8", "--layout", "throughput", "--search", "--json").out)["plans"]
+    assert len(plans) == len(lines) - 1
+
+
+def test_a_directory(maverick):
+    """The mini model, by its config.json alone; its weights are not read."""
+    result = maverick("plan", "-m", mini_directory(), "--topology", "v5e:2x4", "--mesh", "expert=8", "--context", "128", "--json")
+    assert json.loads(result.out)["memory_per_device"]["fits"]
+
+
+def test_plot(maverick, tmp_path):
+    assert maverick("plan", "--topology", "v6e:8x8", "--plot", tmp_path / "plan.png").status == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--topology v7x:8", ["topology 'v7x:8' is unknown", "v6e:8x8", "h100:8"]),
+        ("--topology v6e:64", ["'v6e:64'", "v6e comes as 1x1, 2x2"]),
+        ("--topology v5p:8x8", ["'v5p:8x8'", "4x4x4"]),
+        ("--topology h100:16", ["several hosts"]),
+        ("--topology v6e:8x8 --mesh expert=8", ["the mesh expert=8 has 8 devices, v6e:8x8 has 64"]),
+        ("--topology v6e:8x8 --mesh expert=4,tensor=16", ["tensor = 16", "40 attention heads"]),
+        ("--topology v6e:8x8 --mesh ep=64", ["--mesh", "ep=64"]),
+        ("--topology v6e:8x8 --mesh expert=8,tensor=8 --search", ["leave out --mesh"]),
+        ("--topology v6e:8x8 --layout fast", ["layout 'fast'", "throughput"]),
+        ("--topology v6e:8x8 --dtype int4", ["dtype 'int4'", "fp8"]),
+        ("--topology v6e:8x8 --batch 0", ["batch is 0"]),
+        ("--topology v6e:8x8 --context 2000000", ["1 to 1,048,576"]),
+        ("--topology v6e:8x8 --model llama", ["model 'llama' is neither maverick nor scout nor a directory"]),
+        ("--topology h100:8 --plot no/such/folder.png --dtype fp8", ["no/such/folder.png"]),
+    ],
+)
+def test_mistakes(maverick, arguments, words):
+    expect(maverick("plan", *shlex.split(arguments)), words)
+
+
+@pytest.mark.parametrize(
+    "arguments, excess",
+    [
+        ("--topology h100:8", 30.7),
+        ("--topology v6e:8x8 --batch 2000", None),
+        ("--topology h100:8 --dtype fp8 --mesh expert=8", None),
+        ("--topology v6e:4x4 --mesh expert=2,tensor=8", None),
+        ("--topology v6e:4x4 --search", None),
+    ],
+)
+def test_what_does_not_fit(maverick, arguments, excess):
+    """By how much, and single changes each of which really suffices."""
+    result = maverick("plan", *shlex.split(arguments))
+    expect(result, ["does not fit", f"{excess} GiB more than" if excess else "GiB more than"])
+    changes = re.search(r"what would fit: (.*)\.$", result.err).group(1).split(", or ")
+    assert changes
+    for change in changes:
+        if change.startswith("--topology") and "--mesh" not in change:
+            arguments = re.sub(r"--mesh \S+", "", arguments)
+        assert maverick("plan", *shlex.split(arguments), *shlex.split(change)).status == 0, change
+
+
+def test_nothing_suffices(maverick):
+    """Scout in float32, the whole of it on every device: no single change is made up."""
+    question = "plan --model scout --topology v5e:16x16 --mesh data=256 --dtype float32 --batch 1 --context 10485760"
+    expect(maverick(*question.split()), ["no single change"])
+
+
+def expect(result, words):
+    assert result.status == 2
+    assert result.out == ""
+    assert result.err.startswith("maverick: ")
+    assert result.err.count("\n") == 1
+    for word in words:
+        assert word in result.err

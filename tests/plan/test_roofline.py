@@ -1,0 +1,162 @@
+"""The roofline against calculations by hand."""
+
+import itertools
+
+import pytest
+
+from maverick_jax.errors import UserError
+from maverick_jax.plan import make_plan, search
+from maverick_jax.plan.roofline import all_gather, all_reduce, decode, distinct_experts, prefill, step, token_bytes
+from maverick_jax.sharding.layout import Layout
+
+# Experts undivided by number, every width over all devices.
+WIDE = Layout.from_table(
+    "wide",
+    {
+        "batch": "data",
+        "tokens": "data",
+        "expert_mlp": ("expert", "tensor"),
+        "mlp": ("expert", "tensor"),
+        "vocab": ("expert", "tensor"),
+        "heads": "tensor",
+        "kv_heads": "tensor",
+    },
+)
+
+
+@pytest.mark.parametrize("experts, tokens", [(2, 3), (3, 3), (4, 2)])
+def test_distinct_experts_by_counting(experts, tokens):
+    """The expectation over all ways in which tokens can choose, each as likely as any other."""
+    choices = list(itertools.product(range(experts), repeat=tokens))
+    assert distinct_experts(experts, tokens) == pytest.approx(sum(len(set(choice)) for choice in choices) / len(choices))
+
+
+@pytest.mark.parametrize("batch, hit", [(1, 1.0), (64, 50.5), (1024, 128.0)])
+def test_distinct_experts_of_maverick(batch, hit):
+    assert distinct_experts(128, batch) == pytest.approx(hit, abs=0.05)
+
+
+def test_collectives():
+    """Eight devices, 80 bytes: seven eighths go round once to gather, twice to sum; alone nobody sends."""
+    assert (all_gather(8, 80), all_reduce(8, 80)) == (70, 140)
+    assert (all_gather(1, 80), all_reduce(1, 80)) == (0, 0)
+
+
+def test_dispatch(case):
+    """10,240 B per token and MoE layer each way: 5,120 bfloat16 numbers. 8 tokens per device, 7 of 8 leave it, 24 layers."""
+    found = case("v6e:8x8", expert=8, tensor=8)
+    assert token_bytes(found) == 10_240
+    sent = decode(found).sent
+    assert sent["all-to-all to experts"] == sent["all-to-all from experts"] == 24 * 8 * 10_240 * 7 / 8
+
+
+def test_all_reduces(case):
+    """Over the 8 devices of `tensor`, 8 rows: once for the embedding, 48 attentions, 24 dense, 24 shared and 24 routed."""
+    cost = decode(case("v6e:8x8", expert=8, tensor=8))
+    once = 2 * 7 / 8 * 8 * 10_240
+    sums = {name: size for name, size in cost.sent.items() if "all-reduce" in name}
+    assert list(sums.values()) == [once, 48 * once, 24 * once, 24 * once, 24 * once]
+    assert cost.collectives == 1 + 48 + 24 + 24 + 24 + 24 + 24
+
+
+def test_bytes_of_a_decode_step(case):
+    """Everything but the embedding table and the vision tower once, the experts as far as 64 tokens hit them, and the cache."""
+    cost = decode(case("v6e:8x8", expert=8, tensor=8))
+    weights = 2 * (3_019_898_880 + 6_039_797_760 + 3_019_898_880 + 1_034_485_760) / 8 + 2 * (15_728_640 + 496_640)
+    experts = 2 * 386_547_056_640 / 64 * (1 - (127 / 128) ** 64)
+    cache = 8 * 48 * 8192 * 512
+    rows = 8 * 10_240
+    assert sum(cost.read.values()) == pytest.approx(weights + experts + cache + rows)
+    assert cost.seconds["memory"] == pytest.approx((weights + experts + cache + rows) / 1600e9)
+    assert cost.binds == "memory"
+
+
+def test_products_of_a_decode_step(case):
+    """Twice the active parameters without the embedding table (16,150,205,440; spec 1.4) and attention, for one token on one device."""
+    cost = decode(case("h100:1", batch=1, context=8192))
+    norms = 496_640  # parameters, but no products
+    attention = 48 * 4 * 40 * 128 * 8192
+    assert sum(cost.products.values()) == 2 * (16_150_205_440 - norms) + attention
+
+
+def test_decode_beyond_the_chunk(case):
+    """A RoPE layer reads one chunk, the others the whole context."""
+    found = decode(case("h100:1", batch=1, context=100_000))
+    assert found.read["cache"] == (36 * 8192 + 12 * 100_000) * 4096
+    assert found.products["scores"] == 4 * 40 * 128 * (36 * 8192 + 12 * 100_000)
+
+
+def test_prefill_pieces_see_what_came_before(case):
+    """Two pieces of 1,024 tokens have the pairs of 2,048 tokens: 2048 * 2049 / 2 per layer; a new chunk starts from nothing."""
+    found = case("h100:1", batch=1)
+    pairs = sum(step(found, 1, 1024, start).products["scores"] for start in (0, 1024))
+    assert pairs == 48 * 4 * 40 * 128 * 2048 * 2049 / 2
+    later = step(found, 1, 1024, 8192).products["scores"]
+    assert later == 4 * 40 * 128 * (48 * 1024 * 1025 / 2 + 12 * 1024 * 8192)
+
+
+def test_prefill_adds_up(case):
+    """8 prompts at a time on 8 shares of the batch: 64 take eight times as long as 8."""
+    found = prefill(case("v6e:8x8", expert=8, tensor=8))
+    assert (found.rows, found.piece) == (8, 1024)
+    assert found.batch_seconds == pytest.approx(8 * found.seconds)
+    assert found.tokens_per_second == pytest.approx(8 * 8192 / found.seconds)
+
+
+def test_long_pieces_share_the_weights(case):
+    """1,024 tokens per device take less time to send and compute than the weights to read; of 65,536 the all-reduces take longest."""
+    found = case("v6e:8x8", expert=8, tensor=8)
+    assert step(found, 8, 1024, 0).binds == "memory"
+    assert step(found, 64, 8192, 0).binds == "links"
+
+
+def test_one_token_reads_one_expert(case):
+    """On 8 devices an expected eighth each, but one of them reads a whole expert and all wait for it."""
+    cost = decode(case("v6e:8x8", expert=8, tensor=8, batch=1))
+    assert cost.read["routed experts"] == 24 * 3 * 5120 * 8192 * 2 / 8
+
+
+def test_groups_of_data_have_their_own_tokens(case):
+    """With data=2 each half of the batch chooses among its own copies of the experts."""
+    cost = decode(case("v6e:8x8", data=2, expert=4, tensor=8, batch=64))
+    assert cost.read["routed experts"] == pytest.approx(2 * 386_547_056_640 / 32 * (1 - (127 / 128) ** 32))
+
+
+def test_a_layout_without_expert_parallelism(case):
+    """Widths over (expert, tensor): no all-to-all, all-reduces over 64 devices, and every token on every device."""
+    found = case("v6e:8x8", expert=8, tensor=8, batch=4, layout=WIDE)
+    cost = decode(found)
+    assert not [name for name in cost.sent if "all-to-all" in name]
+    assert cost.sent["routed expert all-reduce"] == 24 * 2 * 63 / 64 * 4 * 10_240
+    assert cost.read["routed experts"] == pytest.approx(2 * 386_547_056_640 / 64 * (1 - (127 / 128) ** 4))
+    assert cost.products["routed experts"] == 2 * 24 * 4 * 3 * 5120 * 8192 / 64
+
+
+def test_fp8_experts_are_multiplied_at_the_fp8_rate(case):
+    """Long pieces on eight H100s: the routed experts' part takes half as long, nothing else changes."""
+    slow, fast = (step(case("h200:8", tensor=8, dtype=dtype), 8, 1024, 0) for dtype in ("bfloat16", "fp8"))
+    routed = slow.products["routed experts"]
+    assert slow.products == fast.products
+    assert slow.seconds["compute"] - fast.seconds["compute"] == pytest.approx(routed / 989e12 - routed / 1979e12)
+
+
+def test_more_rows_share_the_weights(maverick_config):
+    """In total speed only grows with the batch, for a user it only falls, once the rows divide."""
+    curve = [(batch, cost.step) for batch, cost in make_plan(maverick_config, topology="v6e:8x8").curve if batch >= 8]
+    steps, rates = [step for _, step in curve], [batch / step for batch, step in curve]
+    assert steps == sorted(steps)
+    assert rates == sorted(rates)
+
+
+def test_search_puts_the_fastest_first(maverick_config):
+    plans = search(maverick_config, topology="v6e:8x8", layout="throughput")
+    assert all(plan.fits for plan in plans)
+    assert [plan.decode.step for plan in plans] == sorted(plan.decode.step for plan in plans)
+    assert plans[0].case == make_plan(maverick_config, topology="v6e:8x8", layout="throughput").case
+
+
+def test_a_layout_on_an_axis_that_is_not_there(maverick_config):
+    with pytest.raises(UserError, match=r"puts 'batch' on mesh axis 'rows'"):
+        make_plan(maverick_config, topology="v6e:8x8", layout={"batch": "rows"})
+    with pytest.raises(UserError, match=r"mesh axis 'rows' is unknown"):
+        make_plan(maverick_config, topology="v6e:8x8", mesh={"rows": 64})
