@@ -7,6 +7,7 @@ embedded mini model.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -29,9 +30,10 @@ from maverick_jax.convert.names import compare_names
 from maverick_jax.convert.orbax import flatten, unflatten
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
-from maverick_jax.sharding import AllToAll, Constrain, Layout, Local, get_layout
+from maverick_jax.sharding import AttendOnMesh, Constrain, Dispatcher, Layout, get_layout, make_dispatcher
 
 DTYPES = ("bfloat16", "float16", "float32")
+SAMPLES, SAMPLE_BYTES = 32, 4096  # of weights, for `identity`
 
 
 def load(
@@ -39,6 +41,7 @@ def load(
     *,
     mesh: Mesh | None = None,
     layout: str | Layout | Mapping[str, Any] | None = None,
+    dispatcher: str | Dispatcher | None = None,
     dtype: DTypeLike | None = None,
 ) -> Llama4:
     """A model whose every parameter is on its devices. No host holds more than its own devices need, plus one slice.
@@ -46,8 +49,9 @@ def load(
     Args:
       path: model directory, Hugging Face directory, or a Hub id ("org/name") if `huggingface_hub` is installed; None is
         the embedded mini model.
-      mesh: from `make_mesh`; None is one device.
+      mesh: from `make_mesh`; None is one device of this process.
       layout: name or table of the layout; None is `throughput`.
+      dispatcher: "local", "all_to_all", "ragged" or one of your own; None: what mesh and layout call for.
       dtype: of weights and activations; None as stored.
 
     Raises:
@@ -55,12 +59,11 @@ def load(
     """
     directory = resolve(path)
     config = Config.from_directory(directory)
-    options: dict[str, Any] = {"dtype": _dtype(dtype or config.dtype)}
     table = get_layout(layout)
+    options: dict[str, Any] = {"dtype": _dtype(dtype or config.dtype), "dispatcher": make_dispatcher(mesh, table, dispatcher)}
     if mesh is not None:
         table.check(config, mesh)
-        options["constrain"] = Constrain(mesh, table)
-        options["dispatcher"] = AllToAll(mesh, table) if mesh.shape["expert"] * mesh.shape["data"] * mesh.shape["tensor"] > 1 else Local()
+        options |= {"constrain": Constrain(mesh, table), "attend": AttendOnMesh(mesh, table)}
     model = get_abstract_model(config, **options)
     graphdef, state = nnx.split(model)
     abstract = {parameter_name(name): _place(leaf, table, mesh) for name, leaf in nnx.to_flat_state(state)}
@@ -117,6 +120,27 @@ def resolve(path: str | Path | None) -> Path:
     raise UserError(f"{directory} does not exist.")
 
 
+def identity(directory: Path) -> dict[str, str]:
+    """Digests that tell checkpoints apart, in the time of a few small reads, for any size.
+
+    Returns:
+      Part of the checkpoint -> digest. Of the weights it covers the names and sizes of up to `SAMPLES` files and a sample of
+      their bytes.
+    """
+    parts = {"config.json": ("config.json",), "the tokenizer": ("tokenizer*", "chat_template*", "generation_config.json")}
+    found = {name: sorted(file for pattern in patterns for file in directory.glob(pattern)) for name, patterns in parts.items()}
+    digests = {name: hashlib.sha256(b"".join(file.read_bytes() for file in files)) for name, files in found.items()}
+    weights = sorted(directory.glob("*.safetensors")) or sorted((directory / PARAMS / "state").glob("*"))
+    digests["the checkpoint"] = hashlib.sha256(str(len(weights)).encode())
+    for path in weights[:: len(weights) // SAMPLES + 1]:
+        while path.is_dir():  # a parameter's chunks
+            path = min(path.iterdir())
+        with path.open("rb") as file:
+            file.seek(path.stat().st_size // 2)
+            digests["the checkpoint"].update(f"{path.relative_to(directory)} {path.stat().st_size}".encode() + file.read(SAMPLE_BYTES))
+    return {name: digest.hexdigest()[:12] for name, digest in digests.items()}
+
+
 def _dtype(dtype: DTypeLike) -> jnp.dtype:
     try:
         name = jnp.dtype(dtype).name
@@ -128,7 +152,7 @@ def _dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 def _place(leaf: nnx.Variable, layout: Layout, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
-    sharding: Sharding = SingleDeviceSharding(jax.devices()[0])
+    sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0])
     if mesh is not None:
         sharding = layout.sharding(leaf.get_metadata()["axes"], leaf.shape, mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,13 +1,16 @@
-"""The device mesh: axes `data`, `expert` and `tensor`."""
+"""The device mesh: axes `data`, `expert` and `tensor`, on one host or many."""
 
 import contextlib
 import math
 import os
+from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from maverick_jax.errors import UserError
+from maverick_jax.sharding import multihost
 
 AXES = ("data", "expert", "tensor")
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
@@ -18,10 +21,11 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     """A `jax.sharding.Mesh` over data * expert * tensor devices, with automatic axes.
 
     On a machine with only a CPU the devices are simulated: called before jax has started its backend, this asks for as
-    many as the product needs.
+    many as the product needs. In a run of several processes each gives an equal share of its devices; `tensor` and then
+    `expert` stay inside a host or slice as far as they fit, `data` goes across.
 
     Raises:
-      UserError: an axis below 1, or more devices than there are.
+      UserError: an axis below 1, more devices than there are, or a number that the processes or slices cannot share evenly.
     """
     sizes = {"data": data, "expert": expert, "tensor": tensor}
     for axis, size in sizes.items():
@@ -30,22 +34,57 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     wanted = math.prod(sizes.values())
     request_cpu_devices(wanted)
     available = jax.device_count()
+    shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if wanted > available:
-        shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         cure = ""
         if jax.default_backend() == "cpu":
-            set_flag = f"; set XLA_FLAGS={DEVICE_COUNT_FLAG}={wanted} before starting Python"
-            cure = set_flag if wanted <= MOST_SIMULATED else f"; a CPU simulates at most {MOST_SIMULATED}"
+            each = -(-wanted // jax.process_count())
+            set_flag = f"; set XLA_FLAGS={DEVICE_COUNT_FLAG}={each} before starting Python"
+            cure = set_flag if each <= MOST_SIMULATED else f"; a CPU simulates at most {MOST_SIMULATED}"
         raise UserError(f"the mesh {shape} needs {wanted} devices, there are {available}{cure}.")
-    # Explicit axes, jax's default, break shard_map on inputs that carry no sharding.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:wanted])
+    if wanted % jax.process_count():
+        raise UserError(f"the mesh {shape} has {wanted} devices, which {jax.process_count()} processes cannot share evenly.")
+    return _arrange(_share(wanted), tuple(sizes.values()), shape)
+
+
+def _share(wanted: int) -> list[jax.Device]:
+    """So many devices, as many from each process."""
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    return [device for process in sorted(by_process) for device in by_process[process][: wanted // len(by_process)]]
+
+
+def _arrange(devices: list[jax.Device], sizes: tuple[int, ...], shape: str) -> Mesh:
+    """A slice is what a fast network joins: jax numbers TPU slices, and elsewhere hosts or their NVLink domains.
+
+    Among processes of one slice the devices keep the processes' order: `tensor` and `expert`, the last axes, stay together.
+    """
+    automatic = (AxisType.Auto,) * len(AXES)  # explicit axes, jax's default, break shard_map on inputs that carry no sharding
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=automatic, devices=devices)
+    inside, across = divide_axes(sizes, slices)
+    if math.prod(across) != slices:
+        raise UserError(f"the mesh {shape} cannot be laid over {slices} slices: make data, or else expert, a multiple of {slices}.")
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=automatic)
+
+
+def divide_axes(sizes: Sequence[int], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How much of each axis lies inside a slice, and how much across: the first axes across, as far as they can be cut."""
+    across = []
+    for size in sizes:
+        across.append(math.gcd(size, slices // math.prod(across)))
+    return tuple(size // part for size, part in zip(sizes, across, strict=True)), tuple(across)
 
 
 def request_cpu_devices(count: int) -> None:
-    """Ask for `count` simulated CPU devices, unless they are too many, somebody asked before or jax's backend has started."""
-    if 1 < count <= MOST_SIMULATED and DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", "") and jax.config.jax_num_cpu_devices < count:
+    """Ask for `count` simulated CPU devices in all processes together, unless they are too many, somebody asked before or
+    jax's backend has started."""
+    each = -(-count // multihost.process_count())
+    if 1 < each <= MOST_SIMULATED and DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", "") and jax.config.jax_num_cpu_devices < each:
         with contextlib.suppress(RuntimeError):  # the backend runs already: make_mesh says what that means
-            jax.config.update("jax_num_cpu_devices", count)
+            jax.config.update("jax_num_cpu_devices", each)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -1,5 +1,5 @@
 """Talk with a model. Commands inside: /image FILE adds a picture to the next question, /reset forgets the conversation,
-/quit (or end of input) ends it. Ctrl-C stops an answer.
+/quit (or end of input) ends it. Ctrl-C stops an answer; in a run of several processes it ends the chat.
 
 examples:
   maverick chat
@@ -7,8 +7,11 @@ examples:
 """
 
 import argparse
+import base64
 import contextlib
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from maverick_jax.cli import options
 
@@ -20,43 +23,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_sampling_arguments(parser)
 
 
+@options.on_every_process
 def run(args: argparse.Namespace) -> int:
-    options.quiet_accelerator_search()
     from maverick_jax.errors import UserError
     from maverick_jax.inference.chat import Chat
-    from maverick_jax.prompt import load_picture
+    from maverick_jax.sharding import multihost
 
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - line editing for input()
     chat = Chat(options.load_model(args), **options.chat_options(args))
-    interactive = sys.stdin.isatty()
-    if interactive:
-        print(HELP, file=sys.stderr)
-    pictures: list = []
-    while True:
+    pictures: list[bytes] = []
+    for line, picture in multihost.from_first(_lines()):
         try:
-            line = input("> " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            return 0
-        command, _, rest = line.partition(" ")
-        try:
-            if command == "/quit":
-                return 0
-            elif command == "/reset":
+            if line == "/reset":
                 chat.reset()
                 pictures.clear()
-            elif command == "/image":
-                pictures.append(load_picture(rest.strip()))
-            elif command.startswith("/"):
-                print(HELP, file=sys.stderr)
+            elif picture:
+                pictures.append(base64.b64decode(picture))
             elif line:
                 _answer(chat, line, pictures, as_json=args.json)
                 pictures.clear()
         except UserError as error:  # the conversation goes on
-            print(f"maverick: {error}", file=sys.stderr)
+            options.note(f"maverick: {error}")
+    return 0
+
+
+def _lines() -> Iterator[tuple[str, str]]:
+    """What the user types, with the picture that /image names (base64: process 0 alone can see the file)."""
+    from maverick_jax.errors import UserError
+    from maverick_jax.prompt import load_picture
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - line editing for input()
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(HELP, file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/image":
+            try:
+                load_picture(rest.strip())
+            except UserError as error:
+                print(f"maverick: {error}", file=sys.stderr)
+            else:
+                yield line, base64.b64encode(Path(rest.strip()).read_bytes()).decode()
+        elif command.startswith("/") and line != "/reset":
+            print(HELP, file=sys.stderr)
+        else:
+            yield line, ""
 
 
 def _answer(chat, question: str, pictures: list, *, as_json: bool) -> None:
+    from maverick_jax.sharding import multihost
+
     answer = ""
     try:
         for portion in chat.stream(question, pictures):
@@ -64,10 +87,12 @@ def _answer(chat, question: str, pictures: list, *, as_json: bool) -> None:
             if not as_json:
                 print(portion, end="", flush=True)
     except KeyboardInterrupt:
+        if multihost.process_count() > 1:  # the others are in the middle of a computation that needs this process
+            raise
         print(" [stopped]", file=sys.stderr)
         return
     if as_json:
         print(options.as_json(answer, chat.last), flush=True)
     else:
         print()
-        print(options.speed(chat.last), file=sys.stderr)
+        options.note(options.speed(chat.last))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import platform
 import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -37,17 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--example", type=int, default=22, metavar="N", help="which held-out question (default: 22)")
 
 
+@options.on_every_process
 def run(args: argparse.Namespace) -> int:
-    options.quiet_accelerator_search()
     import jax
     from PIL import Image
 
-    from maverick_jax.assets import digits, mini_directory
+    from maverick_jax.assets import digits
     from maverick_jax.checkpoint import load
-    from maverick_jax.convert import convert
     from maverick_jax.errors import UserError
     from maverick_jax.inference.chat import Chat
-    from maverick_jax.sharding import make_mesh
+    from maverick_jax.sharding import make_mesh, multihost
     from maverick_jax.sharding.mesh import request_cpu_devices
 
     if args.example < 0:
@@ -61,9 +62,11 @@ def run(args: argparse.Namespace) -> int:
 
     _heading("a PyTorch checkpoint becomes an Orbax one")
     out = Path(args.out) / "mini-maverick"
-    if (out / "manifest.json").is_file():  # an earlier demo's
-        shutil.rmtree(out)
-    convert(mini_directory(), out)
+    if multihost.is_first():
+        if (out / "manifest.json").is_file():  # an earlier demo's
+            shutil.rmtree(out)
+        _convert(out)
+    multihost.exchange("converted")  # the other processes load what the first has written
     for path in sorted(out.iterdir()):
         print(f"{path}{'/' if path.is_dir() else ''}")
 
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     images = [digits.picture(pixels) for pixels in pictures]
     assert model.config.vision is not None
     side = model.config.vision.image_size
-    for name, image in zip(("left.png", "right.png"), images, strict=True):
+    for name, image in zip(("left.png", "right.png"), images, strict=True) if multihost.is_first() else ():
         image.resize((side, side), Image.Resampling.BILINEAR).save(Path(args.out) / name)  # exactly the tile that the model sees
 
     _heading("a question about them")
@@ -98,9 +101,24 @@ def run(args: argparse.Namespace) -> int:
     _heading("speed")
     print(options.speed(_warm(chat, question, images)))
     if answer != expected or chat.last.dropped:
-        print("maverick: the answer is wrong.", file=sys.stderr)
+        options.note("maverick: the answer is wrong.")
         return 1
     return 0
+
+
+def _convert(out: Path) -> None:
+    from maverick_jax.assets import mini_directory
+    from maverick_jax.convert import convert
+    from maverick_jax.errors import UserError
+    from maverick_jax.sharding import multihost
+
+    if multihost.process_count() == 1:
+        convert(mini_directory(), out)
+        return
+    # Orbax saves in all processes together; one that converts alone must not be part of the run.
+    command = [sys.executable, "-m", "maverick_jax.cli.main", "convert", str(mini_directory()), str(out)]
+    if subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL).returncode:
+        raise UserError("the mini model could not be converted: see the message above.")
 
 
 def _heading(text: str) -> None:
@@ -117,11 +135,11 @@ def _print_experts(model: Llama4) -> None:
     assert isinstance(weight.sharding, NamedSharding)
     print(f"mesh {dict(weight.sharding.mesh.shape)} of {jax.devices()[0].device_kind} devices")
     print(f"{'.'.join(map(str, EXPERTS))} {list(weight.shape)} {weight.dtype}, {weight.sharding.spec}")
-    for shard in sorted(weight.addressable_shards, key=lambda shard: shard.device.id):
-        experts = shard.index[0].indices(weight.shape[0])
-        print(
-            f"  device {shard.device.id}  experts {experts[0]:3}..{experts[1] - 1:3}  {list(shard.data.shape)}  {shard.data.nbytes:,} bytes"
-        )
+    shape = weight.sharding.shard_shape(weight.shape)
+    size = math.prod(shape) * weight.dtype.itemsize
+    for device, index in sorted(weight.sharding.devices_indices_map(weight.shape).items(), key=lambda pair: pair[0].id):
+        experts = index[0].indices(weight.shape[0])
+        print(f"  device {device.id}  experts {experts[0]:3}..{experts[1] - 1:3}  {list(shape)}  {size:,} bytes")
 
 
 def _print_load(layers: tuple[int, ...], load_ME: np.ndarray) -> None:

@@ -21,19 +21,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_sampling_arguments(parser)
 
 
+@options.on_every_process
 def run(args: argparse.Namespace) -> int:
-    options.quiet_accelerator_search()
     from maverick_jax.errors import UserError
     from maverick_jax.inference.chat import Chat
     from maverick_jax.prompt import load_picture
+    from maverick_jax.sharding import multihost
 
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = args.prompt
+    if text == "-":
+        text = multihost.exchange(sys.stdin.read() if multihost.is_first() else None)[0]
     if not text.strip():
         raise UserError("the prompt is empty: ask something.")
     if args.raw and (args.image or args.system):
         raise UserError("--raw continues plain text: --image and --system need the chat format.")
     images = [load_picture(image) for image in args.image]  # a bad picture is reported before a large model is loaded
-    chat = Chat(options.load_model(args), **options.chat_options(args))
+    seen = options.digest(b"".join(image.tobytes() for image in images))
+    chat = Chat(options.load_model(args, pictures=seen), **options.chat_options(args))
     answer = ""
     for portion in chat.complete(chat.raw_prompt(text)) if args.raw else chat.stream(text, images):
         answer += portion
@@ -44,5 +48,5 @@ def run(args: argparse.Namespace) -> int:
         print(options.as_json(answer, chat.last))
     else:
         print()
-        print(options.speed(chat.last), file=sys.stderr)
+        options.note(options.speed(chat.last))
     return 0

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,21 +24,93 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights and activations (default: as stored)")
 
 
-def load_model(args: argparse.Namespace) -> Llama4:
-    """The model that the arguments name, on its mesh."""
-    from maverick_jax.checkpoint import load, resolve
-    from maverick_jax.config import Config
-    from maverick_jax.sharding import make_mesh, parse_mesh
+def on_every_process(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """For a command that computes: all processes of the run take part, with the same arguments, and only process 0 prints."""
 
-    axes = parse_mesh(args.mesh) if args.mesh else default_mesh(Config.from_directory(resolve(args.model)))
-    return load(args.model, mesh=make_mesh(**axes) if math.prod(axes.values()) > 1 else None, dtype=args.dtype)
+    @functools.wraps(run)
+    def joined(args: argparse.Namespace) -> int:
+        quiet_accelerator_search()
+        from maverick_jax.sharding import multihost
+
+        with multihost.joined(), _one_voice():
+            multihost.check_same(_arguments(args))
+            return run(args)
+
+    return joined
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Standard output belongs to process 0, and among several processes not to libraries: gloo writes lines to it from C++."""
+    from maverick_jax.sharding import multihost
+
+    if multihost.process_count() == 1:
+        yield
+        return
+    sys.stdout.flush()
+    with open(os.dup(1), "w", encoding=sys.stdout.encoding) as out, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            with contextlib.redirect_stdout(out if multihost.is_first() else nowhere):
+                yield
+        finally:
+            os.dup2(out.fileno(), 1)
+
+
+def note(text: str) -> None:
+    """A line on standard error, from process 0."""
+    from maverick_jax.sharding import multihost
+
+    if multihost.is_first():
+        print(text, file=sys.stderr)
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, str]:
+    """What was asked for, without what may differ from host to host: where files lie."""
+    import jax
+
+    from maverick_jax import __version__
+
+    values = {name: value for name, value in vars(args).items() if name not in ("run", "debug", "model", "image", "out")}
+    return {
+        "the version": f"maverick-jax {__version__} with jax {jax.__version__}",
+        "the command": args.run.__module__.rpartition(".")[2],
+        **{name if name == "prompt" else f"--{name.replace('_', '-')}": _short(repr(value)) for name, value in values.items()},
+    }
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:40]}… ({digest(text.encode())})"
+
+
+def digest(data: bytes) -> str:
+    """Twelve characters that differ when the data differ."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def load_model(args: argparse.Namespace, **inputs: str) -> Llama4:
+    """The model that the arguments name, on its mesh.
+
+    Args:
+      inputs: what else must be the same on every process: name and content, or its digest.
+    """
+    from maverick_jax.checkpoint import identity, load, resolve
+    from maverick_jax.config import Config
+    from maverick_jax.sharding import make_mesh, multihost, parse_mesh
+
+    directory = resolve(args.model)
+    if multihost.process_count() > 1:
+        multihost.check_same(identity(directory) | inputs)
+    axes = parse_mesh(args.mesh) if args.mesh else default_mesh(Config.from_directory(directory))
+    return load(directory, mesh=make_mesh(**axes) if math.prod(axes.values()) > 1 else None, dtype=args.dtype)
 
 
 def default_mesh(config: Any) -> dict[str, int]:
-    """All devices on `expert`, or as many of them as divide the experts."""
+    """All devices on `expert`, or as many of them as divide the experts; with several processes the rest on `data`."""
     import jax
 
-    return {"expert": math.gcd(jax.device_count(), config.text.num_local_experts)}
+    expert = math.gcd(jax.device_count(), config.text.num_local_experts)
+    return {"data": 1 if jax.process_count() == 1 else jax.device_count() // expert, "expert": expert}
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -259,9 +259,10 @@ def _prefill_piece(graphdef, weights, cache, ids_BT, lengths_B, features, index_
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _start(graphdef, weights, cache, last_BD, load_ME, dropped, rows, stop_ids):
     """Sample every row's first token from the prefill's last hidden states."""
-    token_B = sample(nnx.merge(graphdef, weights).logits(last_BD), rows, jnp.int32(0))
+    model = nnx.merge(graphdef, weights)
+    token_B = sample(model.logits(last_BD), rows, jnp.int32(0))
     state = DecodeState(cache, token_B, _is_stop(token_B, stop_ids), jnp.int32(1), jnp.asarray(load_ME), jnp.asarray(dropped))
-    return state, token_B
+    return _readable(state, token_B, model.constrain)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -284,7 +285,13 @@ def _decode(graphdef, weights, state: DecodeState, rows: RowSampling, stop_ids, 
 
     none = jnp.full((state.token_B.shape[0], STEPS), -1, jnp.int32)
     _, state, tokens_BS = lax.while_loop(more, one_token, (jnp.int32(0), state, none))
-    return state, tokens_BS
+    return _readable(state, tokens_BS, model.constrain)
+
+
+def _readable(state: DecodeState, tokens, constrain) -> tuple[DecodeState, jax.Array]:
+    """Whole on every device what the host reads: of an array divided over several hosts, each could read only a part."""
+    tokens, done_B, load_ME, dropped = (constrain(x, (None,) * x.ndim) for x in (tokens, state.done_B, state.load_ME, state.dropped))
+    return dataclasses.replace(state, done_B=done_B, load_ME=load_ME, dropped=dropped), tokens
 
 
 def _is_stop(token_B, stop_ids):

@@ -1,0 +1,165 @@
+"""A run of several processes: started together, told the same, ended together.
+
+`initialize` finds the processes, waits for them and starts `jax.distributed`. A process that is alone pays nothing, and
+every function here also works for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from maverick_jax.errors import UserError
+from maverick_jax.sharding import roll_call
+from maverick_jax.sharding.cluster import find_cluster
+
+START_LIMIT = "MAVERICK_START_LIMIT"
+START_LIMIT_S = 600.0  # machines of a large job appear minutes apart
+_team: roll_call.Team | None = None
+
+
+def initialize(limit_s: float | None = None) -> None:
+    """Join the other processes of this run, if there are any, before jax starts its backend. A second call does nothing.
+
+    Found are Cloud TPU, SLURM, Open MPI, Kubernetes, and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, which
+    overrule the others. From here on a process that dies ends the others, with a line that names it.
+
+    Args:
+      limit_s: seconds to wait for all; None: $MAVERICK_START_LIMIT, or ten minutes.
+
+    Raises:
+      UserError: says which processes are missing, or what is wrong with the address or the numbers.
+    """
+    global _team
+    if _team is not None:
+        return
+    cluster = find_cluster(os.environ)
+    if cluster is None:
+        return
+    if jax.distributed.is_initialized():
+        raise UserError("jax.distributed runs already: let maverick_jax.sharding.multihost.initialize start it instead.")
+    limit_s = _start_limit() if limit_s is None else limit_s
+    _team = roll_call.meet(cluster, limit_s)
+    atexit.register(_leave)
+    sys.excepthook = _uncaught
+    # Its handler would swallow SIGTERM, with which launchers end a process.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.count,
+            cluster.process,
+            None if cluster.local_device is None else [cluster.local_device],
+            cluster_detection_method="deactivate",
+            initialization_timeout=int(limit_s) + 1,
+        )
+    except RuntimeError as error:
+        raise UserError(f"jax.distributed does not start: {error}") from error
+
+
+def _start_limit() -> float:
+    text = os.environ.get(START_LIMIT) or str(START_LIMIT_S)
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{START_LIMIT} is {text!r}, not a number of seconds.") from None
+
+
+@contextlib.contextmanager
+def joined(limit_s: float | None = None) -> Iterator[None]:
+    """`initialize`, and an error that leaves the block ends all processes, with a line that says whose it was."""
+    try:
+        initialize(limit_s)
+        yield
+    except BaseException as error:
+        _report(error)
+        raise
+
+
+def _report(error: BaseException) -> None:
+    if _team is None or _team.failed is not None:
+        return
+    if isinstance(error, KeyboardInterrupt):
+        _team.fail("interrupted", roll_call.INTERRUPTED)
+    else:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        _team.fail(reason, roll_call.MISTAKE if isinstance(error, UserError) else roll_call.LOST)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of `sys.excepthook`: a script's error ends all processes too."""
+    _report(error)
+    sys.__excepthook__(kind, error, trace)
+
+
+def _leave() -> None:
+    """At exit, before jax's own farewell, in which each process waits for all others."""
+    assert _team is not None
+    if _team.failed is None:
+        _team.finish()
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(_team.failed)
+
+
+def process_count() -> int:
+    """Processes of this run, without starting jax's backend."""
+    return 1 if _team is None else _team.count
+
+
+def is_first() -> bool:
+    """Whether this process is the one that talks with the user."""
+    return _team is None or _team.process == 0
+
+
+def exchange(value: Any) -> list[Any]:
+    """What each process gave, by process; all must call it. `value` is anything that JSON can hold."""
+    return [value] if _team is None else _team.exchange(value)
+
+
+def from_first(values: Iterable[Any]) -> Iterator[Any]:
+    """Process 0's values, on every process as they come; the others' own are not asked for. An empty list marks the end."""
+    if _team is None:
+        yield from values
+    elif _team.process == 0:
+        for value in values:
+            exchange([value])
+            yield value
+        exchange([])
+    else:
+        while message := exchange(None)[0]:
+            yield message[0]
+
+
+def check_same(parts: Mapping[str, str]) -> None:
+    """Refuse to go on unless all processes have the same; all must call it.
+
+    Args:
+      parts: what to compare, by the name that the user knows it by; long contents as a digest.
+
+    Raises:
+      UserError: on every process, naming each part that differs and who has what.
+    """
+    everyone = exchange(dict(parts))
+    names = dict.fromkeys(name for one in everyone for name in one)
+    texts = [_difference(name, [one.get(name, "nothing") for one in everyone]) for name in names]
+    if differing := [text for text in texts if text]:
+        raise UserError(f"the processes of this run differ. {'; '.join(differing)}: start all of them with the same.")
+
+
+def _difference(name: str, values: list[str]) -> str:
+    owners: dict[str, list[int]] = {}
+    for process, value in enumerate(values):
+        owners.setdefault(value, []).append(process)
+    if len(owners) == 1:
+        return ""
+    return f"{name} is " + ", ".join(f"{value} on {roll_call.processes(those)}" for value, those in owners.items())

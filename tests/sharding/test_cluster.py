@@ -1,0 +1,127 @@
+"""Who this process is, by what each launcher puts into its environment."""
+
+import pytest
+
+from maverick_jax.errors import UserError
+from maverick_jax.sharding.cluster import Cluster, find_cluster
+
+SLURM = {
+    "SLURM_JOB_ID": "4097",
+    "SLURM_STEP_NODELIST": "node[003-004,9]",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x3)",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+}
+GKE = {"TPU_WORKER_HOSTNAMES": "a.svc,b.svc", "TPU_WORKER_ID": "1"}
+SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "job-slice-0-0.job:8080"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
+JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+def no_metadata(name: str) -> None:
+    return None
+
+
+def find(environment: dict, metadata=no_metadata, full_name=lambda: "job-2.svc.default.svc.cluster.local"):
+    return find_cluster(environment, tpu_metadata=metadata, full_name=full_name)
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        (JAX, Cluster("10.0.0.1:1234", 2, 1, "the JAX_* variables")),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "first"}, Cluster("first:8482", 2, 1, "the JAX_* variables")),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "first", "JAX_COORDINATOR_PORT": "6002"}, Cluster("first:6002", 2, 1, "the JAX_* variables")),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "[fe80::1]:99"}, Cluster("[fe80::1]:99", 2, 1, "the JAX_* variables")),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "fe80::1"}, Cluster("[fe80::1]:8482", 2, 1, "the JAX_* variables")),
+        (SLURM, Cluster("node003:61441", 3, 1, "SLURM")),
+        ({**SLURM, "SLURM_STEP_NODELIST": "alpha,beta7"}, Cluster("alpha:61441", 3, 1, "SLURM")),
+        (
+            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "5"},
+            Cluster("node003:61441", 16, 1, "SLURM", 5),
+        ),
+        (
+            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "5", "CUDA_VISIBLE_DEVICES": "5"},
+            Cluster("node003:61441", 3, 1, "SLURM"),
+        ),
+        (OPEN_MPI, Cluster("10.96.0.1:62624", 4, 3, "Open MPI", 1)),
+        (
+            {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::b9b,2620::2]:43370"},
+            Cluster("[fe80::b9b]:61441", 4, 3, "Open MPI"),
+        ),
+        (
+            {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "", "JAX_COORDINATOR_ADDRESS": "first:77"},
+            Cluster("first:77", 4, 3, "Open MPI and the JAX_* variables", 1),
+        ),
+        (GKE, Cluster("a.svc:8482", 2, 1, "Cloud TPU")),
+        ({**GKE, **SLICES}, Cluster("job-slice-0-0.job:8482", 4, 3, "Cloud TPU")),
+        (
+            {**POD, "JAX_NUM_PROCESSES": "4"},
+            Cluster("job-0.svc.default.svc.cluster.local:8482", 4, 2, "Kubernetes and the JAX_* variables"),
+        ),
+        (
+            {**POD, "JAX_NUM_PROCESSES": "4", "JAX_COORDINATOR_ADDRESS": "set-w-0-0.set"},
+            Cluster("set-w-0-0.set:8482", 4, 2, "Kubernetes and the JAX_* variables"),
+        ),
+        ({**SLURM, **JAX}, Cluster("10.0.0.1:1234", 2, 1, "SLURM and the JAX_* variables")),
+    ],
+)
+def test_processes_are_found(environment, expected):
+    """A wrong number or address would make every launcher's run hang until the start-up limit."""
+    assert find(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"},  # a shell inside an allocation of eight tasks
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # a batch script, without srun
+        {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+        {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"},
+        {"TPU_WORKER_HOSTNAMES": "WARNING: could not determine, please set", "TPU_WORKER_ID": "0"},  # libtpu writes this
+        {**GKE, "JAX_PLATFORMS": "cpu"},
+        {**GKE, "JAX_NUM_PROCESSES": "1"},
+        POD,  # an indexed Job whose pods need not be one run
+    ],
+)
+def test_alone(environment):
+    """A process that is alone must not wait for others."""
+    assert find(environment) is None
+
+
+@pytest.mark.parametrize(
+    "endpoints", ["10.0.0.2,10.0.0.3", "unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3", "10.0.0.2:8470,10.0.0.3:8470"]
+)
+def test_tpu_machines_of_google_cloud_tell_by_metadata(endpoints):
+    """The hosts of a TPU slice have nothing in their environment."""
+    metadata = {"worker-network-endpoints": endpoints, "agent-worker-number": "1"}
+    assert find({}, metadata.get) == Cluster("10.0.0.2:8482", 2, 1, "Cloud TPU")
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({**JAX, "JAX_NUM_PROCESSES": ""}, "how many processes there are: set JAX_NUM_PROCESSES"),
+        ({**JAX, "JAX_PROCESS_ID": ""}, "which of them this one is, from 0: set JAX_PROCESS_ID"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": ""}, "HOST:PORT of process 0: set JAX_COORDINATOR_ADDRESS"),
+        ({**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": ""}, "Open MPI announces several processes but not HOST:PORT of process 0"),
+        ({**JAX, "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two', not a number"),
+        ({**JAX, "JAX_PROCESS_ID": "2"}, "this is process 2 of 2 by the JAX_. variables: they count from 0 to 1"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "host:port"}, "is not HOST:PORT"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "host:99999"}, "is not HOST:PORT"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": ":80"}, "is not HOST:PORT"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(environment, message):
+    """A user sees the variable to mend instead of a time-out."""
+    with pytest.raises(UserError, match=message):
+        find(environment)
