@@ -44,7 +44,7 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
         raise UserError(f"the mesh {shape} needs {wanted} devices, there are {available}{cure}.")
     if wanted % jax.process_count():
         raise UserError(f"the mesh {shape} has {wanted} devices, which {jax.process_count()} processes cannot share evenly.")
-    return _arrange(_share(wanted), tuple(sizes.values()), shape)
+    return arrange(_share(wanted), tuple(sizes.values()), shape)
 
 
 def _share(wanted: int) -> list[jax.Device]:
@@ -55,15 +55,19 @@ def _share(wanted: int) -> list[jax.Device]:
     return [device for process in sorted(by_process) for device in by_process[process][: wanted // len(by_process)]]
 
 
-def _arrange(devices: list[jax.Device], sizes: tuple[int, ...], shape: str) -> Mesh:
-    """A slice is what a fast network joins: jax numbers TPU slices, and elsewhere hosts or their NVLink domains.
+def arrange(devices: Sequence[jax.Device], sizes: tuple[int, ...], shape: str) -> Mesh:
+    """A mesh over all these devices, axes laid along the wires where the hardware has any; `shape` names it in an error.
+
+    A slice is what a fast network joins: jax numbers TPU slices, and elsewhere hosts or their NVLink domains.
 
     Among processes of one slice the devices keep the processes' order: `tensor` and `expert`, the last axes, stay together.
     """
     automatic = (AxisType.Auto,) * len(AXES)  # explicit axes, jax's default, break shard_map on inputs that carry no sharding
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=automatic, devices=devices)
+        # An axis of eight on a slice of 4 x 4 x 4 takes half of a physical axis, which jax.make_mesh refuses.
+        laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(laid, AXES, axis_types=automatic)
     inside, across = divide_axes(sizes, slices)
     if math.prod(across) != slices:
         raise UserError(f"the mesh {shape} cannot be laid over {slices} slices: make data, or else expert, a multiple of {slices}.")

@@ -96,7 +96,7 @@ def test_a_mesh_that_the_slices_cannot_share():
     """Three rows of data over two slices: the message says which axis to change."""
     devices = [Device(slice_index=i // 3, process_index=0, id=i) for i in range(6)]
     with pytest.raises(UserError, match=r"data=3, expert=1 cannot be laid over 2 slices: make data, or else expert, a multiple of 2"):
-        mesh._arrange(devices, (3, 1, 1), "data=3, expert=1")
+        mesh.arrange(devices, (3, 1, 1), "data=3, expert=1")
 
 
 def test_every_process_gives_as_many_devices(monkeypatch):

@@ -8,25 +8,26 @@ from flax import nnx
 from numpy.testing import assert_allclose
 from transformers import Llama4TextConfig
 
-from maverick_jax.sharding import THROUGHPUT, AllToAll, make_mesh
-from oracle.pair import TOLERANCE, logits, picture_prompt, text_ids
+from maverick_jax.inference.cache import KVCache
+from maverick_jax.sharding import LATENCY, THROUGHPUT, TRAINING, AllToAll, make_mesh
+from maverick_jax.sharding.attend import CACHE
+from oracle.pair import TOLERANCE, cached_step, logits, picture_prompt, text_ids
 from oracle.port import port
 from oracle.tiny_checkpoints import make_model, text_values
 
 MESHES = [
-    ("tiny_maverick", dict(expert=8)),
-    ("tiny_maverick", dict(data=2, expert=2, tensor=2)),
-    ("tiny_scout", dict(expert=4)),
-    ("tiny_scout", dict(data=2, expert=2, tensor=2)),
+    ("tiny_maverick", dict(expert=8), THROUGHPUT),
+    ("tiny_maverick", dict(data=2, expert=2, tensor=2), LATENCY),
+    ("tiny_scout", dict(expert=4), THROUGHPUT),
+    ("tiny_scout", dict(data=2, expert=2, tensor=2), TRAINING),
 ]
 
 
-@pytest.mark.parametrize("variant, sizes", MESHES)
-def test_batch_with_pictures_on_a_mesh(request, variant, sizes):
+@pytest.mark.parametrize("variant, sizes, layout", MESHES)
+def test_batch_with_pictures_on_a_mesh(request, variant, sizes, layout):
     """Tokens reach their experts and come back to their places; heads, widths, rows and tiles are divided without a trace."""
     pair = request.getfixturevalue(variant)
-    mesh = make_mesh(**sizes)
-    model = port(pair.reference, mesh=mesh)
+    model = port(pair.reference, mesh=make_mesh(**sizes), layout=layout)
     picture, tiles = picture_prompt()
     lengths = [picture.shape[1], 53, 7, 16, 17, 40, 33, 1]
     ids = text_ids(8, max(lengths))
@@ -35,6 +36,23 @@ def test_batch_with_pictures_on_a_mesh(request, variant, sizes):
     for row, length in enumerate(lengths):
         expected = pair.expected_logits(ids[row : row + 1, :length], tiles if row == 0 else None)[0]
         assert_allclose(ours[row, :length], expected, atol=TOLERANCE, rtol=0, err_msg=f"row {row} of {length} tokens")
+
+
+@pytest.mark.parametrize("sizes, layout", [(dict(expert=8), THROUGHPUT), (dict(data=2), THROUGHPUT), (dict(expert=4, tensor=2), LATENCY)])
+def test_one_row_on_many_devices(tiny_maverick, sizes, layout):
+    """A single long prompt is divided by its tokens: half chunks that need their neighbour's keys, whole chunks that need
+    none, a cache of which every device holds a part, written and read one token at a time."""
+    mesh = make_mesh(**sizes)
+    model = port(tiny_maverick.reference, mesh=mesh, layout=layout)
+    ids = text_ids(1, 72)
+    assert not layout.sharding(CACHE, (1, 2, 128, 32), mesh).is_fully_replicated
+    create = jax.jit(lambda: KVCache.create(model.config.text, 1, 128, jnp.float32, model.constrain))
+    expected = tiny_maverick.expected_logits(ids)
+    out, cache = cached_step(model, jnp.asarray(ids[:, :64]), jnp.array([64], jnp.int32), create())
+    assert_allclose(np.asarray(out), expected[:, :64], atol=TOLERANCE, rtol=0)
+    for position in range(64, 72):
+        out, cache = cached_step(model, jnp.asarray(ids[:, position : position + 1]), jnp.array([1], jnp.int32), cache)
+        assert_allclose(np.asarray(out)[:, 0], expected[:, position], atol=TOLERANCE, rtol=0, err_msg=f"token {position}")
 
 
 def test_every_expert_lies_on_its_own_device(tiny_maverick):
