@@ -132,6 +132,7 @@ LATENCY = Layout.from_table(
 # As throughput, with parameters and optimizer state also over data; they are gathered where they are used.
 TRAINING = Layout.from_table("training", {**dict(THROUGHPUT.rows), "embed": "data", "vision_embed": "data"})
 
+INFERENCE = (THROUGHPUT, LATENCY)
 LAYOUTS = {layout.name: layout for layout in (THROUGHPUT, LATENCY, TRAINING)}
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", metavar="DIR", help="model directory, Hugging Face directory or Hub id (default: the mini model)")
     parser.add_argument("--mesh", metavar="AXES", help="such as data=1,expert=8,tensor=1 (default: all devices on expert)")
+    parser.add_argument("--layout", metavar="NAME", help="throughput, latency or training (default: throughput)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights and activations (default: as stored)")
 
 
@@ -102,7 +103,7 @@ def load_model(args: argparse.Namespace, **inputs: str) -> Llama4:
     if multihost.process_count() > 1:
         multihost.check_same(identity(directory) | inputs)
     axes = parse_mesh(args.mesh) if args.mesh else default_mesh(Config.from_directory(directory))
-    return load(directory, mesh=make_mesh(**axes) if math.prod(axes.values()) > 1 else None, dtype=args.dtype)
+    return load(directory, mesh=make_mesh(**axes) if math.prod(axes.values()) > 1 else None, layout=args.layout, dtype=args.dtype)
 
 
 def default_mesh(config: Any) -> dict[str, int]:

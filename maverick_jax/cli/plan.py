@@ -6,11 +6,13 @@ examples:
   maverick plan --topology h100:8 --dtype fp8 --batch 64 --context 8192
   maverick plan --model scout --topology v5p:2x2x2 --mesh expert=2,tensor=4 --layout latency
   maverick plan --topology v6e:8x8 --batch 256 --search
+  maverick plan --topology v6e:8x8 --mesh expert=8,tensor=8 --compile
   maverick plan --topology h200:8 --dtype fp8 --json | jq .decode.tokens_per_second
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from maverick_jax.cli import options
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, metavar="B", help="rows that decode together (default: 64)")
     parser.add_argument("--context", type=int, default=8192, metavar="T", help="tokens that each row has room for (default: 8192)")
     parser.add_argument("--search", action="store_true", help="compare the meshes that divide and fit, the best first")
+    parser.add_argument("--compile", action="store_true", help="ask the real compiler about the decode step (extra tpu or cuda13; no chip)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="FILE", help="draw memory per device and the limit over batch (of a search: of the best)")
 
@@ -55,11 +58,29 @@ def run(args: argparse.Namespace) -> int:
         from maverick_jax.plan.plot import save_plot
 
         save_plot(best, args.plot)
+    compiled = _compile(best) if args.compile else None
     if args.json:
-        print(json.dumps({"plans": [plan.as_dict() for plan in plans]} if args.search else best.as_dict()))
+        values = {"plans": [plan.as_dict() for plan in plans]} if args.search else best.as_dict()
+        print(json.dumps(values | ({"compiled": compiled.as_dict()} if compiled else {})))
     else:
         print(search_table(plans) if args.search else best)
+        if compiled:
+            print(f"\n{compiled}")
     return 0
+
+
+def _compile(plan):
+    """The decode step of a plan (of a search: of the best) by the real compiler."""
+    import jax
+
+    from maverick_jax.errors import UserError
+    from maverick_jax.plan.compiled import compile_decode
+
+    if plan.case.dtype == "fp8":
+        raise UserError("FP8 is planned, not yet run by this package: --compile takes --dtype bfloat16 or float32.")
+    jax.config.update("jax_platforms", "cpu")  # compiling needs no accelerator, and takes none from others
+    print(f"compiling the decode step of {plan.case.topology.name} …", file=sys.stderr)
+    return compile_decode(plan.case)
 
 
 def _config(model: str):

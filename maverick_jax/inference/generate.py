@@ -23,7 +23,7 @@ from maverick_jax.inference.clock import seconds_compiling
 from maverick_jax.inference.sampling import RowSampling, Sampling, sample
 from maverick_jax.model import Llama4
 
-PIECE = 1024  # longest prefill piece: bounds the scores [heads, piece, context]
+PIECE = 8192  # tokens of a prefill piece, all rows together: bounds what a layer computes at once
 SHORTEST_PIECE = 32
 TILES_AT_ONCE = 16  # pictures' tiles per call of the vision tower
 STEPS = 8  # tokens per decode call: text arrives in small portions, the host is asked rarely
@@ -169,8 +169,9 @@ class Generation:
         dtype = jnp.dtype(self.model.text.embedding.dtype)
         cache = _new_cache(self.model.config.text, len(self.prompts), max_length, dtype, self.model.constrain)
         last_BD, load_ME, dropped = None, self.load_ME, np.int32(0)
-        for start in range(0, int(lengths.max()), PIECE):
-            size = piece_size(min(PIECE, int(lengths.max()) - start))
+        longest = longest_piece(len(self.prompts))
+        for start in range(0, int(lengths.max()), longest):
+            size = piece_size(min(longest, int(lengths.max()) - start))
             ids, feature_index = np.zeros((2, len(self.prompts), size), np.int32)
             for row, prompt in enumerate(self.prompts):
                 part = prompt[start : start + size]
@@ -226,6 +227,11 @@ class Generation:
 
 def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def longest_piece(rows: int) -> int:
+    """Tokens that each of so many rows reads at once in a prefill."""
+    return max(SHORTEST_PIECE, PIECE // next_power_of_two(rows))
 
 
 def piece_size(tokens: int) -> int:

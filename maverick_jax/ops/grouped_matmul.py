@@ -1,7 +1,8 @@
 """Rows sorted by expert, each multiplied by its own expert's matrix.
 
-Backends: CPU loops over the experts that have rows, and over blocks of their rows; elsewhere `lax.ragged_dot`. On CPU `ragged_dot`
-multiplies every row by every expert: at 128 experts that is 700 times the work of a gather for one row.
+Backends: CPU loops over the experts that have rows, and over blocks of their rows; NVIDIA GPUs have kernels of their own
+(`grouped_matmul_gpu`); elsewhere `lax.ragged_dot`. On CPU and GPU `ragged_dot` multiplies every row by every expert: at 128 experts
+that is 700 times the work of a gather for one row on CPU.
 
 Shape suffixes: R rows, K inputs, N outputs, E experts.
 """
@@ -26,7 +27,8 @@ def grouped_matmul(x_RK: jax.Array, weight_EKN: jax.Array, group_sizes_E: jax.Ar
     Returns:
       [R, N] in x's dtype, zero for the rows that belong to no group.
     """
-    return lax.platform_dependent(x_RK, weight_EKN, group_sizes_E, cpu=_grouped_matmul_cpu, default=_ragged_dot)
+    branches = {"cpu": _grouped_matmul_cpu, "cuda": _grouped_matmul_cuda, "default": _ragged_dot}
+    return lax.platform_dependent(x_RK, weight_EKN, group_sizes_E, **branches)
 
 
 def _ragged_dot(x_RK, weight_EKN, group_sizes_E):
@@ -34,6 +36,14 @@ def _ragged_dot(x_RK, weight_EKN, group_sizes_E):
     # The TPU compiler has a kernel that skips empty groups, but multiplies a handful of rows by every matrix.
     padded = jnp.pad(x_RK, ((0, max(0, FEWEST_ROWS - rows)), (0, 0)))
     return lax.ragged_dot(padded, weight_EKN, group_sizes_E, preferred_element_type=jnp.float32).astype(x_RK.dtype)[:rows]
+
+
+def _grouped_matmul_cuda(x_RK, weight_EKN, group_sizes_E):
+    # Pallas takes a while to import, and this module is imported by all that never multiply anything.
+    from maverick_jax.ops.grouped_matmul_gpu import DTYPES, grouped_matmul_gpu
+
+    form = grouped_matmul_gpu if x_RK.dtype.name in DTYPES else _ragged_dot
+    return form(x_RK, weight_EKN, group_sizes_E)
 
 
 @jax.custom_vjp

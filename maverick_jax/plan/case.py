@@ -80,6 +80,12 @@ class Case:
         """Devices among which a logical axis of this size is divided."""
         return size // self.local((axis,), (size,))[0]
 
+    def sequence_ways(self, rows: int) -> int:
+        """Devices among which the cache of each of so many rows is divided: those that rows leave free."""
+        text = self.config.text
+        axes = self.layout.split(CACHE_AXES, (rows, text.num_key_value_heads, self.context, text.head_dim), self.mesh)[2]
+        return math.prod(self.mesh.shape[name] for name in axes)
+
     @functools.cached_property
     def weight_bytes(self) -> dict[str, int]:
         """Bytes per device of every component, in the order of `COMPONENTS`."""

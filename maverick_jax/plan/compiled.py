@@ -43,7 +43,11 @@ class Compiled:
 
     def __str__(self) -> str:
         gb = 1e9
-        own = "" if self.bytes_accessed is None else f", cost_analysis {self.bytes_accessed / gb:.2f} GB and {(self.flops or 0) / 1e12:.3f} TFLOP"
+        own = (
+            ""
+            if self.bytes_accessed is None
+            else f", cost_analysis {self.bytes_accessed / gb:.2f} GB and {(self.flops or 0) / 1e12:.3f} TFLOP"
+        )
         lines = [
             f"{self.name}, compiled in {self.seconds:.0f} s, per device: arguments {self.arguments / gb:.2f} GB, "
             f"temporaries {self.temporaries / gb:.3f} GB, HBM traffic {self.traffic.hbm / gb:.2f} GB "

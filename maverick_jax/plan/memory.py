@@ -11,7 +11,8 @@ import jax
 
 from maverick_jax.config import TextConfig
 from maverick_jax.inference.cache import KVCache
-from maverick_jax.inference.generate import PIECE
+from maverick_jax.inference.generate import longest_piece
+from maverick_jax.ops.attention import MOST_SCORES
 from maverick_jax.plan.case import Case
 from maverick_jax.plan.weights import DENSE, SHARED, itemsize
 from maverick_jax.sharding.attend import CACHE as CACHE_AXES
@@ -90,7 +91,7 @@ def prefill_rows(case: Case) -> int:
 
 def prefill_piece(case: Case) -> int:
     """Tokens of a prompt that a prefill takes at once."""
-    return min(case.context, PIECE)
+    return min(case.context, longest_piece(prefill_rows(case)))
 
 
 def temporaries(case: Case, rows: int, tokens: int) -> dict[str, int]:
@@ -99,7 +100,8 @@ def temporaries(case: Case, rows: int, tokens: int) -> dict[str, int]:
     With R rows and N = R * tokens on this device, element size e:
       activations   N * (4 * D + 3 * F) * e: residual, normed, attention's or feed-forward's input and output; gate, up and
                     their product, F the widest feed-forward's share
-      scores        R * heads * tokens * context * (4 + e): float32 scores and the weights made of them
+      scores        R * heads * tokens * context * (4 + e): float32 scores and the weights made of them; of several tokens
+                    no more than MOST_SCORES at once
       logits        2 * R * V * 4: of each row's last token, and what sampling makes of them
       dispatch      4 * DISPATCH_ROOM * tokens sent * D * e: sent, received, computed, returned
     """
@@ -112,10 +114,11 @@ def temporaries(case: Case, rows: int, tokens: int) -> dict[str, int]:
     (asking,) = case.local((CACHE_AXES[0],), (rows,))
     (heads,) = case.local(("heads",), (text.num_attention_heads,))
     seen = max(min(case.context, text.chunk_of_layer(i) or case.context) for i in range(text.num_hidden_layers))
+    scores = asking * heads * tokens * seen
     sent = math.ceil(rows * tokens / case.ways("tokens"))
     return {
         "activations": R * tokens * (4 * D + 3 * F) * size,
-        "scores": asking * heads * tokens * seen * (FLOAT32 + size),
+        "scores": (scores if tokens == 1 else min(scores, MOST_SCORES)) * (FLOAT32 + size),
         "logits": 2 * R * V * FLOAT32,
         "dispatch": 4 * DISPATCH_ROOM * sent * D * size if text.moe_layers else 0,
     }

@@ -15,7 +15,7 @@ from maverick_jax.plan.roofline import Cost, Prefill, decode, prefill
 from maverick_jax.plan.room import largest_batch, largest_context, refusal
 from maverick_jax.plan.search import candidates
 from maverick_jax.plan.topology import Topology
-from maverick_jax.sharding.layout import LAYOUTS, Layout, get_layout
+from maverick_jax.sharding.layout import INFERENCE, Layout, get_layout
 from maverick_jax.sharding.mesh import AXES as MESH_AXES
 
 GPU_DEFAULT_SHARE = 0.75  # of a GPU's memory, jax's XLA_PYTHON_CLIENT_MEM_FRACTION
@@ -60,7 +60,10 @@ class Plan:
         if case.dtype == "fp8":
             found.append("FP8 is planned, not yet run by this package.")
         if case.batch % case.row_ways:
-            found.append(f"batch {case.batch} is no multiple of {case.row_ways}: rows and their cache lie whole on every device.")
+            found.append(
+                f"batch {case.batch} is no multiple of {case.row_ways}: devices share rows, and each row's cache lies on "
+                f"{case.sequence_ways(case.batch)} by its sequence."
+            )
         if case.topology.chip.is_gpu and self.memory.needed > GPU_DEFAULT_SHARE * self.memory.capacity:
             found.append("jax takes 75 % of a GPU's memory by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.94.")
         return found
@@ -122,7 +125,7 @@ def search(
 
     Arguments as for `make_plan`.
     """
-    layouts = list(LAYOUTS.values()) if layout is None else [get_layout(layout)]
+    layouts = list(INFERENCE) if layout is None else [get_layout(layout)]
     found = candidates(config, Topology.parse(topology), layouts, dtype, batch, context)
     fitting = [candidate for candidate in found if candidate.fits] or found[:1]
     return [_plan(candidate.case, mesh_chosen=True) for candidate in fitting[:best]]

@@ -115,6 +115,7 @@ def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
     experts, hit, routed_tokens, distinct = _experts(case, rows * tokens)
 
     slots, pairs = _attention(case, tokens, start)
+    parts = case.sequence_ways(rows) if tokens == 1 else 1
     (kv_heads,) = case.local(("kv_heads",), (text.num_key_value_heads,))
     (heads,) = case.local(("heads",), (text.num_attention_heads,))
     weights = {part: float(size) for part, size in case.weight_bytes.items() if part not in (VISION, EMBEDDING)}
@@ -123,18 +124,20 @@ def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
     read = {
         **weights,
         EMBEDDING: own_rows * tokens * D * size,
-        "cache": 2 * asking_rows * kv_heads * slots * text.head_dim * size,
+        "cache": 2 * asking_rows * kv_heads * slots * text.head_dim * size / parts,
     }
 
     elements = case.matrix_elements
     used = {ATTENTION: asking_rows * tokens, UNEMBEDDING: own_rows}  # of a prompt only the last token has logits
     used |= dict.fromkeys((DENSE, SHARED, SMALL), own_rows * tokens)
     products = {part: 2.0 * elements[part] * count for part, count in used.items() if part in elements}
-    products["scores"] = 4.0 * asking_rows * heads * text.head_dim * pairs
+    products["scores"] = 4.0 * asking_rows * heads * text.head_dim * pairs / parts
     if text.moe_layers:
         products[ROUTED] = 2.0 * elements[ROUTED] / experts * routed_tokens
 
     links = _links(case, own_rows * tokens, asking_rows * tokens, rows * tokens)
+    if parts > 1:  # float32 sums of the parts of a row's cache
+        links["attention parts all-reduce"] = (text.num_hidden_layers, all_reduce(parts, asking_rows * heads * text.head_dim * 4))
     sent = {name: count * size for name, (count, size) in links.items()}
     chip = case.topology.chip
     in_experts = products.get(ROUTED, 0.0)

@@ -9,7 +9,7 @@ from maverick_jax.plan.case import Case
 from maverick_jax.plan.chips import GIB
 from maverick_jax.plan.memory import RESERVE, memory
 from maverick_jax.plan.search import candidates
-from maverick_jax.sharding.layout import LAYOUTS
+from maverick_jax.sharding.layout import INFERENCE
 
 STEP = 1024  # contexts are tried in multiples of this
 MOST_ROWS = 2**20
@@ -54,7 +54,7 @@ def refusal(case: Case, *, mesh_chosen: bool) -> str:
 
 def _cures(case: Case, mesh_chosen: bool) -> list[str]:
     found = []
-    best = candidates(case.config, case.topology, LAYOUTS.values(), case.dtype, case.batch, case.context)[0]
+    best = candidates(case.config, case.topology, INFERENCE, case.dtype, case.batch, case.context)[0]
     if best.fits:
         mesh = [] if mesh_chosen and best.case.mesh_shape == case.mesh_shape else [f"--mesh {best.case.mesh_name}"]
         layout = [] if best.case.layout == case.layout else [f"--layout {best.case.layout.name}"]

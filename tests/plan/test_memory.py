@@ -64,16 +64,17 @@ def test_cache_is_divided_by_rows_and_heads(case):
     assert (rope, full) == (8 * 36 * 8192 * 512, 8 * 12 * 16_384 * 512)
 
 
-def test_rows_that_do_not_divide_lie_everywhere(case):
-    """4 rows on 8 devices of `expert`: the layout leaves them whole, and the plan must not pretend otherwise."""
-    assert cache_bytes(case("v6e:8x8", expert=8, tensor=8, batch=4))[0] == 4 * 36 * 8192 * 512
+def test_a_small_batch_leaves_devices_to_the_sequence(case):
+    """4 rows on 8 devices of `expert`: each device has all of them, an eighth of their slots; 4 rows of 8,190 have no eighth."""
+    assert cache_bytes(case("v6e:8x8", expert=8, tensor=8, batch=4))[0] == 4 * 36 * 8192 * 512 // 8
+    assert cache_bytes(case("v6e:8x8", expert=8, tensor=8, batch=4, context=8190))[0] == 4 * 36 * 8190 * 512
 
 
 def test_temporaries_follow_their_formula(case):
     """A prefill piece of 1,024 tokens of 8 prompts, one per device of `expert`; F = 16384 / 8, 5 query heads, V = 202048 / 8."""
     assert temporaries(case("v6e:8x8", expert=8, tensor=8), 8, 1024) == {
         "activations": 1024 * (4 * 5120 + 3 * 2048) * 2,
-        "scores": 5 * 1024 * 8192 * (4 + 2),
+        "scores": 2**25 * (4 + 2),  # of 5 * 1024 * 8192, in blocks
         "logits": 2 * 25_256 * 4,
         "dispatch": 4 * 2 * 1024 * 5120 * 2,
     }

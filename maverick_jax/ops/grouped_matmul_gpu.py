@@ -1,0 +1,209 @@
+"""The grouped matmul on GPU: two Pallas-Triton kernels that read the matrices of the groups that have rows, and no others.
+
+`lax.ragged_dot` on GPU multiplies every row by every matrix. Here a program multiplies one tile of rows, all of one group, by some
+columns of its matrix. Tiles begin where their group begins, so a matrix is read once per tile of its group; how many tiles there are
+at most is known when the program is compiled, and those too many find no rows. Rows without a group are one more group, which has no
+matrix and gives zero.
+
+Shape suffixes: R rows, K inputs, N outputs, E experts, G groups (the experts, and the rows without one), S tiles of rows, P parts of
+the inputs.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+DTYPES = ("bfloat16", "float16", "float32")
+TILES_AT_ONCE = 8  # sweep the columns together: tiles of one group share its matrix in the L2 cache, and all columns share the rows
+PROGRAMS = 256  # keep the memory of a large GPU busy; fewer are given parts of the sums
+MOST_PARTS = 8
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul_gpu(x_RK: jax.Array, weight_EKN: jax.Array, group_sizes_E: jax.Array, interpret: bool = False) -> jax.Array:
+    """As `grouped_matmul`, for x and weight of one of `DTYPES`; float32 is multiplied as float32, not as TF32.
+
+    Args:
+      interpret: run the kernels as ordinary JAX operations, on any platform (for tests).
+    """
+    return _product(x_RK, weight_EKN, group_sizes_E, transposed=False, interpret=interpret)
+
+
+def _forward(x_RK, weight_EKN, group_sizes_E, interpret):
+    return grouped_matmul_gpu(x_RK, weight_EKN, group_sizes_E, interpret), (x_RK, weight_EKN, group_sizes_E)
+
+
+def _backward(interpret, residuals, dy_RN):
+    x_RK, weight_EKN, group_sizes_E = residuals
+    dx_RK = _product(dy_RN, weight_EKN, group_sizes_E, transposed=True, interpret=interpret)
+    return dx_RK, _outer_products(x_RK, dy_RN, group_sizes_E, interpret=interpret), None
+
+
+grouped_matmul_gpu.defvjp(_forward, _backward)
+
+
+# Under `jit` the kernel is traced and lowered once for all layers of a model.
+@functools.partial(jax.jit, static_argnames=("transposed", "interpret"))
+def _product(x_RK, weight_EKN, group_sizes_E, *, transposed: bool, interpret: bool):
+    """Every row times its group's matrix. `transposed` multiplies by the transposed matrices, without making them."""
+    (rows, inputs), experts, outputs = x_RK.shape, weight_EKN.shape[0], weight_EKN.shape[1 if transposed else 2]
+    if rows == 0:
+        return jnp.zeros((0, outputs), x_RK.dtype)
+    block = _Block.of(rows, experts, x_RK.dtype)
+    most = _most_tiles(rows, experts, block.rows)
+    at_once = min(TILES_AT_ONCE, most)
+    sweeps, columns, steps = pl.cdiv(most, at_once), pl.cdiv(outputs, block.columns), pl.cdiv(inputs, block.inputs)
+    wanted = min(MOST_PARTS, pl.cdiv(PROGRAMS, most * columns))
+    parts = max(p for p in range(1, wanted + 1) if steps % p == 0)
+    tile = pl.BlockSpec((None,), lambda i, _, sweep: (sweep * at_once + i,))
+    y_PRN = pl.pallas_call(
+        functools.partial(_product_kernel, block=block, parts=parts, transposed=transposed),
+        grid=(at_once, columns * parts, sweeps),  # the first axis runs fastest
+        in_specs=[tile, tile, tile, pl.no_block_spec, pl.no_block_spec],
+        out_shape=jax.ShapeDtypeStruct((parts, rows, outputs), x_RK.dtype if parts == 1 else jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
+        interpret=interpret,
+    )(*_Tiles.of(group_sizes_E, rows, block.rows, at_once * sweeps), x_RK, weight_EKN)
+    return y_PRN[0] if parts == 1 else y_PRN.sum(axis=0).astype(x_RK.dtype)
+
+
+def _product_kernel(group_ref, start_ref, end_ref, x_ref, weight_ref, y_ref, *, block: "_Block", parts: int, transposed: bool):
+    """A tile of rows times some columns, summed over a part of the inputs."""
+    experts, inputs, outputs = weight_ref.shape[0], x_ref.shape[1], y_ref.shape[2]
+    group, start, end = group_ref[...], start_ref[...], end_ref[...]
+    column, part = pl.program_id(1) // parts * block.columns, pl.program_id(1) % parts
+    row_slice, column_slice = pl.ds(start, block.rows), pl.ds(column, block.columns)
+    rows_inside, columns_inside = start + jnp.arange(block.rows) < end, _inside(column, block.columns, outputs)
+
+    def step(i, sums):
+        input_slice, inputs_inside = pl.ds(i * block.inputs, block.inputs), _inside(i * block.inputs, block.inputs, inputs)
+        x = _load(x_ref.at[row_slice, input_slice], rows_inside, inputs_inside)
+        if transposed:
+            return sums + _dot(x, _load(weight_ref.at[group, column_slice, input_slice], columns_inside, inputs_inside), (1, 1))
+        return sums + _dot(x, _load(weight_ref.at[group, input_slice, column_slice], inputs_inside, columns_inside), (1, 0))
+
+    steps = pl.cdiv(inputs, block.inputs) // parts
+    first = part * steps
+    last = jnp.where(group < experts, first + steps, first)  # nothing is read for rows without a group
+    sums = lax.fori_loop(first, last, step, jnp.zeros((block.rows, block.columns), jnp.float32))
+    _store(y_ref.at[part, row_slice, column_slice], sums, rows_inside, columns_inside)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def _outer_products(x_RK, dy_RN, group_sizes_E, *, interpret: bool):
+    """[E, K, N] gradient of the matrices: per expert the sum of x^T dy over its rows."""
+    (rows, inputs), outputs, experts = x_RK.shape, dy_RN.shape[1], group_sizes_E.size
+    if rows == 0:
+        return jnp.zeros((experts, inputs, outputs), x_RK.dtype)
+    side = 64 if x_RK.dtype == jnp.float32 else 128
+    start_G, end_G = _bounds(group_sizes_E, rows)
+    expert = pl.BlockSpec((None,), lambda _, __, e: (e,))
+    return pl.pallas_call(
+        functools.partial(_outer_products_kernel, side=side, depth=32),
+        grid=(pl.cdiv(inputs, side), pl.cdiv(outputs, side), experts),
+        in_specs=[expert, expert, pl.no_block_spec, pl.no_block_spec],
+        out_shape=jax.ShapeDtypeStruct((experts, inputs, outputs), x_RK.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        interpret=interpret,
+    )(start_G[:-1], end_G[:-1], x_RK, dy_RN)
+
+
+def _outer_products_kernel(start_ref, end_ref, x_ref, dy_ref, dw_ref, *, side: int, depth: int):
+    """A square of one expert's gradient; `depth` rows at a time."""
+    start, end = start_ref[...], end_ref[...]
+    k, n = pl.program_id(0) * side, pl.program_id(1) * side
+    k_slice, n_slice = pl.ds(k, side), pl.ds(n, side)
+    k_inside, n_inside = _inside(k, side, x_ref.shape[1]), _inside(n, side, dy_ref.shape[1])
+
+    def step(i, sums):
+        first = start + i * depth
+        row_slice, rows_inside = pl.ds(first, depth), first + jnp.arange(depth) < end
+        x, dy = _load(x_ref.at[row_slice, k_slice], rows_inside, k_inside), _load(dy_ref.at[row_slice, n_slice], rows_inside, n_inside)
+        return sums + _dot(x, dy, (0, 0))
+
+    sums = lax.fori_loop(0, pl.cdiv(end - start, depth), step, jnp.zeros((side, side), jnp.float32))
+    _store(dw_ref.at[pl.program_id(2), k_slice, n_slice], sums, k_inside, n_inside)
+
+
+class _Tiles(NamedTuple):
+    """Tiles of rows, and behind them some without rows.
+
+    Attributes:
+      group_S: E for rows without a group.
+      start_S: first row.
+      end_S: end of the group, perhaps far behind the tile's.
+    """
+
+    group_S: jax.Array
+    start_S: jax.Array
+    end_S: jax.Array
+
+    @classmethod
+    def of(cls, group_sizes_E: jax.Array, rows: int, block: int, tiles: int) -> "_Tiles":
+        start_G, end_G = _bounds(group_sizes_E, rows)
+        tiles_G = -(-(end_G - start_G) // block)
+        behind_G = jnp.cumsum(tiles_G)
+        tile_S = jnp.arange(tiles, dtype=jnp.int32)
+        # A tile too many falls to the last group, and begins where that has ended.
+        group_S = (tile_S[:, None] >= behind_G[None, :-1]).sum(axis=1, dtype=jnp.int32)
+        start_S = start_G[group_S] + (tile_S - (behind_G - tiles_G)[group_S]) * block
+        return cls(group_S, start_S, end_G[group_S])
+
+
+def _most_tiles(rows: int, experts: int, block: int) -> int:
+    """Each group that has rows has a tile, and another one for every `block` rows behind its first."""
+    groups = min(rows, experts + 1)
+    return groups + (rows - groups) // block
+
+
+def _bounds(group_sizes_E: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """First row and end of every group, the rows without an expert last; never behind the array, whatever the sizes say."""
+    end_G = jnp.append(jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), rows), jnp.int32(rows))
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), end_G[:-1]]), end_G
+
+
+class _Block(NamedTuple):
+    """What a program multiplies at a time. Sizes for Hopper, from its documentation: none was measured."""
+
+    rows: int
+    columns: int
+    inputs: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, rows: int, experts: int, dtype: jnp.dtype) -> "_Block":
+        tile = min(128, max(16, pl.next_power_of_2(pl.cdiv(rows, experts))))  # 16: what a tensor core takes at least
+        if dtype == jnp.float32:  # no tensor cores, and more registers
+            return cls(min(tile, 64), 64, 32, 4, 3)
+        # With few rows the time is that of reading the matrices.
+        return cls(tile, 64, 128, 4, 4) if tile <= 32 else cls(tile, 128, 64, tile // 16, 4)
+
+
+def _dot(a, b, axes: tuple[int, int]):
+    return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _inside(first, size: int, total: int):
+    """Which of the `size` indices from `first` on are below `total`; None if that is always all."""
+    return first + jnp.arange(size) < total if total % size else None
+
+
+def _mask(shape, first_axis, second_axis):
+    axes = [None if first_axis is None else first_axis[:, None], None if second_axis is None else second_axis[None, :]]
+    masks = [jnp.broadcast_to(mask, shape) for mask in axes if mask is not None]
+    return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def _load(ref, *inside):
+    mask = _mask(ref.shape, *inside)
+    return plgpu.load(ref, mask=mask, other=None if mask is None else 0.0)
+
+
+def _store(ref, value, *inside):
+    plgpu.store(ref, value.astype(ref.dtype), mask=_mask(ref.shape, *inside))

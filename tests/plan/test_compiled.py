@@ -1,0 +1,61 @@
+"""Whole models, made small, through the real TPU compiler: what `benchmarks/compiled_for_accelerators.py` does at full size."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+
+from maverick_jax.config import Config
+from maverick_jax.errors import UserError
+from maverick_jax.plan.compiled import compile_program, target_mesh
+from maverick_jax.plan.programs import Programs
+from maverick_jax.plan.topology import Topology
+from maverick_jax.sharding import LATENCY, THROUGHPUT
+
+MOE_LAYERS = 2
+needs_tpu_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+
+
+def small(layers: int = 2 * MOE_LAYERS) -> Config:
+    """Maverick at its real widths but for the vocabulary, with one NoPE layer among four."""
+    maverick = Config.maverick()
+    within = {name: tuple(i for i in getattr(maverick.text, name) if i < layers) for name in ("moe_layers", "nope_layers")}
+    text = dataclasses.replace(maverick.text, num_hidden_layers=layers, vocab_size=1024, **within)
+    return dataclasses.replace(maverick, text=text, vision=None)
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("layout", [THROUGHPUT, LATENCY], ids=lambda layout: layout.name)
+def test_a_decode_step_moves_its_arguments_once(layout):
+    """Weights and cache are read once and copied nowhere; tokens travel as the layout says, three exchanges per mixture."""
+    topology = Topology.parse("v6e:4x4")
+    mesh = target_mesh(topology, (1, 4, 4))
+    done = compile_program(Programs(small(), mesh, layout).decode(16, 4096), mesh)
+    assert done.traffic.hbm < 1.15 * done.arguments
+    assert done.temporaries < 0.2e9
+    assert done.needed < topology.chip.memory
+    exchanges = done.traffic.collectives.get("all-to-all")
+    assert (exchanges.count if exchanges else 0) == (3 * MOE_LAYERS if layout is THROUGHPUT else 0)
+    assert done.traffic.loops == 0
+
+
+@needs_tpu_compiler
+def test_a_long_prompt_holds_no_square_of_scores():
+    """256k tokens on four chips: the scores of one head, a quarter of them on each chip, would be 69 GB."""
+    text = dataclasses.replace(small().text, hidden_size=512, intermediate_size_mlp=1024, num_attention_heads=4, num_key_value_heads=4)
+    text = dataclasses.replace(text, num_hidden_layers=2, moe_layers=(), nope_layers=(0, 1))
+    mesh = target_mesh(Topology.parse("v6e:2x2"), (1, 4, 1))
+    done = compile_program(Programs(Config(text=text), mesh, THROUGHPUT).prefill(1, 2**18), mesh)
+    assert done.temporaries < 2e9
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    """Which extra to install, instead of a plug-in's traceback."""
+    from maverick_jax.plan import targets
+
+    def missing(**_):
+        raise RuntimeError("Unknown backend")
+
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"the cuda compiler cannot be used here .* pip install 'maverick-jax\[cuda13\]'"):
+        target_mesh(Topology.parse("h200:8"), (1, 8, 1))
