@@ -74,8 +74,8 @@ class AttendOnMesh:
     def over(self, query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk):
         if query_BTHd.shape[1] == 1:
             return self._one_token(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk)
-        rows, sequence, heads, kv_heads = self._divided(query_BTHd, key_BKSd)
-        keys = PartitionSpec(rows, kv_heads)
+        rows, sequence, heads = self._divided(query_BTHd, key_BKSd)
+        keys = PartitionSpec(rows, heads)
         local = self._shard_map(
             functools.partial(attend, chunk=chunk),
             (PartitionSpec(rows, sequence, heads), keys, keys, PartitionSpec(rows, sequence), PartitionSpec(rows)),
@@ -83,11 +83,11 @@ class AttendOnMesh:
         return local(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS)
 
     def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk):
-        rows, sequence, heads, kv_heads = self._divided(query_BTHd, key_BKTd)
+        rows, sequence, heads = self._divided(query_BTHd, key_BKTd)
         tokens = query_BTHd.shape[1] // math.prod(self.mesh.shape[a] for a in sequence)
         queries = PartitionSpec(rows, sequence, heads)
         if not sequence or (chunk is not None and tokens % chunk == 0):
-            keys = PartitionSpec(rows, kv_heads, sequence)
+            keys = PartitionSpec(rows, heads, sequence)
             return self._shard_map(functools.partial(attend_in_order, chunk=chunk), (queries, keys, keys))(query_BTHd, key_BKTd, value_BKTd)
 
         def behind(query, key, value):
@@ -96,7 +96,7 @@ class AttendOnMesh:
             key_positions_BS = jnp.broadcast_to(jnp.arange(key.shape[2], dtype=jnp.int32), (key.shape[0], key.shape[2]))
             return attend(query, key, value, positions_BT, key_positions_BS, chunk)
 
-        keys = PartitionSpec(rows, kv_heads)
+        keys = PartitionSpec(rows, heads)
         return self._shard_map(behind, (queries, keys, keys))(query_BTHd, key_BKTd, value_BKTd)
 
     def _one_token(self, query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk):
@@ -118,10 +118,10 @@ class AttendOnMesh:
         return local(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS)
 
     def _divided(self, query_BTHd, key_BKSd):
-        """Mesh axes of rows, sequence, query heads and key/value heads."""
-        rows, sequence, heads, _ = self.layout.split(QUERIES, query_BTHd.shape, self.mesh)
-        kv_heads = self.layout.split(("kv_heads",), key_BKSd.shape[1:2], self.mesh)[0]
-        return rows, sequence, heads, kv_heads
+        """Mesh axes of rows, sequence and heads. Query heads go with their key/value head, however the layout divides them."""
+        B, T = query_BTHd.shape[:2]
+        rows, sequence, heads, _ = self.layout.split(KEYS, (B, T, key_BKSd.shape[1], key_BKSd.shape[3]), self.mesh)
+        return rows, sequence, heads
 
     def _shard_map(self, function, in_specs):
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=in_specs[0], check_vma=False)

@@ -104,7 +104,8 @@ def attend_in_order(query_BTHd: jax.Array, key_BKTd: jax.Array, value_BKTd: jax.
     if chunk is not None and chunk < T:
         missing = -T % chunk
         query = jnp.pad(query_BTHd, ((0, 0), (0, missing), (0, 0), (0, 0))).reshape(-1, chunk, H, d)
-        out = attend_in_order(query, *(_chunk_rows(x, chunk, missing) for x in (key_BKTd, value_BKTd)), None)
+        key, value = (_chunk_rows(x, chunk, missing) for x in (key_BKTd, value_BKTd))
+        out = attend_in_order(query, key, value, None)
         return out.reshape(B, T + missing, H, d)[:, :T]
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if B * H * T * T > MOST_SCORES:

@@ -39,7 +39,7 @@ def _ragged_dot(x_RK, weight_EKN, group_sizes_E):
 
 
 def _grouped_matmul_cuda(x_RK, weight_EKN, group_sizes_E):
-    # Pallas takes a while to import, and this module is imported by all that never multiply anything.
+    # Importing Pallas takes a while, and much that imports this module never multiplies anything.
     from maverick_jax.ops.grouped_matmul_gpu import DTYPES, grouped_matmul_gpu
 
     form = grouped_matmul_gpu if x_RK.dtype.name in DTYPES else _ragged_dot

@@ -26,9 +26,10 @@ MOST_PARTS = 8
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul_gpu(x_RK: jax.Array, weight_EKN: jax.Array, group_sizes_E: jax.Array, interpret: bool = False) -> jax.Array:
-    """As `grouped_matmul`, for x and weight of one of `DTYPES`; float32 is multiplied as float32, not as TF32.
+    """As `grouped_matmul`, for x and weight of one of `DTYPES`, with float32 sums.
 
     Args:
+      x_RK, weight_EKN: float32 is multiplied as TF32 unless `jax_default_matmul_precision` asks for more, as in XLA's own products.
       interpret: run the kernels as ordinary JAX operations, on any platform (for tests).
     """
     return _product(x_RK, weight_EKN, group_sizes_E, transposed=False, interpret=interpret)
@@ -168,7 +169,7 @@ def _bounds(group_sizes_E: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
 
 
 class _Block(NamedTuple):
-    """What a program multiplies at a time. Sizes for Hopper, from its documentation: none was measured."""
+    """What a program multiplies at a time. Sizes chosen for Hopper: they compile there without spilling registers, none was timed."""
 
     rows: int
     columns: int
@@ -179,7 +180,7 @@ class _Block(NamedTuple):
     @classmethod
     def of(cls, rows: int, experts: int, dtype: jnp.dtype) -> "_Block":
         tile = min(128, max(16, pl.next_power_of_2(pl.cdiv(rows, experts))))  # 16: what a tensor core takes at least
-        if dtype == jnp.float32:  # no tensor cores, and more registers
+        if dtype == jnp.float32:
             return cls(min(tile, 64), 64, 32, 4, 3)
         # With few rows the time is that of reading the matrices.
         return cls(tile, 64, 128, 4, 4) if tile <= 32 else cls(tile, 128, 64, tile // 16, 4)

@@ -79,12 +79,14 @@ def compile_program(program: Program, mesh: Mesh, options: Mapping[str, Any] | N
     start = time.perf_counter()
     done = lowered.compile(compiler_options={**OPTIONS["tpu" if platform == "tpu" else "cuda"], **(options or {})})
     seconds = time.perf_counter() - start
-    memory, cost = done.memory_analysis(), done.cost_analysis() or {}
+    memory, cost, text = done.memory_analysis(), done.cost_analysis() or {}, done.as_text()
+    assert memory is not None
+    assert text is not None
     return Compiled(
         program.name,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
-        count_traffic(done.as_text()),
+        count_traffic(text),
         cost.get("flops"),
         cost.get("bytes accessed"),
         seconds,

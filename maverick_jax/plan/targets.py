@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 from jax.experimental import topologies
 
 from maverick_jax.errors import UserError
@@ -33,7 +33,7 @@ OPTIONS = {
 }
 
 
-def devices_of(topology: Topology) -> Sequence[jax.Device]:
+def devices_of(topology: Topology) -> Sequence[Any]:
     """All devices of a topology, to lay a mesh over and compile for; nothing runs on them.
 
     Raises:
@@ -51,7 +51,7 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
     return _describe("cuda", "cuda13", topology=f"1x1x{topology.devices}", target_config=GPUS[chip.name])
 
 
-def _describe(platform: str, extra: str, **description: str) -> Sequence[jax.Device]:
+def _describe(platform: str, extra: str, **description: str) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(platform=platform, **description).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:

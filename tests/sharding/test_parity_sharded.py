@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from transformers import Llama4TextConfig
 
 from maverick_jax.inference.cache import KVCache
-from maverick_jax.sharding import LATENCY, THROUGHPUT, TRAINING, AllToAll, make_mesh
+from maverick_jax.sharding import LATENCY, THROUGHPUT, TRAINING, AllToAll, get_layout, make_mesh
 from maverick_jax.sharding.attend import CACHE
 from oracle.pair import TOLERANCE, cached_step, logits, picture_prompt, text_ids
 from oracle.port import port
@@ -20,6 +20,8 @@ MESHES = [
     ("tiny_maverick", dict(data=2, expert=2, tensor=2), LATENCY),
     ("tiny_scout", dict(expert=4), THROUGHPUT),
     ("tiny_scout", dict(data=2, expert=2, tensor=2), TRAINING),
+    # Query heads divided, key/value heads not: a query must still find the head that is its own.
+    ("tiny_scout", dict(expert=2, tensor=2), get_layout({"heads": "tensor", "batch": "expert", "expert": "expert"})),
 ]
 
 
