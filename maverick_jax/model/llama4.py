@@ -106,7 +106,7 @@ class Llama4(nnx.Module):
 
     def embed(self, token_ids_BT: Array, features_ID: jax.Array | None = None, index_BT: Array | None = None) -> jax.Array:
         """[B, T, D] embeddings; at `<|patch|>` tokens the image feature that `index_BT` names."""
-        x_BTD = self.text.embedding[...][token_ids_BT]
+        x_BTD = look_up(self.text.embedding[...], token_ids_BT)
         if features_ID is not None:
             is_patch = token_ids_BT == self.config.image_token_index
             x_BTD = jnp.where(is_patch[..., None], features_ID[index_BT], x_BTD)
@@ -148,6 +148,14 @@ class Llama4(nnx.Module):
                 f"the cache has room for {cache.max_length} tokens; {held} are in it and {added} are added: "
                 "create it with a larger max_length."
             )
+
+
+def look_up(table_VD: jax.Array, ids_BT: Array) -> jax.Array:
+    """[B, T, D] rows of a table.
+
+    A single row is looked up twice: XLA:GPU makes a slice of one, and for it gathers a divided table on every device.
+    """
+    return table_VD[jnp.repeat(ids_BT, 2, axis=0)][:1] if ids_BT.size == 1 else table_VD[ids_BT]
 
 
 def get_abstract_model(config: Config, **options: Any) -> Llama4:

@@ -100,7 +100,7 @@ def _written_in_place(fusion: Instruction, program: Program) -> int | None:
     if fused.root.opcode != "tuple":
         return _update_size(fused.root, fused, program)
     updates = [_update_size(fused.instructions[name], fused, program) for name in fused.root.operands]
-    parts = zip(updates, fusion.result, strict=True)
+    parts = zip(updates, fusion.result, strict=False)  # GPU fusions may have tuples among their results
     return sum(array.nbytes if update is None else update for update, array in parts if array.in_hbm)
 
 
