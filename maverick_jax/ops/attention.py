@@ -13,6 +13,7 @@ BLOCKS = 8  # of queries: seven sixteenths of the scores are never made
 SHORTEST_BLOCK = 64
 MOST_SCORES = 2**25  # held at once: 128 MiB
 KEY_BLOCK = 1024
+LONG = 1024  # tokens from which a TPU's kernel is worth it
 QUERY_BLOCKS = (16, 512)  # shortest and longest
 
 
@@ -107,6 +108,17 @@ def attend_in_order(query_BTHd: jax.Array, key_BKTd: jax.Array, value_BKTd: jax.
         key, value = (_chunk_rows(x, chunk, missing) for x in (key_BKTd, value_BKTd))
         out = attend_in_order(query, key, value, None)
         return out.reshape(B, T + missing, H, d)[:, :T]
+    if T >= LONG:
+        # Importing Pallas takes a while, and short prompts do without.
+        from maverick_jax.ops.attention_tpu import causal_attention_tpu, suits
+
+        if suits(T, d):
+            return lax.platform_dependent(query_BTHd, key_BKTd, value_BKTd, tpu=causal_attention_tpu, default=_causal)
+    return _causal(query_BTHd, key_BKTd, value_BKTd)
+
+
+def _causal(query_BTHd, key_BKTd, value_BKTd):
+    B, T, H, _ = query_BTHd.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if B * H * T * T > MOST_SCORES:
         return _blockwise(query_BTHd, key_BKTd, value_BKTd, positions_BT, positions_BT, None)

@@ -11,6 +11,7 @@ from maverick_jax.errors import UserError
 
 HBM = 0  # other memory spaces lie on the chip (1 is a TPU's vector memory) or hold flags
 
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)  # lines of its own within an instruction
 _HEADER = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
 _INSTRUCTION = re.compile(r"\s*(ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
@@ -114,7 +115,7 @@ def parse_program(hlo_text: str) -> Program:
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in hlo_text.splitlines():
+    for line in _KERNEL_METADATA.sub("", hlo_text).splitlines():
         header = _HEADER.match(line)
         if header and not line[0].isspace():
             current = computations[header[2]] = Computation({})

@@ -1,5 +1,7 @@
 """Attention: which keys a query sees, how heads share keys, and the temperature of the layers without RoPE."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from numpy.testing import assert_allclose
 
 from maverick_jax.ops import attention as ops_attention
 from maverick_jax.ops.attention import attend, attend_in_order, attention, temperature_scale, visible
+from maverick_jax.ops.attention_tpu import causal_attention_tpu, suits
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 16])
@@ -108,6 +111,22 @@ def test_a_long_context_makes_no_square(few_scores):
 
     sizes = [v.aval.size for eqn in jax.make_jaxpr(jax.grad(loss))(query, key, value).eqns for v in eqn.outvars]
     assert max(sizes) < T * T
+
+
+def test_the_kernel_for_tpu():
+    """The same attention, query heads with their key heads, scaled once."""
+    random = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(random.standard_normal(s), jnp.float32) for s in ((1, 1024, 4, 128), (1, 2, 1024, 128), (1, 2, 1024, 128))
+    )
+    kernel = functools.partial(causal_attention_tpu, interpret=True)
+    assert_allclose(kernel(query, key, value), ops_attention._causal(query, key, value), atol=1e-5)
+
+
+@pytest.mark.parametrize("T, d, good", [(1024, 128, True), (8192, 128, True), (1000, 128, False), (1024, 64, False), (2**17, 128, False)])
+def test_shapes_for_the_kernel(T, d, good):
+    """What the kernel refuses, or would prepare for minutes, goes by blocks."""
+    assert suits(T, d) is good
 
 
 def test_a_query_that_sees_nothing_stays_finite():

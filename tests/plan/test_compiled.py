@@ -49,6 +49,16 @@ def test_a_long_prompt_holds_no_square_of_scores():
     assert done.temporaries < 2e9
 
 
+@needs_tpu_compiler
+def test_whole_prompts_take_the_flash_kernel():
+    """Four prompts of 8,192 tokens on four chips: each layer's attention is one call of the kernel, within `shard_map`."""
+    text = dataclasses.replace(small().text, hidden_size=512, intermediate_size_mlp=1024, num_attention_heads=4, num_key_value_heads=2)
+    text = dataclasses.replace(text, num_hidden_layers=3, moe_layers=(), nope_layers=(1,))
+    mesh = target_mesh(Topology.parse("v6e:2x2"), (1, 4, 1))
+    done = compile_program(Programs(Config(text=text), mesh, THROUGHPUT).prefill(4, 2**13), mesh)
+    assert done.traffic.custom_calls["tpu_custom_call"] == 2  # the last layer's one query per row needs none
+
+
 def test_a_missing_compiler_is_named(monkeypatch):
     """Which extra to install, instead of a plug-in's traceback."""
     from maverick_jax.plan import targets

@@ -405,3 +405,19 @@ def test_a_donated_cache_for_the_tpu(tpus):
 def test_collectives_for_the_tpu(tpus):
     """Four chips with 64 rows each."""
     assert exchanged(tpus, rows=256).collectives == {"all-to-all": Collective(1, 64 * ROW)}
+
+
+def test_a_kernel_with_lines_of_its_own():
+    """A Pallas kernel brings metadata of several lines, the last beginning with a brace: the program goes on behind it."""
+    traffic = count_traffic(
+        """ENTRY %main (a: f32[256]) -> f32[256] {
+  %a = f32[256]{0} parameter(0)
+  %kernel = f32[256]{0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/kernel"}
+  ROOT %b = f32[256]{0} add(%kernel, %kernel)
+}
+"""
+    )
+    assert traffic.custom_calls == {"tpu_custom_call": 1}
+    assert (traffic.read, traffic.written) == (1024 + 2 * 1024, 2 * 1024)
