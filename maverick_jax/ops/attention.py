@@ -4,6 +4,8 @@ Shape suffixes: B batch, T query tokens, S key slots, H query heads, K key/value
 head, d head size.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +15,8 @@ BLOCKS = 8  # of queries: seven sixteenths of the scores are never made
 SHORTEST_BLOCK = 64
 MOST_SCORES = 2**25  # held at once: 128 MiB
 KEY_BLOCK = 1024
-LONG = 1024  # tokens from which a TPU's kernel is worth it
+LONG = 1024  # tokens from which an accelerator's own kernel is worth it
+CUDNN_DTYPES = ("bfloat16", "float16")
 QUERY_BLOCKS = (16, 512)  # shortest and longest
 
 
@@ -108,12 +111,25 @@ def attend_in_order(query_BTHd: jax.Array, key_BKTd: jax.Array, value_BKTd: jax.
         key, value = (_chunk_rows(x, chunk, missing) for x in (key_BKTd, value_BKTd))
         out = attend_in_order(query, key, value, None)
         return out.reshape(B, T + missing, H, d)[:, :T]
-    if T >= LONG:
-        # Importing Pallas takes a while, and short prompts do without.
-        from maverick_jax.ops.attention_tpu import causal_attention_tpu, suits
+    if T < LONG:
+        return _causal(query_BTHd, key_BKTd, value_BKTd)
+    return lax.platform_dependent(query_BTHd, key_BKTd, value_BKTd, tpu=_causal_tpu, cuda=_causal_cuda, default=_causal)
 
-        if suits(T, d):
-            return lax.platform_dependent(query_BTHd, key_BKTd, value_BKTd, tpu=causal_attention_tpu, default=_causal)
+
+def _causal_tpu(query_BTHd, key_BKTd, value_BKTd):
+    # Importing Pallas takes a while, and short prompts do without.
+    from maverick_jax.ops.attention_tpu import causal_attention_tpu, suits
+
+    form = causal_attention_tpu if suits(query_BTHd.shape[1], query_BTHd.shape[3]) else _causal
+    return form(query_BTHd, key_BKTd, value_BKTd)
+
+
+def _causal_cuda(query_BTHd, key_BKTd, value_BKTd):
+    if query_BTHd.dtype.name in CUDNN_DTYPES:
+        key, value = key_BKTd.swapaxes(1, 2), value_BKTd.swapaxes(1, 2)
+        # Every platform's form is traced on all: where there is no cuDNN no GPU will run this one.
+        with contextlib.suppress(RuntimeError):
+            return jax.nn.dot_product_attention(query_BTHd, key, value, is_causal=True, implementation="cudnn")
     return _causal(query_BTHd, key_BKTd, value_BKTd)
 
 

@@ -3,6 +3,8 @@
 Shape suffixes: B batch, T tokens, H query heads, K key/value heads, G query heads per key/value head, d head size.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -30,5 +32,5 @@ def causal_attention_tpu(query_BTHd: jax.Array, key_BKTd: jax.Array, value_BKTd:
         block_q_dkv=BLOCK, block_kv_dkv=BLOCK, block_kv_dkv_compute=BLOCK // 2, block_q_dq=BLOCK, block_kv_dq=BLOCK,
     )  # fmt: skip
     attend = kernel.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
-    out_BKGTd = jax.vmap(jax.vmap(attend))(query_BKGTd, key_BKTd, value_BKTd)
+    out_BKGTd = cast(jax.Array, jax.vmap(jax.vmap(attend))(query_BKGTd, key_BKTd, value_BKTd))  # a pair only with residuals
     return out_BKGTd.transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)

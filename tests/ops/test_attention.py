@@ -123,6 +123,15 @@ def test_the_kernel_for_tpu():
     assert_allclose(kernel(query, key, value), ops_attention._causal(query, key, value), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_long_prompts_have_a_form_for_each_platform(dtype, tolerance):
+    """TPU's kernel and cuDNN are traced on a CPU too, which has neither, and change nothing there."""
+    query, key, value = random_heads(1, 1030, 1030, dtype)
+    positions = jnp.arange(1030, dtype=jnp.int32)[None]
+    out = jax.jit(attend_in_order, static_argnums=3)(query, key, value, None)
+    assert_allclose(out.astype(jnp.float32), whole(query, key, value, positions, positions, None), atol=tolerance)
+
+
 @pytest.mark.parametrize("T, d, good", [(1024, 128, True), (8192, 128, True), (1000, 128, False), (1024, 64, False), (2**17, 128, False)])
 def test_shapes_for_the_kernel(T, d, good):
     """What the kernel refuses, or would prepare for minutes, goes by blocks."""
