@@ -23,6 +23,14 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Every compiled program holds memory maps; those of all tests together exceed what Linux allows a process (65,530), and the
+    compiler then ends it with a segmentation fault."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Material that lies beside the checkout (`../shared`) or in $MAVERICK_SHARED; tests that need it skip without it."""
