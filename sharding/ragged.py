@@ -1,6 +1,6 @@
 """Expert parallelism by `lax.ragged_all_to_all`: each device sends exactly the rows that a destination gets, no padding.
 
-For TPU, whose compiler makes one transfer per pair of devices of it. XLA:CPU has no such operation: there it is put
+For TPU; asked for by name. XLA:CPU has no such operation: there it is put
 together from an all-gather, so that the same program can be tested.
 
 Shape suffixes: L tokens of one device, N devices that divide the experts (S as senders), R rows that a device has room
@@ -10,6 +10,7 @@ for, D model width, E experts, K experts of one device.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -89,8 +90,7 @@ def _send_rows(x, rows, start_SN, sizes_SN, target_SN, axes):
 
     Returns [rows, D], zero where nothing arrived.
     """
-    default = lambda *args: _ragged_all_to_all(*args, rows=rows, axes=axes)  # noqa: E731
-    cpu = lambda *args: _gathered(*args, rows=rows, axes=axes)  # noqa: E731
+    default, cpu = (functools.partial(form, rows=rows, axes=axes) for form in (_ragged_all_to_all, _gathered))
     return lax.platform_dependent(x, start_SN, sizes_SN, target_SN, cpu=cpu, default=default)
 
 
