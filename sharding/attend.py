@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from maverick_jax.ops.attention import attend, attend_in_order, partial_attention, visible, write_slots
+from maverick_jax.ops.attention import Keys, Partial, attend, attend_in_order, partial_attention, write_slots
 from maverick_jax.sharding.layout import Layout
 
 QUERIES = ("attention_batch", "attention_sequence", "heads", None)
@@ -30,7 +31,7 @@ class Attend(Protocol):
 
     def write(self, buffer_BKSd, new_BKTd, slots_BT) -> jax.Array: ...
 
-    def over(self, query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk: int | None) -> jax.Array: ...
+    def over(self, query_BTHd, query_positions_BT, seen: Sequence[Keys], chunk: int | None) -> jax.Array: ...
 
     def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk: int | None) -> jax.Array: ...
 
@@ -42,8 +43,8 @@ class AttendHere:
     def write(self, buffer_BKSd, new_BKTd, slots_BT):
         return write_slots(buffer_BKSd, new_BKTd, slots_BT)
 
-    def over(self, query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk):
-        return attend(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk)
+    def over(self, query_BTHd, query_positions_BT, seen, chunk):
+        return attend(query_BTHd, query_positions_BT, seen, chunk)
 
     def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk):
         return attend_in_order(query_BTHd, key_BKTd, value_BKTd, chunk)
@@ -71,16 +72,17 @@ class AttendOnMesh:
         local = self._shard_map(part, (buffers, PartitionSpec(rows, kv_heads), PartitionSpec(rows)))
         return local(buffer_BKSd, new_BKTd, slots_BT)
 
-    def over(self, query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk):
+    def over(self, query_BTHd, query_positions_BT, seen, chunk):
         if query_BTHd.shape[1] == 1:
-            return self._one_token(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk)
-        rows, sequence, heads = self._divided(query_BTHd, key_BKSd)
-        keys = PartitionSpec(rows, heads)
+            parts = (self._partial(query_BTHd, query_positions_BT, keys, chunk) for keys in seen)
+            return functools.reduce(Partial.__add__, parts).finish(query_BTHd.dtype)
+        rows, sequence, heads = self._divided(query_BTHd, seen[0].key_BKSd)
+        keys = Keys(PartitionSpec(rows, heads), PartitionSpec(rows, heads), PartitionSpec(rows))
         local = self._shard_map(
             functools.partial(attend, chunk=chunk),
-            (PartitionSpec(rows, sequence, heads), keys, keys, PartitionSpec(rows, sequence), PartitionSpec(rows)),
+            (PartitionSpec(rows, sequence, heads), PartitionSpec(rows, sequence), [keys] * len(seen)),
         )
-        return local(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS)
+        return local(query_BTHd, query_positions_BT, list(seen))
 
     def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk):
         rows, sequence, heads = self._divided(query_BTHd, key_BKTd)
@@ -94,28 +96,26 @@ class AttendOnMesh:
             first = lax.axis_index(sequence) * tokens
             positions_BT = jnp.broadcast_to(first + jnp.arange(tokens, dtype=jnp.int32), query.shape[:2])
             key_positions_BS = jnp.broadcast_to(jnp.arange(key.shape[2], dtype=jnp.int32), (key.shape[0], key.shape[2]))
-            return attend(query, key, value, positions_BT, key_positions_BS, chunk)
+            return attend(query, positions_BT, [Keys(key, value, key_positions_BS)], chunk)
 
         keys = PartitionSpec(rows, heads)
         return self._shard_map(behind, (queries, keys, keys))(query_BTHd, key_BKTd, value_BKTd)
 
-    def _one_token(self, query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk):
-        """Each device looks at its part of the sequence; only sums travel."""
-        rows, kv_heads, sequence, _ = self.layout.split(
-            ("attention_batch", "kv_heads", "attention_sequence", None), key_BKSd.shape, self.mesh
-        )
+    def _partial(self, query_B1Hd, query_positions_B1, keys, chunk):
+        """One token's: each device looks at its part of the sequence; only sums travel."""
+        rows, kv_heads, sequence, _ = self.layout.split(CACHE, keys.key_BKSd.shape, self.mesh)
         if not sequence:  # plain operations, which the compiler divides and fuses better than a region of our own
-            return attend(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk)
+            return partial_attention(query_B1Hd, keys, query_positions_B1, chunk)
 
-        def part(query, key, value, positions, key_positions):
-            out, total, most = partial_attention(query, key, value, visible(positions, key_positions, chunk))
-            shrink = jnp.exp(most - lax.pmax(most, sequence))
-            out, total = lax.psum((out * shrink[..., None], total * shrink), sequence)
-            return jnp.moveaxis(out / total[..., None], 3, 1).reshape(query.shape).astype(query.dtype)
+        def part(query, positions, keys):
+            out, total, most = partial_attention(query, keys, positions, chunk)
+            highest = lax.pmax(most, sequence)
+            shrink = jnp.exp(most - highest)
+            return Partial(*lax.psum((out * shrink[..., None], total * shrink), sequence), highest)
 
-        queries, keys = PartitionSpec(rows, None, kv_heads), PartitionSpec(rows, kv_heads, sequence)
-        local = self._shard_map(part, (queries, keys, keys, PartitionSpec(rows), PartitionSpec(rows, sequence)))
-        return local(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS)
+        buffers, sums = PartitionSpec(rows, kv_heads, sequence), PartitionSpec(rows, kv_heads)
+        in_specs = (PartitionSpec(rows, None, kv_heads), PartitionSpec(rows), Keys(buffers, buffers, PartitionSpec(rows, sequence)))
+        return self._shard_map(part, in_specs, Partial(sums, sums, sums))(query_B1Hd, query_positions_B1, keys)
 
     def _divided(self, query_BTHd, key_BKSd):
         """Mesh axes of rows, sequence and heads. Query heads go with their key/value head, however the layout divides them."""
@@ -123,5 +123,6 @@ class AttendOnMesh:
         rows, sequence, heads, _ = self.layout.split(KEYS, (B, T, key_BKSd.shape[1], key_BKSd.shape[3]), self.mesh)
         return rows, sequence, heads
 
-    def _shard_map(self, function, in_specs):
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=in_specs[0], check_vma=False)
+    def _shard_map(self, function, in_specs, out_specs=None):
+        """What comes out lies like the first argument, unless `out_specs` says otherwise."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs or in_specs[0], check_vma=False)

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from maverick_jax.config import TextConfig
 from maverick_jax.model.attention import Piece
+from maverick_jax.ops.attention import Keys
 from maverick_jax.sharding.attend import CACHE
 
 Write = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -36,27 +37,29 @@ class LayerCache:
     fresh: bool = dataclasses.field(metadata={"static": True})
     wraps: bool = dataclasses.field(metadata={"static": True})
 
-    def append(
-        self, key_BKTd: jax.Array, value_BKTd: jax.Array, piece: Piece, write: Write
-    ) -> tuple[LayerCache, jax.Array, jax.Array, jax.Array]:
+    def append(self, new: Keys, piece: Piece, write: Write) -> tuple[LayerCache, list[Keys]]:
         """Write a piece by `write(buffer, new, slots)`.
 
         Returns:
-          The new cache and what the piece's queries may see: keys, values and their positions [B, S'].
+          The new cache and what the piece's queries may see.
         """
-        T = key_BKTd.shape[2]
         put = _first_piece if self.fresh else functools.partial(_further_piece, write=write)
-        key, value = put(self.key_BKSd, key_BKTd, piece), put(self.value_BKSd, value_BKTd, piece)
+        key, value = put(self.key_BKSd, new.key_BKSd, piece), put(self.value_BKSd, new.value_BKSd, piece)
         written = dataclasses.replace(self, key_BKSd=key, value_BKSd=value, fresh=False)
         if self.fresh:  # the piece is all there is
-            return written, key_BKTd, value_BKTd, piece.positions_BT
-        S = self.key_BKSd.shape[2]
-        if T == 1 or not self.wraps:
-            return written, written.key_BKSd, written.value_BKSd, _positions(piece.end_B, S)
-        # A longer piece may overwrite slots that its own first tokens still see: look at the old buffer and the piece.
-        key = jnp.concatenate([self.key_BKSd, key_BKTd], axis=2)
-        value = jnp.concatenate([self.value_BKSd, value_BKTd], axis=2)
-        return written, key, value, jnp.concatenate([_positions(piece.start_B, S), piece.positions_BT], axis=1)
+            return written, [new]
+        T, S = new.key_BKSd.shape[2], self.key_BKSd.shape[2]
+        if T > 1 and not self.wraps:
+            return written, [Keys(key, value, _positions(piece.end_B, S))]
+        before = _positions(piece.start_B, S)
+        if T == 1:
+            # Either buffer does: by the positions from before, the slot of the new token is out of reach. A TPU writes in place
+            # a buffer that it read before, and else stages it on the chip and copies it back whole; XLA:CPU copies just that one.
+            buffers = (self.key_BKSd, self.value_BKSd), (key, value)
+            key, value = lax.platform_dependent(*buffers, tpu=lambda old, _: old, default=lambda _, new: new)
+            return written, [Keys(key, value, before), new]
+        # A longer piece may overwrite slots that its own first tokens still see.
+        return written, [Keys(self.key_BKSd, self.value_BKSd, before), new]
 
 
 def _first_piece(buffer_BKSd, new_BKTd, piece):

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from maverick_jax.config import TextConfig
 from maverick_jax.model.parameter import weight
-from maverick_jax.ops.attention import temperature_scale
+from maverick_jax.ops.attention import Keys, temperature_scale
 from maverick_jax.ops.linear import linear
 from maverick_jax.ops.norm import rms_norm
 from maverick_jax.ops.rope import inverse_frequencies, rotate, text_angles
@@ -94,14 +94,14 @@ class Attention(nnx.Module):
         else:
             query = self._scale(query, asking)
         key_BKSd, value_BKSd = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        key_positions = piece.positions_BT
+        seen = [Keys(key_BKSd, value_BKSd, piece.positions_BT)]
         in_order = not last_only and (cache is None or cache.fresh)
         if cache is not None:
-            cache, key_BKSd, value_BKSd, key_positions = cache.append(key_BKSd, value_BKSd, piece, self.attend.write)
+            cache, seen = cache.append(seen[0], piece, self.attend.write)
         if in_order:
             out = self.attend.in_order(query, key_BKSd, value_BKSd, self.chunk)
         else:
-            out = self.attend.over(query, key_BKSd, value_BKSd, asking.positions_BT, key_positions, self.chunk)
+            out = self.attend.over(query, asking.positions_BT, seen, self.chunk)
         out = self.constrain(out, QUERIES)
         return linear(out, self.output[...], contract=2), cache
 

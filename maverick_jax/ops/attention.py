@@ -5,10 +5,14 @@ head, d head size.
 """
 
 import contextlib
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 MASKED = -1e30  # finite, so that a padding query which sees no key stays finite too
 BLOCKS = 8  # of queries: seven sixteenths of the scores are never made
@@ -18,6 +22,19 @@ KEY_BLOCK = 1024
 LONG = 1024  # tokens from which an accelerator's own kernel is worth it
 CUDNN_DTYPES = ("bfloat16", "float16")
 QUERY_BLOCKS = (16, 512)  # shortest and longest
+
+
+class Keys(NamedTuple):
+    """Some of the keys that queries look at, with their values.
+
+    Attributes:
+      key_BKSd, value_BKSd: in the model's dtype.
+      positions_BS: int32; negative marks an empty slot.
+    """
+
+    key_BKSd: jax.Array
+    value_BKSd: jax.Array
+    positions_BS: jax.Array
 
 
 def visible(query_positions: jax.Array, key_positions: jax.Array, chunk: int | None) -> jax.Array:
@@ -58,42 +75,64 @@ def attention(query_BTHd: jax.Array, key_BKSd: jax.Array, value_BKSd: jax.Array,
     return jnp.moveaxis(out_BKGTd, 3, 1).reshape(B, T, H, d).astype(query_BTHd.dtype)
 
 
-def partial_attention(query_BTHd: jax.Array, key_BKSd: jax.Array, value_BKSd: jax.Array, mask_BTS: jax.Array) -> tuple[jax.Array, ...]:
-    """Over some of the keys: what is needed to add up the attention over all (flash decoding).
+class Partial(NamedTuple):
+    """Attention over some of the keys: what is needed to add up that over all (flash decoding).
 
-    Returns:
-      [B, K, G, T, d] float32 sum of values by `exp(score - most)`, [B, K, G, T] float32 sum of these weights, and `most`,
-      [B, K, G, T] the highest score.
+    Attributes:
+      out_BKGTd: float32 sum of values by `exp(score - most)`.
+      total_BKGT: float32 sum of these weights.
+      most_BKGT: the highest score.
     """
+
+    out_BKGTd: jax.Array
+    total_BKGT: jax.Array
+    most_BKGT: jax.Array
+
+    def __add__(self, other: "Partial") -> "Partial":  # type: ignore[override]
+        most = jnp.maximum(self.most_BKGT, other.most_BKGT)
+        a, b = jnp.exp(self.most_BKGT - most), jnp.exp(other.most_BKGT - most)
+        out = self.out_BKGTd * a[..., None] + other.out_BKGTd * b[..., None]
+        return Partial(out, self.total_BKGT * a + other.total_BKGT * b, most)
+
+    def finish(self, dtype: DTypeLike) -> jax.Array:
+        """[B, T, H, d]."""
+        B, _, _, T, d = self.out_BKGTd.shape
+        out_BKGTd = self.out_BKGTd / jnp.maximum(self.total_BKGT, 1e-30)[..., None]
+        return jnp.moveaxis(out_BKGTd, 3, 1).reshape(B, T, -1, d).astype(dtype)
+
+
+def partial_attention(query_BTHd: jax.Array, keys: Keys, query_positions_BT: jax.Array, chunk: int | None) -> Partial:
     B, T, _, d = query_BTHd.shape
-    query = query_BTHd.reshape(B, T, key_BKSd.shape[1], -1, d)
-    scores = jnp.einsum("BTKGd,BKSd->BKGTS", query, key_BKSd, preferred_element_type=jnp.float32) * d**-0.5
-    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
+    query = query_BTHd.reshape(B, T, keys.key_BKSd.shape[1], -1, d)
+    scores = jnp.einsum("BTKGd,BKSd->BKGTS", query, keys.key_BKSd, preferred_element_type=jnp.float32) * d**-0.5
+    scores = jnp.where(visible(query_positions_BT, keys.positions_BS, chunk)[:, None, None], scores, MASKED)
     most = scores.max(axis=-1)
     weights = jnp.exp(scores - most[..., None])
+    value_BKSd = keys.value_BKSd
     out = jnp.einsum("BKGTS,BKSd->BKGTd", weights.astype(value_BKSd.dtype), value_BKSd, preferred_element_type=jnp.float32)
-    return out, weights.sum(axis=-1), most
+    return Partial(out, weights.sum(axis=-1), most)
 
 
-def attend(
-    query_BTHd: jax.Array,
-    key_BKSd: jax.Array,
-    value_BKSd: jax.Array,
-    query_positions_BT: jax.Array,
-    key_positions_BS: jax.Array,
-    chunk: int | None,
-) -> jax.Array:
+def attend(query_BTHd: jax.Array, query_positions_BT: jax.Array, seen: Sequence[Keys], chunk: int | None) -> jax.Array:
     """Queries over any keys, told apart by their positions (see `visible`): a piece over a cache, one token of a decode.
 
     Many scores are made in blocks: no more than `MOST_SCORES` are held.
+
+    Args:
+      seen: the keys, in parts, which for one token are not copied together.
 
     Returns:
       [B, T, H, d] in the query's dtype.
     """
     B, T, H, _ = query_BTHd.shape
-    if T == 1 or B * H * T * key_BKSd.shape[2] <= MOST_SCORES:
-        return attention(query_BTHd, key_BKSd, value_BKSd, visible(query_positions_BT, key_positions_BS, chunk))
-    return _blockwise(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk)
+    if T == 1:
+        parts = (partial_attention(query_BTHd, keys, query_positions_BT, chunk) for keys in seen)
+        return functools.reduce(Partial.__add__, parts).finish(query_BTHd.dtype)
+    key, value, positions = zip(*seen, strict=True)
+    keys = Keys(jnp.concatenate(key, axis=2), jnp.concatenate(value, axis=2), jnp.concatenate(positions, axis=1))
+    if B * H * T * keys.positions_BS.shape[1] <= MOST_SCORES:
+        return attention(query_BTHd, keys.key_BKSd, keys.value_BKSd, visible(query_positions_BT, keys.positions_BS, chunk))
+    return _blockwise(query_BTHd, query_positions_BT, keys, chunk)
 
 
 def attend_in_order(query_BTHd: jax.Array, key_BKTd: jax.Array, value_BKTd: jax.Array, chunk: int | None) -> jax.Array:
@@ -137,14 +176,12 @@ def _causal(query_BTHd, key_BKTd, value_BKTd):
     B, T, H, _ = query_BTHd.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if B * H * T * T > MOST_SCORES:
-        return _blockwise(query_BTHd, key_BKTd, value_BKTd, positions_BT, positions_BT, None)
+        return _blockwise(query_BTHd, positions_BT, Keys(key_BKTd, value_BKTd, positions_BT), None)
     size = max(SHORTEST_BLOCK, -(-T // BLOCKS))
-    blocks = [
-        attend(
-            query_BTHd[:, start:end], key_BKTd[:, :, :end], value_BKTd[:, :, :end], positions_BT[:, start:end], positions_BT[:, :end], None
-        )
-        for start, end in ((start, min(start + size, T)) for start in range(0, T, size))
-    ]
+    blocks = []
+    for start, end in ((start, min(start + size, T)) for start in range(0, T, size)):
+        earlier = Keys(key_BKTd[:, :, :end], value_BKTd[:, :, :end], positions_BT[:, :end])
+        blocks.append(attend(query_BTHd[:, start:end], positions_BT[:, start:end], [earlier], None))
     return jnp.concatenate(blocks, axis=1)
 
 
@@ -155,46 +192,39 @@ def _chunk_rows(x_BKTd, chunk, missing):
     return cut.swapaxes(1, 2).reshape(-1, K, chunk, d)
 
 
-def _blockwise(query_BTHd, key_BKSd, value_BKSd, query_positions_BT, key_positions_BS, chunk):
+def _blockwise(query_BTHd, query_positions_BT, keys, chunk):
     """Softmax over blocks of keys as they come, one block of queries after the other: T x S scores are never in memory.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Rabe and Staats, "Self-attention
     does not need O(n^2) memory" (2021).
     """
     B, T, H, d = query_BTHd.shape
-    K, S = key_BKSd.shape[1:3]
+    K, S = keys.key_BKSd.shape[1:3]
     least, most = QUERY_BLOCKS
     size = max(least, min(most, 1 << (MOST_SCORES // (B * H * KEY_BLOCK)).bit_length() >> 1))
     missing, missing_keys = -T % size, -S % KEY_BLOCK
     query = jnp.pad(query_BTHd, ((0, 0), (0, missing), (0, 0), (0, 0))).reshape(B, -1, size, H, d)
     positions = jnp.pad(query_positions_BT, ((0, 0), (0, missing)), constant_values=-1).reshape(B, -1, size)
-    key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, missing_keys), (0, 0))) for x in (key_BKSd, value_BKSd))
-    key_positions = jnp.pad(key_positions_BS, ((0, 0), (0, missing_keys)), constant_values=-1)
+    key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, missing_keys), (0, 0))) for x in (keys.key_BKSd, keys.value_BKSd))
+    padded = Keys(key, value, jnp.pad(keys.positions_BS, ((0, 0), (0, missing_keys)), constant_values=-1))
 
     @jax.checkpoint  # the gradient makes a block of queries' scores again, instead of keeping those of all
     def per_queries(block):
         query_BQHd, positions_BQ = block
 
-        def per_keys(carry, j):
-            start = j * KEY_BLOCK
-            seen_BQS = visible(positions_BQ, lax.dynamic_slice_in_dim(key_positions, start, KEY_BLOCK, axis=1), chunk)
-            return lax.cond(seen_BQS.any(), add, lambda carry, *_: carry, carry, start, seen_BQS), None
+        def per_keys(done, j):
+            block = functools.partial(lax.dynamic_slice_in_dim, start_index=j * KEY_BLOCK, slice_size=KEY_BLOCK)
+            some = Keys(block(padded.key_BKSd, axis=2), block(padded.value_BKSd, axis=2), block(padded.positions_BS, axis=1))
+            any_seen = visible(positions_BQ, some.positions_BS, chunk).any()
+            return lax.cond(any_seen, lambda: done + partial_attention(query_BQHd, some, positions_BQ, chunk), lambda: done), None
 
-        def add(carry, start, seen_BQS):
-            out, total, most = carry
-            k, v = (lax.dynamic_slice_in_dim(x, start, KEY_BLOCK, axis=2) for x in (key, value))
-            new_out, new_total, new_most = partial_attention(query_BQHd, k, v, seen_BQS)
-            highest = jnp.maximum(most, new_most)
-            old, new = jnp.exp(most - highest), jnp.exp(new_most - highest)
-            return out * old[..., None] + new_out * new[..., None], total * old + new_total * new, highest
+        zeros = jnp.zeros((B, K, H // K, size), jnp.float32)
+        nothing = Partial(jnp.zeros((*zeros.shape, d), jnp.float32), zeros, zeros + MASKED)
+        done, _ = lax.scan(per_keys, nothing, jnp.arange((S + missing_keys) // KEY_BLOCK))
+        return done.finish(query_BTHd.dtype)
 
-        empty = jnp.zeros((B, K, H // K, size), jnp.float32)
-        start = (jnp.zeros((*empty.shape, d), jnp.float32), empty, empty + MASKED)
-        (out, total, _), _ = lax.scan(per_keys, start, jnp.arange((S + missing_keys) // KEY_BLOCK))
-        return (out / jnp.maximum(total, 1e-30)[..., None]).astype(query_BTHd.dtype)
-
-    out = lax.map(per_queries, (jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)))  # [blocks, B, K, G, size, d]
-    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T + missing, H, d)[:, :T]
+    out = lax.map(per_queries, (jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)))  # [blocks, B, size, H, d]
+    return jnp.moveaxis(out, 0, 1).reshape(B, T + missing, H, d)[:, :T]
 
 
 def write_slots(buffer_BKSd: jax.Array, new_BKTd: jax.Array, slots_BT: jax.Array) -> jax.Array:

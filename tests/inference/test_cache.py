@@ -1,6 +1,7 @@
 """The cache: as long as each layer can see and no longer, right however its tokens come in."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from maverick_jax.config import Config
 from maverick_jax.inference.cache import KVCache
 from maverick_jax.model.attention import Piece
-from maverick_jax.ops.attention import write_slots
+from maverick_jax.ops.attention import Keys, write_slots
+from maverick_jax.plan.programs import Programs
+from maverick_jax.sharding import THROUGHPUT, make_mesh
 
 CHUNK, ROOM = 8, 32
 
@@ -39,38 +42,56 @@ def test_buffers_are_a_chunk_or_the_whole_context():
     assert cache.nbytes == 2 * 4 * 3 * 2 * (CHUNK + ROOM)
 
 
-@pytest.fixture(scope="module")
-def append():
-    return jax.jit(lambda cache, layer, key, piece: cache.layers[layer].append(key, key, piece, write_slots), static_argnums=1)
+@pytest.fixture(scope="module", params=["default", "tpu"])
+def append(request):
+    """As on a platform, on any: which buffer one token looks at depends on it."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def append(cache, layer, key, piece):
+        return cache.layers[layer].append(Keys(key, key, piece.positions_BT), piece, write_slots)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", lambda *buffers, **forms: forms[request.param](*buffers))
+        yield append
 
 
 WIDTH = 11
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, WIDTH), st.integers(0, WIDTH)), min_size=1, max_size=7))
-def test_pieces_of_any_lengths_leave_the_keys_in_reach(append, pieces):
+@given(st.lists(st.tuples(st.integers(0, WIDTH), st.integers(0, WIDTH)), min_size=1, max_size=7), st.integers(0, 3))
+def test_pieces_of_any_lengths_leave_the_keys_in_reach(append, pieces, single):
     """Pieces across chunk borders, longer than a chunk, or empty for one row: each query finds the keys of its chunk, or all.
 
     A key holds its own position (and padding a wrong one), so a slot that was overwritten too early, or by padding, shows.
     """
     cache = KVCache.create(small_config(), 2, ROOM, jnp.float32)
     start = np.zeros(2, np.int32)
-    for lengths in pieces:
+    for lengths, width in [(lengths, WIDTH) for lengths in pieces] + [((1, 1), 1)] * single:
         lengths = np.minimum(lengths, ROOM - start).astype(np.int32)
-        piece = Piece.of(jnp.asarray(start), jnp.asarray(lengths), WIDTH)
+        piece = Piece.of(jnp.asarray(start), jnp.asarray(lengths), width)
         held = np.where(np.asarray(piece.real_BT), np.asarray(piece.positions_BT), -99)
-        key = jnp.broadcast_to(jnp.asarray(held, jnp.float32)[:, None, :, None], (2, 1, WIDTH, 2))
+        key = jnp.broadcast_to(jnp.asarray(held, jnp.float32)[:, None, :, None], (2, 1, width, 2))
         layers = []
         for layer, chunk in ((0, CHUNK), (1, ROOM)):
-            new, seen, _, positions = append(cache, layer, key, piece)
+            new, seen = append(cache, layer, key, piece)
+            keys = np.concatenate([part.key_BKSd for part in seen], axis=2)
+            positions = np.concatenate([part.positions_BS for part in seen], axis=1)
             layers.append(new)
             for row in range(2):
                 for query in range(start[row], start[row] + lengths[row]):
-                    in_reach = [
-                        slot for slot, p in enumerate(np.asarray(positions)[row]) if 0 <= p <= query and p // chunk == query // chunk
-                    ]
-                    found = sorted(np.asarray(seen)[row, 0, in_reach, 0].tolist())
+                    in_reach = [slot for slot, p in enumerate(positions[row]) if 0 <= p <= query and p // chunk == query // chunk]
+                    found = sorted(keys[row, 0, in_reach, 0].tolist())
                     assert found == list(range(query // chunk * chunk, query + 1)), f"layer {layer}, row {row}, query {query}"
         start = start + lengths
         cache = cache.advanced(tuple(layers), jnp.asarray(start))
+
+
+def test_a_decode_step_copies_no_buffer():
+    """New keys go into the donated buffers in place; one copy per layer would double what a step writes, or worse."""
+    context = 4096
+    sizes = dict(hidden_size=64, intermediate_size_mlp=64, head_dim=64, vocab_size=128, attention_chunk_size=context)
+    text = dataclasses.replace(small_config(), **sizes)
+    compiled = Programs(Config(text=text), make_mesh(), THROUGHPUT, dtype="float32").decode(2, context).lower().compile()
+    one_buffer = 2 * context * 64 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < one_buffer
