@@ -48,11 +48,11 @@ def append(request):
 
     @functools.partial(jax.jit, static_argnums=1)
     def append(cache, layer, key, piece):
-        return cache.layers[layer].append(Keys(key, key, piece.positions_BT), piece, write_slots)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.lax, "platform_dependent", lambda *buffers, **forms: forms[request.param](*buffers))
+            return cache.layers[layer].append(Keys(key, key, piece.positions_BT), piece, write_slots)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.lax, "platform_dependent", lambda *buffers, **forms: forms[request.param](*buffers))
-        yield append
+    return append
 
 
 WIDTH = 11
