@@ -13,50 +13,29 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from maverick_jax.ops.permute import sort_rows, take_rows
-from maverick_jax.ops.swiglu import ExpertWeights
-from maverick_jax.sharding.dispatch import Stats, count_load, run_experts, run_rounds
-from maverick_jax.sharding.layout import Layout
-from maverick_jax.sharding.placement import Placement
+from maverick_jax.sharding.dispatch import ExpertParallel, count_load, run_experts, run_rounds
 from maverick_jax.sharding.wire import all_to_all, exchange
 
 ONE_ROUND_TOKENS = 64  # up to here a device's tokens all fit one destination's buffer: no loop, as in decode
 
 
 @dataclasses.dataclass(frozen=True)
-class AllToAll:
+class AllToAll(ExpertParallel):
     """Dispatcher over the mesh axes that divide the experts.
 
     Attributes:
-      mesh, layout: where tokens and experts lie.
       capacity_factor: rows per destination, as a multiple of an even share of a device's tokens.
-      rounds: None sends until no token is left (inference; reverse mode cannot pass its `while_loop`); a number sends so
-        often and reports what was dropped (training).
       wire: dtype that travels: None for the activations' own, "bfloat16" or "float8_e4m3fn" (with a scale per row).
     """
 
-    mesh: Mesh
-    layout: Layout
-    capacity_factor: float = 2.0
-    rounds: int | None = None
     wire: str | None = None
 
-    def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:
-        placement, E = Placement.of(self.mesh, self.layout, experts), experts.gate_EDF.shape[0]
-        y_TD, dropped = placement.run(
-            lambda x, e, w: self._on_device(x, e, w, placement), x_TD, expert_T, experts, token_axes=placement.split_token_axes
-        )
-        return y_TD, Stats(dropped, count_load(expert_T, E))
-
-    def _on_device(self, x_LD, expert_L, experts, placement):
+    def exchange(self, x_LD, expert_L, experts, placement):
         axes = placement.expert_axes
         L, N, K = x_LD.shape[0], placement.size(axes), experts.gate_EDF.shape[0]
-        if N == 1:
-            return placement.sum(run_experts(x_LD, expert_L, experts), placement.width_axes), jnp.zeros((), jnp.int32)
         capacity = self._capacity(L, N)
         order, place_L = sort_rows(expert_L, N * K + 1)
         destination_L = expert_L // K  # N for padding
@@ -84,8 +63,7 @@ class AllToAll:
             y_LD, done = one_round(0), 1
         else:
             y_LD, done = run_rounds(one_round, -(-count_N.max() // capacity), rounds=self.rounds, mesh=self.mesh, like=x_LD)
-        # Each device of the width axes computed a part of F: summed here, where rows are fewest.
-        return placement.sum(y_LD, placement.width_axes), jnp.maximum(count_N - done * capacity, 0).sum()
+        return y_LD, jnp.maximum(count_N - done * capacity, 0).sum()
 
     def _capacity(self, L: int, N: int) -> int:
         if L <= ONE_ROUND_TOKENS:

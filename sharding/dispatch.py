@@ -67,6 +67,41 @@ class Local:
         return y_TD, Stats(dropped, count_load(expert_T, E))
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertParallel:
+    """Tokens travel over the mesh axes that divide the experts: what `AllToAll` and `Ragged` have in common.
+
+    Attributes:
+      mesh, layout: where tokens and experts lie.
+      capacity_factor: rows that there is room for, as a multiple of an even share.
+      rounds: None sends until no token is left (inference; reverse mode cannot pass its `while_loop`); a number sends so
+        often and reports what was dropped (training).
+    """
+
+    mesh: Mesh
+    layout: Layout
+    capacity_factor: float = 2.0
+    rounds: int | None = None
+
+    def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:
+        placement = Placement.of(self.mesh, self.layout, experts)
+
+        def on_device(x_LD, expert_L, experts):
+            if placement.size(placement.expert_axes) == 1:
+                y_LD, dropped = run_experts(x_LD, expert_L, experts), jnp.zeros((), jnp.int32)
+            else:
+                y_LD, dropped = self.exchange(x_LD, expert_L, experts, placement)
+            # Each device of the width axes computed a part of F: summed here, where rows are fewest.
+            return placement.sum(y_LD, placement.width_axes), dropped
+
+        y_TD, dropped = placement.run(on_device, x_TD, expert_T, experts, token_axes=placement.split_token_axes)
+        return y_TD, Stats(dropped, count_load(expert_T, experts.gate_EDF.shape[0]))
+
+    def exchange(self, x_LD: jax.Array, expert_L: jax.Array, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
+        """On one device: its tokens to their experts and back, and how many this device counts as dropped."""
+        raise NotImplementedError
+
+
 def run_experts(x_RD: jax.Array, expert_R: jax.Array, experts: ExpertWeights) -> jax.Array:
     """Rows in any order through their experts, on one device.
 

@@ -1,7 +1,7 @@
 """Expert parallelism by `lax.ragged_all_to_all`: each device sends exactly the rows that a destination gets, no padding.
 
-For TPU; asked for by name. XLA:CPU has no such operation: there it is put
-together from an all-gather, so that the same program can be tested.
+For TPU, asked for by name. XLA:CPU has no such operation: there it is put together from an all-gather, so that the same
+program can be tested.
 
 Shape suffixes: L tokens of one device, N devices that divide the experts (S as senders), R rows that a device has room
 for, D model width, E experts, K experts of one device.
@@ -13,47 +13,26 @@ import dataclasses
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 
 from maverick_jax.ops.permute import sort_rows, take_rows
-from maverick_jax.ops.swiglu import ExpertWeights
 from maverick_jax.sharding import all_to_all
-from maverick_jax.sharding.dispatch import Stats, count_load, run_experts, run_rounds
-from maverick_jax.sharding.layout import Layout
-from maverick_jax.sharding.placement import Placement
+from maverick_jax.sharding.dispatch import ExpertParallel, count_load, run_experts, run_rounds
 
 
 @dataclasses.dataclass(frozen=True)
-class Ragged:
-    """Dispatcher over one mesh axis that divides the experts. What arrives at a device is one stream, sender by sender;
-    `capacity` rows of it fit a round.
+class Ragged(ExpertParallel):
+    """Dispatcher over the mesh axes that divide the experts. What arrives at a device is one stream, sender by sender;
+    so many rows of it as there is room for fit a round.
 
     Attributes:
-      mesh, layout: where tokens and experts lie.
       capacity_factor: rows that a device has room for, as a multiple of its own tokens (an even share of all).
-      rounds: as for `AllToAll`.
     """
 
-    mesh: Mesh
-    layout: Layout
-    capacity_factor: float = 2.0
-    rounds: int | None = None
-
-    def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:
-        placement, E = Placement.of(self.mesh, self.layout, experts), experts.gate_EDF.shape[0]
-        y_TD, dropped = placement.run(
-            lambda x, e, w: self._on_device(x, e, w, placement), x_TD, expert_T, experts, token_axes=placement.split_token_axes
-        )
-        return y_TD, Stats(dropped, count_load(expert_T, E))
-
-    def _on_device(self, x_LD, expert_L, experts, placement):
+    def exchange(self, x_LD, expert_L, experts, placement):
         axes = placement.expert_axes
         L, N, K = x_LD.shape[0], placement.size(axes), experts.gate_EDF.shape[0]
-        if N == 1:
-            return placement.sum(run_experts(x_LD, expert_L, experts), placement.width_axes), jnp.zeros((), jnp.int32)
         room = N * L if L <= all_to_all.ONE_ROUND_TOKENS else min(N * L, math.ceil(self.capacity_factor * L))
         me = lax.axis_index(axes)
         order, place_L = sort_rows(expert_L, N * K + 1)
@@ -81,8 +60,7 @@ class Ragged:
         else:
             needed = -(-count_SN.sum(axis=0).max() // room)
             y_sorted, done = run_rounds(one_round, needed, rounds=self.rounds, mesh=self.mesh, like=x_LD)
-        y_LD = take_rows(y_sorted, place_L, order)
-        return placement.sum(y_LD, placement.width_axes), jnp.maximum(ends[-1] - done * room, 0)
+        return take_rows(y_sorted, place_L, order), jnp.maximum(ends[-1] - done * room, 0)
 
 
 def _send_rows(x, rows, start_SN, sizes_SN, target_SN, axes):
