@@ -75,7 +75,7 @@ class AttendOnMesh:
     def over(self, query_BTHd, query_positions_BT, seen, chunk):
         if query_BTHd.shape[1] == 1:
             parts = (self._partial(query_BTHd, query_positions_BT, keys, chunk) for keys in seen)
-            return functools.reduce(Partial.__add__, parts).finish(query_BTHd.dtype)
+            return functools.reduce(Partial.merge, parts).finish(query_BTHd.dtype)
         rows, sequence, heads = self._divided(query_BTHd, seen[0].key_BKSd)
         keys = Keys(PartitionSpec(rows, heads), PartitionSpec(rows, heads), PartitionSpec(rows))
         local = self._shard_map(

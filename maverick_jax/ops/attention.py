@@ -76,7 +76,7 @@ def attention(query_BTHd: jax.Array, key_BKSd: jax.Array, value_BKSd: jax.Array,
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys: what is needed to add up that over all (flash decoding).
+    """Attention over some of the keys, to be merged to that over all (flash decoding).
 
     Attributes:
       out_BKGTd: float32 sum of values by `exp(score - most)`.
@@ -88,7 +88,7 @@ class Partial(NamedTuple):
     total_BKGT: jax.Array
     most_BKGT: jax.Array
 
-    def __add__(self, other: "Partial") -> "Partial":  # type: ignore[override]
+    def merge(self, other: "Partial") -> "Partial":
         most = jnp.maximum(self.most_BKGT, other.most_BKGT)
         a, b = jnp.exp(self.most_BKGT - most), jnp.exp(other.most_BKGT - most)
         out = self.out_BKGTd * a[..., None] + other.out_BKGTd * b[..., None]
@@ -102,6 +102,7 @@ class Partial(NamedTuple):
 
 
 def partial_attention(query_BTHd: jax.Array, keys: Keys, query_positions_BT: jax.Array, chunk: int | None) -> Partial:
+    """Over one part of the keys, masked by positions; where a query sees none of them, `most` says so to `merge`."""
     B, T, _, d = query_BTHd.shape
     query = query_BTHd.reshape(B, T, keys.key_BKSd.shape[1], -1, d)
     scores = jnp.einsum("BTKGd,BKSd->BKGTS", query, keys.key_BKSd, preferred_element_type=jnp.float32) * d**-0.5
@@ -127,7 +128,7 @@ def attend(query_BTHd: jax.Array, query_positions_BT: jax.Array, seen: Sequence[
     B, T, H, _ = query_BTHd.shape
     if T == 1:
         parts = (partial_attention(query_BTHd, keys, query_positions_BT, chunk) for keys in seen)
-        return functools.reduce(Partial.__add__, parts).finish(query_BTHd.dtype)
+        return functools.reduce(Partial.merge, parts).finish(query_BTHd.dtype)
     key, value, positions = zip(*seen, strict=True)
     keys = Keys(jnp.concatenate(key, axis=2), jnp.concatenate(value, axis=2), jnp.concatenate(positions, axis=1))
     if B * H * T * keys.positions_BS.shape[1] <= MOST_SCORES:
@@ -216,7 +217,7 @@ def _blockwise(query_BTHd, query_positions_BT, keys, chunk):
             block = functools.partial(lax.dynamic_slice_in_dim, start_index=j * KEY_BLOCK, slice_size=KEY_BLOCK)
             some = Keys(block(padded.key_BKSd, axis=2), block(padded.value_BKSd, axis=2), block(padded.positions_BS, axis=1))
             any_seen = visible(positions_BQ, some.positions_BS, chunk).any()
-            return lax.cond(any_seen, lambda: done + partial_attention(query_BQHd, some, positions_BQ, chunk), lambda: done), None
+            return lax.cond(any_seen, lambda: done.merge(partial_attention(query_BQHd, some, positions_BQ, chunk)), lambda: done), None
 
         zeros = jnp.zeros((B, K, H // K, size), jnp.float32)
         nothing = Partial(jnp.zeros((*zeros.shape, d), jnp.float32), zeros, zeros + MASKED)
