@@ -32,7 +32,8 @@ def save_plot(plan: Plan, file: str | Path) -> None:
         bytes_axis.bar(0, size / GIB, bottom=bottom, color=colormaps["tab20"](i), label=name)
         bottom += size / GIB
     bytes_axis.axhline(held.usable / GIB, color="black", linestyle="--", label="usable")
-    bytes_axis.set(title=f"memory per device, batch {case.batch}", ylabel="GiB", xticks=[], xlim=(-1, 1))
+    bytes_axis.set_title(f"memory per device, batch {case.batch}", pad=18)
+    bytes_axis.set(ylabel="GiB", xticks=[], xlim=(-1, 1))
     bytes_axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
 
     batches = [batch for batch, _ in plan.curve]
@@ -42,8 +43,10 @@ def save_plot(plan: Plan, file: str | Path) -> None:
     for batch, cost in plan.curve:
         if cost.binds != bound:
             bound = cost.binds
-            speed_axis.annotate(f"{bound} binds", (batch, batch / cost.step), xytext=(0, 8), textcoords="offset points")
-    speed_axis.set(title="limit of decoding", xlabel="batch", ylabel="tokens/s", xscale="log", yscale="log")
+            speed_axis.axvline(batch, color="grey", linestyle=":")
+            speed_axis.text(batch, 1.01, f"{bound} binds", transform=speed_axis.get_xaxis_transform())
+    speed_axis.set_title("limit of decoding", pad=18)
+    speed_axis.set(xlabel="batch", ylabel="tokens/s", xscale="log", yscale="log")
     speed_axis.legend()
     try:
         figure.savefig(file)
