@@ -48,18 +48,14 @@ class LayerCache:
         written = dataclasses.replace(self, key_BKSd=key, value_BKSd=value, fresh=False)
         if self.fresh:  # the piece is all there is
             return written, [new]
-        T, S = new.key_BKSd.shape[2], self.key_BKSd.shape[2]
-        if T > 1 and not self.wraps:
-            return written, [Keys(key, value, _positions(piece.end_B, S))]
-        before = _positions(piece.start_B, S)
-        if T == 1:
-            # Either buffer does: by the positions from before, the slot of the new token is out of reach. A TPU writes in place
-            # a buffer that it read before, and else stages it on the chip and copies it back whole; XLA:CPU copies just that one.
-            buffers = (self.key_BKSd, self.value_BKSd), (key, value)
-            key, value = lax.platform_dependent(*buffers, tpu=lambda old, _: old, default=lambda _, new: new)
-            return written, [Keys(key, value, before), new]
+        if new.key_BKSd.shape[2] == 1 or not self.wraps:
+            return written, [Keys(key, value, _positions(piece.end_B, self.key_BKSd.shape[2]))]
         # A longer piece may overwrite slots that its own first tokens still see.
-        return written, [Keys(self.key_BKSd, self.value_BKSd, before), new]
+        return written, [self.before(piece), new]
+
+    def before(self, piece: Piece) -> Keys:
+        """What is held before the piece is written."""
+        return Keys(self.key_BKSd, self.value_BKSd, _positions(piece.start_B, self.key_BKSd.shape[2]))
 
 
 def _first_piece(buffer_BKSd, new_BKTd, piece):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from maverick_jax.config import TextConfig
@@ -94,16 +95,36 @@ class Attention(nnx.Module):
         else:
             query = self._scale(query, asking)
         key_BKSd, value_BKSd = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        seen = [Keys(key_BKSd, value_BKSd, piece.positions_BT)]
-        in_order = not last_only and (cache is None or cache.fresh)
-        if cache is not None:
-            cache, seen = cache.append(seen[0], piece, self.attend.write)
-        if in_order:
-            out = self.attend.in_order(query, key_BKSd, value_BKSd, self.chunk)
+        new = Keys(key_BKSd, value_BKSd, piece.positions_BT)
+        if cache is not None and not cache.fresh and x_BTD.shape[1] == 1:
+            out, cache = self._one_token(query, asking.positions_BT, new, piece, cache)
         else:
-            out = self.attend.over(query, asking.positions_BT, seen, self.chunk)
+            in_order = not last_only and (cache is None or cache.fresh)
+            cache, seen = (None, [new]) if cache is None else cache.append(new, piece, self.attend.write)
+            if in_order:
+                out = self.attend.in_order(query, key_BKSd, value_BKSd, self.chunk)
+            else:
+                out = self.attend.over(query, asking.positions_BT, seen, self.chunk)
         out = self.constrain(out, QUERIES)
         return linear(out, self.output[...], contract=2), cache
+
+    def _one_token(self, query, positions_B1, new, piece, cache):
+        """In the order in which XLA copies no buffer of the cache.
+
+        A TPU stages a buffer that is read after it is written on the chip and copies all of it back. The others copy a buffer
+        that is read before it is written, and keep no such order.
+        """
+
+        def read_then_write(query, new, cache):
+            out = self.attend.over(query, positions_B1, [cache.before(piece), new], self.chunk)
+            out, new = lax.optimization_barrier((out, new))
+            return out, cache.append(new, piece, self.attend.write)[0]
+
+        def write_then_read(query, new, cache):
+            cache, seen = cache.append(new, piece, self.attend.write)
+            return self.attend.over(query, positions_B1, seen, self.chunk), cache
+
+        return lax.platform_dependent(query, new, cache, tpu=read_then_write, default=write_then_read)
 
     def _rotate_and_norm(self, x, piece):
         """RoPE, then (Scout) the weightless norm per head. Within a chunk only differences of positions matter."""

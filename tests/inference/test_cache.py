@@ -42,15 +42,15 @@ def test_buffers_are_a_chunk_or_the_whole_context():
     assert cache.nbytes == 2 * 4 * 3 * 2 * (CHUNK + ROOM)
 
 
-@pytest.fixture(scope="module", params=["default", "tpu"])
+@pytest.fixture(scope="module", params=["after", "before"])
 def append(request):
-    """As on a platform, on any: which buffer one token looks at depends on it."""
+    """One token looks at the buffer after it is written, or at what was there before and at itself."""
 
     @functools.partial(jax.jit, static_argnums=1)
     def append(cache, layer, key, piece):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax.lax, "platform_dependent", lambda *buffers, **forms: forms[request.param](*buffers))
-            return cache.layers[layer].append(Keys(key, key, piece.positions_BT), piece, write_slots)
+        layer, new = cache.layers[layer], Keys(key, key, piece.positions_BT)
+        written, seen = layer.append(new, piece, write_slots)
+        return written, [layer.before(piece), new] if request.param == "before" and key.shape[2] == 1 else seen
 
     return append
 

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose
 from transformers import Llama4TextConfig
 
 from maverick_jax.inference.cache import KVCache
-from oracle.pair import TOLERANCE, Pair, cached_step, text_ids
+from oracle.pair import TOLERANCE, Pair, cached_step, forms_for_tpu, text_ids
 from oracle.port import port
 from oracle.tiny_checkpoints import make_model, text_values
 
@@ -49,6 +49,14 @@ def test_prefill_in_whole_pieces(two_layers, size):
     """Pieces that fill their width exactly take another way through the cache: its writes differ for 1, some and 17 tokens."""
     ids = text_ids(2, LENGTH)
     assert_allclose(prefill(two_layers, ids, size, size), two_layers.expected_logits(ids), atol=TOLERANCE, rtol=0)
+
+
+def test_one_token_at_a_time_as_on_a_tpu(two_layers):
+    """There the cache is read before it is written, and the token looks at itself beside it."""
+    ids = text_ids(2, LENGTH)
+    with forms_for_tpu():
+        ours = prefill(two_layers, ids, 1, 1)
+    assert_allclose(ours, two_layers.expected_logits(ids), atol=TOLERANCE, rtol=0)
 
 
 def test_pieces_of_different_lengths_per_row(tiny_maverick):

@@ -1,10 +1,13 @@
 """A model of transformers and ours with the same weights, and the inputs that tell them apart where ports go wrong."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from maverick_jax.config import Config
@@ -58,6 +61,20 @@ def logits(model: Llama4, ids: Any, tiles: np.ndarray | None = None, lengths: An
 def cached_step(model: Llama4, ids: jax.Array, lengths: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """One call of the model that continues a cache."""
     return model(ids, lengths=lengths, cache=cache)
+
+
+@contextlib.contextmanager
+def forms_for_tpu() -> Iterator[None]:
+    """Where a platform has a form of its own, that of a TPU runs in `cached_step`, on any machine; else that of a CPU."""
+
+    def choose(*operands, default, tpu=None, cpu=None, **_):
+        return (tpu or cpu or default)(*operands)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", choose)
+        cached_step.clear_cache()
+        yield
+    cached_step.clear_cache()
 
 
 def text_ids(rows: int, length: int, seed: int = 0) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Laid out over eight simulated devices the model still computes what transformers computes."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from transformers import Llama4TextConfig
 from maverick_jax.inference.cache import KVCache
 from maverick_jax.sharding import LATENCY, THROUGHPUT, TRAINING, AllToAll, get_layout, make_mesh
 from maverick_jax.sharding.attend import CACHE
-from oracle.pair import TOLERANCE, cached_step, logits, picture_prompt, text_ids
+from oracle.pair import TOLERANCE, cached_step, forms_for_tpu, logits, picture_prompt, text_ids
 from oracle.port import port
 from oracle.tiny_checkpoints import make_model, text_values
 
@@ -40,8 +42,16 @@ def test_batch_with_pictures_on_a_mesh(request, variant, sizes, layout):
         assert_allclose(ours[row, :length], expected, atol=TOLERANCE, rtol=0, err_msg=f"row {row} of {length} tokens")
 
 
-@pytest.mark.parametrize("sizes, layout", [(dict(expert=8), THROUGHPUT), (dict(data=2), THROUGHPUT), (dict(expert=4, tensor=2), LATENCY)])
-def test_one_row_on_many_devices(tiny_maverick, sizes, layout):
+@pytest.mark.parametrize(
+    "sizes, layout, forms",
+    [
+        (dict(expert=8), THROUGHPUT, contextlib.nullcontext),
+        (dict(data=2), THROUGHPUT, contextlib.nullcontext),
+        (dict(expert=4, tensor=2), LATENCY, contextlib.nullcontext),
+        (dict(expert=4, tensor=2), LATENCY, forms_for_tpu),
+    ],
+)
+def test_one_row_on_many_devices(tiny_maverick, sizes, layout, forms):
     """A single long prompt is divided by its tokens: half chunks that need their neighbour's keys, whole chunks that need
     none, a cache of which every device holds a part, written and read one token at a time."""
     mesh = make_mesh(**sizes)
@@ -50,11 +60,12 @@ def test_one_row_on_many_devices(tiny_maverick, sizes, layout):
     assert not layout.sharding(CACHE, (1, 2, 128, 32), mesh).is_fully_replicated
     create = jax.jit(lambda: KVCache.create(model.config.text, 1, 128, jnp.float32, model.constrain))
     expected = tiny_maverick.expected_logits(ids)
-    out, cache = cached_step(model, jnp.asarray(ids[:, :64]), jnp.array([64], jnp.int32), create())
-    assert_allclose(np.asarray(out), expected[:, :64], atol=TOLERANCE, rtol=0)
-    for position in range(64, 72):
-        out, cache = cached_step(model, jnp.asarray(ids[:, position : position + 1]), jnp.array([1], jnp.int32), cache)
-        assert_allclose(np.asarray(out)[:, 0], expected[:, position], atol=TOLERANCE, rtol=0, err_msg=f"token {position}")
+    with forms():
+        out, cache = cached_step(model, jnp.asarray(ids[:, :64]), jnp.array([64], jnp.int32), create())
+        assert_allclose(np.asarray(out), expected[:, :64], atol=TOLERANCE, rtol=0)
+        for position in range(64, 72):
+            out, cache = cached_step(model, jnp.asarray(ids[:, position : position + 1]), jnp.array([1], jnp.int32), cache)
+            assert_allclose(np.asarray(out)[:, 0], expected[:, position], atol=TOLERANCE, rtol=0, err_msg=f"token {position}")
 
 
 def test_every_expert_lies_on_its_own_device(tiny_maverick):
