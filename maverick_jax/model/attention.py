@@ -111,8 +111,8 @@ class Attention(nnx.Module):
     def _one_token(self, query, positions_B1, new, piece, cache):
         """In the order in which XLA copies no buffer of the cache.
 
-        A TPU stages a buffer that is read after it is written on the chip and copies all of it back. The others copy a buffer
-        that is read before it is written, and keep no such order.
+        A TPU stages on the chip what is read after it is written, and copies all of it back. The others do not keep a read
+        ahead of a write, and copy the whole buffer to be safe.
         """
 
         def read_then_write(query, new, cache):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -119,7 +119,7 @@ class Run:
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[type[Run]]:
+def start(tmp_path) -> Iterator[Callable[..., Run]]:
     """`start(commands)`: a `Run` whose processes do not outlive the test."""
     runs: list[Run] = []
 
@@ -127,7 +127,7 @@ def start(tmp_path) -> Iterator[type[Run]]:
         runs.append(Run(tmp_path, *arguments, **options))
         return runs[-1]
 
-    yield started  # type: ignore[misc]
+    yield started
     for process in (process for run in runs for process in run.processes):
         with contextlib.suppress(ProcessLookupError):
             process.kill()
