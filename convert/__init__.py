@@ -1,21 +1,24 @@
 """Checkpoints from PyTorch to Orbax and back, and what is in them."""
 
-from maverick_jax.convert.huggingface import HuggingFace, open_huggingface
 from maverick_jax.convert.inventory import Inventory, inspect, table
-from maverick_jax.convert.model_directory import MANIFEST, PARAMS, ModelDirectory, open_model_directory
-from maverick_jax.convert.to_orbax import convert
+from maverick_jax.convert.manifest import MANIFEST
+from maverick_jax.convert.model_directory import PARAMS, ModelDirectory, open_model_directory
+from maverick_jax.convert.recognize import open_source
+from maverick_jax.convert.source import Source
+from maverick_jax.convert.to_orbax import Summary, convert
 from maverick_jax.convert.to_pytorch import export
 
 __all__ = [
     "MANIFEST",
     "PARAMS",
-    "HuggingFace",
     "Inventory",
     "ModelDirectory",
+    "Source",
+    "Summary",
     "convert",
     "export",
     "inspect",
-    "open_huggingface",
     "open_model_directory",
+    "open_source",
     "table",
 ]

@@ -7,10 +7,14 @@ import errno
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from maverick_jax.errors import UserError
+from maverick_jax.sharding import multihost, roll_call
+
+MARK = "seen_by_all."  # followed by a name that no other run has
 
 
 @contextlib.contextmanager
@@ -21,7 +25,7 @@ def building(out: Path) -> Iterator[Path]:
       UserError: OUT exists, another process is building it, or the disk is full. What is built stays for the next attempt.
     """
     _refuse_existing(out)
-    partial = out.with_name(f"{out.name}.partial")
+    partial = partial_directory(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -45,6 +49,49 @@ def building(out: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def building_together(out: Path) -> Iterator[Path]:
+    """`building` by all processes of a run: process 0 makes the directory and renames it when every process has left the block.
+
+    Raises:
+      UserError: as `building`; or a process does not see the directory that process 0 made.
+    """
+    if multihost.process_count() == 1:
+        with building(out) as partial:
+            yield partial
+    elif multihost.is_first():
+        with building(out) as partial:
+            mark = partial / f"{MARK}{uuid.uuid4().hex}"
+            mark.touch()
+            multihost.exchange(mark.name)
+            missing = [process for process, sees in enumerate(multihost.exchange(True)) if not sees]
+            mark.unlink()
+            _refuse_unseen(partial, missing)
+            yield partial
+            multihost.exchange("written")
+        multihost.exchange("renamed")
+    else:
+        partial = partial_directory(out)
+        mark = multihost.exchange(None)[0]
+        sees = (partial / mark).exists()
+        _refuse_unseen(partial, [process for process, one in enumerate(multihost.exchange(sees)) if not one])
+        yield partial
+        multihost.exchange("written")
+        multihost.exchange("renamed")
+
+
+def partial_directory(out: Path) -> Path:
+    """Where OUT is built."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def _refuse_unseen(partial: Path, missing: list[int]) -> None:
+    if missing:
+        raise UserError(
+            f"{roll_call.processes(missing)} cannot see {partial}, which process 0 made: give all processes one directory that they share."
+        )
+
+
 def require_space(directory: Path, needed: int) -> None:
     """Refuse to begin what the disk has no room for."""
     free = shutil.disk_usage(directory).free
@@ -53,7 +100,7 @@ def require_space(directory: Path, needed: int) -> None:
 
 
 def _refuse_existing(out: Path) -> None:
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists: choose another destination, or remove it first.")
 
 

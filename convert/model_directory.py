@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
+import itertools
 import math
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from maverick_jax.convert.names import Index, Shape
+from maverick_jax.config import Config
+from maverick_jax.convert.manifest import read_manifest
 from maverick_jax.convert.orbax import flatten, quiet
-from maverick_jax.convert.writer import array_spec
+from maverick_jax.convert.places import Index, Shape
+from maverick_jax.convert.writer import array_path, array_spec
 from maverick_jax.errors import UserError
 
 PARAMS = "params"  # an Orbax checkpoint of its own
-MANIFEST = "manifest.json"
-FORMAT = 1
 COMPANIONS = (  # what a checkpoint has beside its weights
     "config.json",
     "generation_config.json",
@@ -34,16 +32,17 @@ COMPANIONS = (  # what a checkpoint has beside its weights
 
 
 class ModelDirectory:
-    """The parameters of a model directory; the same face as `HuggingFace`.
+    """The parameters of a model directory; the same face as `Source`.
 
     Attributes:
+      config: the model's.
       parameters: our name -> (shape, dtype).
     """
 
     def __init__(self, directory: Path):
         from orbax.checkpoint import v1 as ocp
 
-        self.directory = directory
+        self.directory, self.config = directory, Config.from_directory(directory)
         with quiet():
             leaves = flatten(ocp.metadata(str(directory / PARAMS)).metadata)
         self.parameters: dict[str, tuple[Shape, np.dtype]] = {
@@ -52,9 +51,22 @@ class ModelDirectory:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a parameter."""
+        return self._array(name)[index].read().result()
+
+    def chunk_files(self, name: str) -> list[Path]:
+        """The file of every chunk of a parameter, in C order."""
+        shape, chunk = self.parameters[name][0], self._array(name).chunk_layout.read_chunk.shape
+        cells = itertools.product(*(range(-(-size // step)) for size, step in zip(shape, chunk, strict=True)))
+        return [array_path(self.directory / PARAMS, name).joinpath("c", *map(str, cell)) for cell in cells]
+
+    def nbytes(self, name: str) -> int:
+        shape, dtype = self.parameters[name]
+        return math.prod(shape) * dtype.itemsize
+
+    def _array(self, name: str) -> Any:
         import tensorstore
 
-        return tensorstore.open(array_spec(self.directory / PARAMS, name), open=True).result()[index].read().result()
+        return tensorstore.open(array_spec(self.directory / PARAMS, name), open=True).result()
 
 
 def open_model_directory(directory: str | Path) -> ModelDirectory:
@@ -64,36 +76,11 @@ def open_model_directory(directory: str | Path) -> ModelDirectory:
       UserError: it is none, it is unfinished, or a newer version made it.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory} does not exist.")
-    if not (directory / MANIFEST).is_file():
-        raise UserError(f"{directory} is not a finished model directory: it has no {MANIFEST}. Make one with `maverick convert`.")
-    try:
-        version = json.loads((directory / MANIFEST).read_text())["format"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{directory / MANIFEST} is damaged ({error}): convert the checkpoint again.") from error
-    if version != FORMAT:
-        raise UserError(f"{directory} has format {version}, this version reads format {FORMAT}: install a newer maverick-jax.")
+    read_manifest(directory)
     try:
         return ModelDirectory(directory)
     except (ValueError, OSError) as error:
         raise UserError(f"{directory / PARAMS} cannot be read ({error}): convert the checkpoint again.") from error
-
-
-def write_manifest(directory: Path, parameters: Mapping[str, tuple[Shape, np.dtype]], files: list[Path]) -> None:
-    """The last file of a model directory: without it the directory is unfinished."""
-    try:
-        version = importlib.metadata.version("maverick-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        version = None
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "maverick_jax": version,
-        "parameters": sum(math.prod(shape) for shape, _ in parameters.values()),
-        "bytes": sum(math.prod(shape) * dtype.itemsize for shape, dtype in parameters.values()),
-        "source": {file.name: file.stat().st_size for file in files},
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def copy_companions(source: Path, destination: Path) -> None:

@@ -1,48 +1,43 @@
-"""The names of the weights: one table, a row per kind of tensor, read in both directions.
+"""The names of the weights: a row per kind of tensor, read in both directions.
 
-A row pairs our parameter with the stored tensor that holds it and spells the axes of both. Parentheses merge axes and
-`k/n` is part k of n, counted from 0, so "E D (0/2 F)" is the first half of the last axis, and "(H d) D" against our "D H d" is torch's
-[out, in] matrix with its heads merged.
+A row pairs our parameter with the stored tensor that holds it and spells the axes of both (`places` reads the spelling). `{i}` is
+a layer, `{e}` an expert.
 
 Axes: V vocabulary, D model width, H query heads, K key/value heads, d head size, F feed-forward width, E experts,
-C pixels of a patch, P patches and the class token, A and B the adapter's widths.
-Source: transformers' `modeling_llama4.py`; spec section 5.1.
+C pixels of a patch, P patches and the class token, A and B the adapter's widths, G groups of inputs that share a scale.
+Sources: transformers' `modeling_llama4.py`; Llama 4 reference, `models/llama4/`; spec section 5.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
+import functools
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from flax import nnx
 
 from maverick_jax.config import Config
+from maverick_jax.convert.places import Place, Shape
 from maverick_jax.errors import UserError
 from maverick_jax.model import get_abstract_model, parameter_name
-
-BLOCK = 32 << 20  # bytes; larger where one row, such as an expert's matrix, is larger
-
-Index = tuple[slice, ...]
-Shape = tuple[int, ...]
+from maverick_jax.model.parameter import Sides
+from maverick_jax.model.quantized import component
 
 
 class Row(NamedTuple):
-    """One kind of tensor; `{i}` stands for a layer."""
+    """One kind of tensor. `ranks` is the axis that is divided among files, one per rank of model parallelism."""
 
     ours: str
     axes: str
     stored: str
     stored_axes: str
+    ranks: str = ""
 
 
 # fmt: off
-_SECTIONS = (  # (our prefix, Hugging Face's prefix, rows without the prefixes)
+_HUGGINGFACE = (  # (our prefix, theirs, rows without the prefixes)
     ("text.", "language_model.", (
         ("embedding",                  "V D",   "model.embed_tokens.weight",                    "V D"),
         ("norm",                       "D",     "model.norm.weight",                            "D"),
@@ -59,8 +54,8 @@ _SECTIONS = (  # (our prefix, Hugging Face's prefix, rows without the prefixes)
         ("feed_forward.up",            "D F",   "feed_forward.up_proj.weight",                  "F D"),
         ("feed_forward.down",          "F D",   "feed_forward.down_proj.weight",                "D F"),
         ("feed_forward.router",        "D E",   "feed_forward.router.weight",                   "E D"),
-        ("feed_forward.experts.gate",  "E D F", "feed_forward.experts.gate_up_proj",            "E D (0/2 F)"),
-        ("feed_forward.experts.up",    "E D F", "feed_forward.experts.gate_up_proj",            "E D (1/2 F)"),
+        ("feed_forward.experts.gate",  "E D F", "feed_forward.experts.gate_up_proj",            "E D [F]+F"  ),
+        ("feed_forward.experts.up",    "E D F", "feed_forward.experts.gate_up_proj",            "E D F+[F]"  ),
         ("feed_forward.experts.down",  "E F D", "feed_forward.experts.down_proj",               "E F D"),
         ("feed_forward.shared.gate",   "D F",   "feed_forward.shared_expert.gate_proj.weight",  "F D"),
         ("feed_forward.shared.up",     "D F",   "feed_forward.shared_expert.up_proj.weight",    "F D"),
@@ -99,91 +94,157 @@ _SECTIONS = (  # (our prefix, Hugging Face's prefix, rows without the prefixes)
         ("projector",                  "B D",   "multi_modal_projector.linear_1.weight",        "D B"),
     )),
 )
+# Meta's `.pth` files. Where a row is there twice, the second spelling is that of the module after its load hooks.
+_META = (
+    ("text.", "", (
+        ("embedding",                  "V D",   "tok_embeddings.weight",                        "V D",          "V"),
+        ("norm",                       "D",     "norm.weight",                                  "D"),
+        ("unembedding",                "D V",   "output.weight",                                "V D",          "V"),
+    )),
+    ("text.layers.{i}.", "layers.{i}.", (
+        ("attention_norm",             "D",     "attention.wqkv.layer_norm_weight",             "D"),
+        ("attention_norm",             "D",     "attention_norm.weight",                        "D"),
+        ("attention.query",            "D H d", "attention.wqkv.weight",                        "([H]+K+K d) D", "H"),
+        ("attention.query",            "D H d", "attention.wq.weight",                          "(H d) D",      "H"),
+        ("attention.key",              "D K d", "attention.wqkv.weight",                        "(H+[K]+K d) D", "K"),
+        ("attention.key",              "D K d", "attention.wk.weight",                          "(K d) D",      "K"),
+        ("attention.value",            "D K d", "attention.wqkv.weight",                        "(H+K+[K] d) D", "K"),
+        ("attention.value",            "D K d", "attention.wv.weight",                          "(K d) D",      "K"),
+        ("attention.output",           "H d D", "attention.wo.weight",                          "D (H d)",      "H"),
+        ("feed_forward_norm",          "D",     "feed_forward.norm.weight",                     "D"),
+        ("feed_forward_norm",          "D",     "feed_forward.mlp.layer_norm_weight",           "D"),
+        ("feed_forward_norm",          "D",     "ffn_norm.weight",                              "D"),
+        ("feed_forward.gate",          "D F",   "feed_forward.mlp.fc1_weight",                  "[F]+F D",      "F"),
+        ("feed_forward.gate",          "D F",   "feed_forward.w1.weight",                       "F D",          "F"),
+        ("feed_forward.up",            "D F",   "feed_forward.mlp.fc1_weight",                  "F+[F] D",      "F"),
+        ("feed_forward.up",            "D F",   "feed_forward.w3.weight",                       "F D",          "F"),
+        ("feed_forward.down",          "F D",   "feed_forward.mlp.fc2_weight",                  "D F",          "F"),
+        ("feed_forward.down",          "F D",   "feed_forward.w2.weight",                       "D F",          "F"),
+        ("feed_forward.router",        "D E",   "feed_forward.router_DE",                       "D E"),
+        ("feed_forward.experts.gate",  "E D F", "feed_forward.experts.moe_w_in_eD_F",           "(E D) F",      "F"),
+        ("feed_forward.experts.gate",  "E D F", "feed_forward.experts.w1",                      "E D F",        "F"),
+        ("feed_forward.experts.up",    "E D F", "feed_forward.experts.moe_w_swiglu_eD_F",       "(E D) F",      "F"),
+        ("feed_forward.experts.up",    "E D F", "feed_forward.experts.w3",                      "E D F",        "F"),
+        ("feed_forward.experts.down",  "E F D", "feed_forward.experts.moe_w_out_eF_D",          "(E F) D",      "F"),
+        ("feed_forward.experts.down",  "E F D", "feed_forward.experts.w2",                      "E F D",        "F"),
+        ("feed_forward.shared.gate",   "D F",   "feed_forward.w_in_shared_FD.weight",           "F D",          "F"),
+        ("feed_forward.shared.gate",   "D F",   "feed_forward.shared_expert.w1.weight",         "F D",          "F"),
+        ("feed_forward.shared.up",     "D F",   "feed_forward.w_swiglu_FD.weight",              "F D",          "F"),
+        ("feed_forward.shared.up",     "D F",   "feed_forward.shared_expert.w3.weight",         "F D",          "F"),
+        ("feed_forward.shared.down",   "F D",   "feed_forward.w_out_shared_DF.weight",          "D F",          "F"),
+        ("feed_forward.shared.down",   "F D",   "feed_forward.shared_expert.w2.weight",         "D F",          "F"),
+    )),
+    ("vision.", "vision_embeddings.", (
+        ("patch_embedding",            "C D",   "vision_encoder.conv1._linear.weight",          "D C",          "D"),
+        ("class_embedding",            "D",     "vision_encoder.class_embedding",               "D"),
+        ("position_embedding",         "P D",   "vision_encoder.positional_embedding_vlm",      "P D"),
+        ("pre_norm.scale",             "D",     "vision_encoder.ln_pre.weight",                 "D"),
+        ("pre_norm.bias",              "D",     "vision_encoder.ln_pre.bias",                   "D"),
+        ("post_norm.scale",            "D",     "vision_encoder.ln_post.weight",                "D"),
+        ("post_norm.bias",             "D",     "vision_encoder.ln_post.bias",                  "D"),
+        ("adapter.up",                 "A B",   "vision_adapter.mlp.c_fc.weight",               "B A",          "B"),
+        ("adapter.down",               "A B",   "vision_adapter.mlp.c_proj.weight",             "B A",          "A"),
+    )),
+    ("vision.layers.{i}.", "vision_embeddings.vision_encoder.transformer.resblocks.{i}.", (
+        ("attention_norm.scale",       "D",     "ln_1.weight",                                  "D"),
+        ("attention_norm.bias",        "D",     "ln_1.bias",                                    "D"),
+        ("attention.query",            "D H d", "attn.wq.weight",                               "(H d) D",      "H"),
+        ("attention.query_bias",       "H d",   "attn.wq.bias",                                 "(H d)",        "H"),
+        ("attention.key",              "D H d", "attn.wk.weight",                               "(H d) D",      "H"),
+        ("attention.key_bias",         "H d",   "attn.wk.bias",                                 "(H d)",        "H"),
+        ("attention.value",            "D H d", "attn.wv.weight",                               "(H d) D",      "H"),
+        ("attention.value_bias",       "H d",   "attn.wv.bias",                                 "(H d)",        "H"),
+        ("attention.output",           "H d D", "attn.wo.weight",                               "D (H d)",      "H"),
+        ("attention.output_bias",      "D",     "attn.wo.bias",                                 "D"),
+        ("feed_forward_norm.scale",    "D",     "ln_2.weight",                                  "D"),
+        ("feed_forward_norm.bias",     "D",     "ln_2.bias",                                    "D"),
+        ("feed_forward.up",            "D F",   "mlp.c_fc.weight",                              "F D",          "F"),
+        ("feed_forward.up_bias",       "F",     "mlp.c_fc.bias",                                "F",            "F"),
+        ("feed_forward.down",          "F D",   "mlp.c_proj.weight",                            "D F",          "F"),
+        ("feed_forward.down_bias",     "D",     "mlp.c_proj.bias",                              "D"),
+    )),
+    ("", "", (
+        ("projector",                  "B D",   "vision_projection.weight",                     "D B",          "D"),
+    )),
+)
+# The official FP8 checkpoint has the routed experts one by one, each with a scale per output channel.
+_HUGGINGFACE_FP8 = (
+    ("text.layers.{i}.feed_forward.experts.", "language_model.model.layers.{i}.feed_forward.experts.{e}.", (
+        ("gate.values",                "E D F", "gate_proj.weight",                             "F D"),
+        ("gate.scales",                "E G F", "gate_proj.weight_scale",                       "F G"),
+        ("up.values",                  "E D F", "up_proj.weight",                               "F D"),
+        ("up.scales",                  "E G F", "up_proj.weight_scale",                         "F G"),
+        ("down.values",                "E F D", "down_proj.weight",                             "D F"),
+        ("down.scales",                "E G D", "down_proj.weight_scale",                       "D G"),
+    )),
+)
+# Scales of Meta's FP8 checkpoint, in files of their own. `down` is divided along its inputs: every rank is a group.
+_META_FP8 = (
+    ("text.layers.{i}.feed_forward.experts.", "layers.{i}.feed_forward.experts.", (
+        ("gate.scales",                "E G F", "w1",                                           "E G F",        "F"),
+        ("up.scales",                  "E G F", "w3",                                           "E G F",        "F"),
+        ("down.scales",                "E G D", "w2",                                           "E G D",        "G"),
+    )),
+)
 # fmt: on
 
-TABLE = tuple(
-    Row(ours + name, axes, theirs + stored, stored_axes) for ours, theirs, rows in _SECTIONS for name, axes, stored, stored_axes in rows
-)
-_BY_OURS = {row.ours: row for row in TABLE}
+
+def _rows(sections) -> tuple[Row, ...]:
+    return tuple(Row(ours + name, axes, theirs + stored, *rest) for ours, theirs, rows in sections for name, axes, stored, *rest in rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """One parameter as it lies in its stored tensor.
+HUGGINGFACE, HUGGINGFACE_FP8, META, META_FP8 = map(_rows, (_HUGGINGFACE, _HUGGINGFACE_FP8, _META, _META_FP8))
+_BY_OURS = {row.ours: row for row in HUGGINGFACE}
 
-    Attributes:
-      tensor: name of the stored tensor.
-      shape: ours.
-      stored_shape: of the whole stored tensor.
-      file_shape: the same with no axes merged, [E, D, 2, F] for the experts' gate.
-      order: our axis at each axis of `file_shape`; None where only one part of it is ours.
-      part: which one.
-    """
 
-    tensor: str
+def kind_of(name: str) -> str:
+    """`text.layers.3.attention.query` -> `text.layers.{i}.attention.query`, as the tables call it."""
+    return re.sub(r"\.\d+\.", ".{i}.", name)
+
+
+def layer_of(name: str) -> str:
+    """`text.layers.3.attention.query` -> `3`; empty outside the layers."""
+    found = re.search(r"\.(\d+)\.", name)
+    return found[1] if found else ""
+
+
+class Weight(NamedTuple):
+    """What the model declares of a weight: `sides` says which axes are inputs, None where it is no matrix of a product."""
+
     shape: Shape
-    stored_shape: Shape
-    file_shape: Shape
-    order: tuple[int | None, ...]
-    part: int
-
-    @classmethod
-    def of(cls, row: Row, shape: Shape, tensor: str) -> Place:
-        """The place of a parameter with this shape, of the kind that `row` describes."""
-        axes = row.axes.split()
-        size: dict[str, int] = dict(zip(axes, shape, strict=True))
-        tokens, part = re.findall(r"[\w/]+", row.stored_axes), 0
-        for token in tokens:
-            if "/" in token:
-                part, size[token] = map(int, token.split("/"))
-        groups = re.findall(r"\(.*?\)|\S+", row.stored_axes)
-        return cls(
-            tensor=tensor,
-            shape=shape,
-            stored_shape=tuple(math.prod(size[token] for token in re.findall(r"[\w/]+", group)) for group in groups),
-            file_shape=tuple(size[token] for token in tokens),
-            order=tuple(axes.index(token) if token in axes else None for token in tokens),
-            part=part,
-        )
-
-    def box(self, index: Index) -> Index:
-        """Our index as ranges on the axes of `file_shape`."""
-        part = slice(self.part, self.part + 1)
-        return tuple(part if axis is None else slice(*index[axis].indices(self.shape[axis])[:2]) for axis in self.order)
-
-    def in_file_order(self, array: np.ndarray) -> np.ndarray:
-        """A view of (a slice of) our array whose axes are those of `file_shape`."""
-        view = array.transpose([axis for axis in self.order if axis is not None])
-        return np.expand_dims(view, [i for i, axis in enumerate(self.order) if axis is None])
-
-    def chunk_shape(self, itemsize: int) -> Shape:
-        """Shape of the slices in which we read and write: whole rows of the stored tensor, `BLOCK` bytes or one row."""
-        split = self.order[0]
-        assert split is not None, "no tensor has its parts on the first axis"
-        size = self.shape[split]
-        pieces = min(size, -(-math.prod(self.shape) * itemsize // BLOCK))
-        return tuple(-(-size // pieces) if axis == split else n for axis, n in enumerate(self.shape))
+    sides: Sides | None
+    component: str | None
 
 
-def chunk_indices(shape: Shape, chunk: Shape) -> list[Index]:
-    """The index of every chunk, in C order."""
-    ranges = ([slice(at, min(at + step, size)) for at in range(0, size, step)] for size, step in zip(shape, chunk, strict=True))
-    return list(itertools.product(*ranges))
-
-
-def find_places(config: Config) -> dict[str, Place]:
-    """Our name -> place of every parameter of the model, in the model's order."""
+@functools.lru_cache
+def weights(config: Config) -> dict[str, Weight]:
+    """Every weight of the model by name, in the model's order."""
     state = nnx.to_flat_state(nnx.state(get_abstract_model(config)))
-    return {name: _find(name, leaf.shape, config) for name, leaf in ((parameter_name(path), leaf) for path, leaf in state)}
+    return {parameter_name(path): Weight(leaf.shape, leaf.get_metadata().get("sides"), component(path)) for path, leaf in state}
 
 
-def _find(name: str, shape: Shape, config: Config) -> Place:
-    layer = re.search(r"\.(\d+)\.", name)
-    row = _BY_OURS[re.sub(r"\.\d+\.", ".{i}.", name)]
-    tensor = row.stored.format(i=layer and layer[1])
-    if config.vision is None:  # Llama4ForCausalLM, with no model around the language model
-        tensor = tensor.removeprefix("language_model.")
-    return Place.of(row, shape, tensor)
+def find_places(config: Config) -> dict[str, tuple[str, Place]]:
+    """Our name -> Hugging Face's name of its tensor, and the place in it, of every weight of the model in its own order."""
+    found = {}
+    for name, weight in weights(config).items():
+        row = plain_row(name)
+        found[name] = (huggingface_name(row, name, prefixed=config.vision is not None), Place.of(row.axes, weight.shape, row.stored_axes))
+    return found
+
+
+def plain_row(name: str) -> Row:
+    """Hugging Face's row of one of our weights."""
+    return _BY_OURS[kind_of(name)]
+
+
+def huggingface_name(row: Row, name: str, *, prefixed: bool, expert: int = 0) -> str:
+    """Hugging Face's name of the tensor of `row` that belongs to our parameter.
+
+    Args:
+      prefixed: False for `Llama4ForCausalLM`, which has no model around the language model.
+    """
+    stored = row.stored.format(i=layer_of(name), e=expert)
+    return stored if prefixed else stored.removeprefix("language_model.")
 
 
 def compare_names(directory: Path, found: Collection[str], expected: Collection[str]) -> None:
@@ -192,11 +253,3 @@ def compare_names(directory: Path, found: Collection[str], expected: Collection[
         if names:
             some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(f"{directory} {what} {some}: config.json and weights belong to different models.")
-
-
-def group_by_tensor(places: dict[str, Place]) -> dict[str, list[str]]:
-    """Stored tensor -> our parameters in it: one, or the gate and up of the experts."""
-    tensors: dict[str, list[str]] = {}
-    for name, place in places.items():
-        tensors.setdefault(place.tensor, []).append(name)
-    return tensors

@@ -1,79 +1,197 @@
-"""A Hugging Face checkpoint to a model directory, in memory that does not grow with the model."""
+"""A checkpoint of PyTorch to a model directory, in memory that does not grow with the model."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
-import math
+import os
+import time
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from maverick_jax.config import Config
-from maverick_jax.convert.building import building, require_space
-from maverick_jax.convert.huggingface import HuggingFace, open_huggingface
-from maverick_jax.convert.model_directory import PARAMS, copy_companions, write_manifest
-from maverick_jax.convert.names import Index, chunk_indices
+from maverick_jax.convert.building import building_together, require_space
+from maverick_jax.convert.conversion import Conversion, Part, plan_parts, share
+from maverick_jax.convert.digest import digest_chunks
+from maverick_jax.convert.human import human_bytes
+from maverick_jax.convert.journal import Journal
+from maverick_jax.convert.manifest import count_parameters, write_manifest
+from maverick_jax.convert.model_directory import PARAMS, copy_companions
+from maverick_jax.convert.places import Shape
+from maverick_jax.convert.recognize import open_source
+from maverick_jax.convert.source import Source
+from maverick_jax.convert.steps import PLAIN, Step, plan_steps
 from maverick_jax.convert.writer import Writer
-from maverick_jax.errors import UserError
+from maverick_jax.ops.quantize import FORMATS
+from maverick_jax.sharding import multihost
 
-FINGERPRINT = "converted_from.json"  # what an unfinished directory was begun from
+WORKERS = 4
 
 
-def convert(source_dir: str | Path, out: str | Path, *, progress: bool = True) -> Path:
-    """Make the model directory `out` from a Hugging Face directory.
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a conversion did.
 
-    It is built in `OUT.partial/` and renamed once. Interrupted, killed even, it goes on with the missing chunks when called again.
+    Attributes:
+      kind: of the source.
+      tensors, parameters: in the result.
+      bytes_read, bytes_written: of all tensors, whichever attempt and process did it.
+      resumed: bytes of the result that an earlier attempt had written and this process has checked.
+      seconds: of this attempt.
+      not_finite: weights with NaN or infinite values.
+    """
+
+    out: str
+    kind: str
+    tensors: int
+    parameters: int
+    bytes_read: int
+    bytes_written: int
+    resumed: int
+    seconds: float
+    not_finite: list[str]
+
+    def as_text(self) -> str:
+        """Two lines for people."""
+        again = f", of which {human_bytes(self.resumed)} were there and are right" if self.resumed else ""
+        rate = self.bytes_written / 1e6 / self.seconds
+        return (
+            f"{self.kind}: {self.parameters:,} parameters in {self.tensors:,} tensors, {human_bytes(self.bytes_written)}{again}, "
+            f"in {self.seconds:,.1f} s ({rate:,.0f} MB/s)\n{self.out}"
+        )
+
+
+def convert(
+    source_dir: str | Path,
+    out: str | Path,
+    *,
+    target: str | None = None,
+    quantize: Collection[str] = ("experts",),
+    workers: int | None = None,
+    digests: bool = True,
+    progress: bool = True,
+) -> Summary:
+    """Make the model directory `out` from a checkpoint of PyTorch, whose kind is recognised.
+
+    It is built in `OUT.partial/` and renamed once. Interrupted, killed even, it goes on when called again: what was written is
+    checked where it is, and the rest is done. Several processes (`sharding.multihost`) each convert their share.
 
     Args:
-      source_dir: with `config.json` and safetensors.
+      source_dir: Hugging Face directory (safetensors) or Meta's (`.pth`).
       out: must not exist.
-      progress: show a bar with bytes and rate on stderr.
-
-    Returns:
-      `out`.
+      target: bfloat16, float32, fp8, int8 or int4; None keeps every weight as it is stored, FP8 too.
+      quantize: what fp8, int8 and int4 quantize: experts (the routed ones), shared, dense, attention.
+      workers: threads; None: `WORKERS`, or the machine's cores if they are fewer. Large slices use fewer (`conversion.IN_FLIGHT`).
+      digests: note SHA-256 of the source's files and digests of all tensors, for `verify`.
+      progress: show a bar with bytes, rate, time left and the current tensor on stderr.
 
     Raises:
       UserError: an incomplete or inconsistent source, an existing destination, no space, or another process at it.
     """
-    source_dir, out = Path(source_dir), Path(out)
-    if not source_dir.is_dir():
-        raise UserError(f"{source_dir} does not exist: give the directory that holds config.json and the weights.")
-    source = open_huggingface(source_dir, Config.from_directory(source_dir))
-    with building(out) as partial:
-        _refuse_other_source(partial, source)
-        _write_params(partial / PARAMS, source, progress=progress)
-        # config.json and manifest.json come last: a directory without them is not taken for a model.
-        copy_companions(source_dir, partial)
-        write_manifest(partial, source.parameters, source.files)
-    (out / FINGERPRINT).unlink()
-    return out
+    begin, out = time.monotonic(), Path(out)
+    source = open_source(source_dir)
+    steps = plan_steps(source.config, source.parameters, target, quantize)
+    process, count = multihost.process_index(), multihost.process_count()
+    with building_together(out) as partial:
+        journal, writer = _begin(partial, _describe(source, target, quantize, digests), steps)
+        conversion = Conversion(source, journal, writer, digests=digests)
+        every = plan_parts(source, steps)
+        own = share(every, process, count)
+        require_space(partial, sum(part.bytes_written for part in own if not conversion.is_noted(part)))
+        files = [file for number, file in enumerate(source.files) if number * count // len(source.files) == process]
+        with tqdm(
+            total=sum(part.bytes_read for part in own), unit="B", unit_scale=True, disable=not progress or process != 0, dynamic_ncols=True
+        ) as bar:
+            conversion.run(own, files, workers=workers or min(WORKERS, os.cpu_count() or 1), bar=bar)
+        journal.close()
+        multihost.exchange("converted")
+        if process == 0:
+            writer.close()
+            journal.read()
+            _complete(partial, source, steps, journal, digests)
+    if process == 0:
+        journal.remove(out)
+    return Summary(
+        out=str(out),
+        kind=source.kind,
+        tensors=sum(len(step.outputs) for step in steps),
+        parameters=count_parameters(_parameters(steps)),
+        bytes_read=sum(part.bytes_read for part in every),
+        bytes_written=sum(part.bytes_written for part in every),
+        resumed=conversion.resumed,
+        seconds=time.monotonic() - begin,
+        not_finite=sorted(journal.not_finite),
+    )
 
 
-def _write_params(path: Path, source: HuggingFace, *, progress: bool) -> None:
-    chunks = {name: source.places[name].chunk_shape(dtype.itemsize) for name, (_, dtype) in source.parameters.items()}
-    every = [(name, index) for name, (shape, _) in source.parameters.items() for index in chunk_indices(shape, chunks[name])]
-    every.sort(key=lambda chunk: source.position(*chunk))
-
-    def size(name: str, index: Index) -> int:
-        return math.prod(part.stop - part.start for part in index) * source.parameters[name][1].itemsize
-
-    with contextlib.closing(Writer(path, source.parameters, chunks)) as writer:
-        missing = [chunk for chunk in every if not writer.has(*chunk)]
-        total, todo = (sum(size(*chunk) for chunk in some) for some in (every, missing))
-        require_space(path.parent, todo)
-        with tqdm(total=total, initial=total - todo, unit="B", unit_scale=True, disable=not progress) as bar:
-            for name, index in missing:
-                writer.write(name, index, source.read(name, index))
-                bar.update(size(name, index))
+def _describe(source: Source, target: str | None, quantize: Collection[str], digests: bool) -> dict[str, Any]:
+    """What is converted into what: an unfinished directory goes on only with the same. Two fine-tunes differ in bytes and times alone."""
+    config = next(source.directory / name for name in ("config.json", "params.json") if (source.directory / name).is_file())
+    stats = {file.name: file.stat() for file in (config, *source.files)}
+    files = {name: {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns} for name, stat in stats.items()}
+    return {"target": target, "quantize": sorted(quantize), "digests": digests, "files": files}
 
 
-def _refuse_other_source(partial: Path, source: HuggingFace) -> None:
-    """Go on with a directory only if these very files began it; two fine-tunes differ in nothing but bytes and times."""
-    stats = {file.name: file.stat() for file in (source.directory / "config.json", *source.files)}
-    text = json.dumps({name: {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns} for name, stat in stats.items()}, indent=2)
-    file = partial / FINGERPRINT
-    if not any(partial.iterdir()):
-        file.write_text(text)
-    elif not file.is_file() or file.read_text() != text:
-        raise UserError(f"{partial} was begun from another checkpoint, or this one has changed since: remove it, then run this again.")
+def _begin(partial: Path, task: dict[str, Any], steps: list[Step]) -> tuple[Journal, Writer]:
+    """The journal and the arrays, which process 0 makes and the others open."""
+    leaves = {name: leaf for step in steps for name, leaf in step.outputs.items()}
+    if not multihost.is_first():
+        multihost.exchange("waiting")
+    begun = Journal(partial, task, multihost.process_index()), Writer(partial / PARAMS, leaves)
+    if multihost.is_first():
+        multihost.exchange("made")
+    return begun
+
+
+def _complete(partial: Path, source: Source, steps: list[Step], journal: Journal, digests: bool) -> None:
+    """Config and manifest come last: a directory without them is not taken for a model."""
+    copy_companions(source.directory, partial)
+    write_config(partial / "config.json", source, steps)
+    tensors = {name: _entry(step, name, source, journal, digests) for step in steps for name in step.outputs}
+    files = {file.name: {"bytes": file.stat().st_size} for file in source.files}
+    for name, digest in journal.files.items():
+        files[name]["sha256"] = digest.sha256
+    facts = {name: journal.task[name] for name in ("target", "quantize")} | {"kind": source.kind, "source": files, "tensors": tensors}
+    write_manifest(partial, _parameters(steps), not_finite=sorted(journal.not_finite) or None, **facts)
+
+
+def _entry(step: Step, name: str, source: Source, journal: Journal, digests: bool) -> dict[str, Any]:
+    """What the manifest says of a tensor: what it was made from and how, with digests of both sides."""
+    leaf = step.outputs[name]
+    entry: dict[str, Any] = {"shape": leaf.shape, "dtype": leaf.dtype.name, "transform": step.transform}
+    pieces = [piece for parameter in step.inputs for piece in source.pieces[parameter]]
+    if step.transform == "copy":
+        pieces = source.pieces[name]
+    made_from = {f"{piece.tensor.file.name}:{piece.stored}": piece for piece in pieces}
+    if not digests:
+        return entry | {"from": list(made_from)}
+    entry["from"] = {key: journal.files[piece.tensor.file.name].tensors[piece.stored] for key, piece in made_from.items()}
+    chunks = [journal.chunks[name, number] for number in range(len(step.indices))]
+    return entry | {"digest": digest_chunks(chunks)}
+
+
+def write_config(file: Path, source: Source, steps: list[Step]) -> None:
+    """`config.json` of the result: the source's as it is, unless dtype or quantization changed, or there was none."""
+    if not file.is_file():
+        file.write_text(json.dumps(source.config.to_huggingface(), indent=2) + "\n")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    dtype = next(leaf.dtype.name for step in steps for name, leaf in step.outputs.items() if name == "text.embedding")
+    fp8 = any(leaf.dtype == FORMATS["fp8"].values for step in steps for leaf in step.outputs.values())
+    parts = [part for part in (values, values.get("text_config"), values.get("vision_config")) if isinstance(part, dict)]
+    changed = False
+    for part in parts:
+        for name in ("dtype", "torch_dtype"):
+            if part.get(name) not in (None, dtype) and any(step.transform == "cast" for step in steps):
+                part[name], changed = dtype, True
+        if "quantization_config" in part and not fp8:
+            del part["quantization_config"]
+            changed = True
+    if changed:
+        file.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _parameters(steps: list[Step]) -> dict[str, tuple[Shape, np.dtype]]:
+    return {name: (leaf.shape, leaf.dtype) for step in steps for name, leaf in step.outputs.items()}

@@ -6,91 +6,171 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from maverick_jax.config import Config
-from maverick_jax.convert import huggingface, safetensors
+from maverick_jax.convert import huggingface, names, safetensors
 from maverick_jax.convert.building import building, require_space
 from maverick_jax.convert.model_directory import ModelDirectory, copy_companions, open_model_directory
-from maverick_jax.convert.names import Place, Shape, chunk_indices, compare_names, find_places, group_by_tensor
+from maverick_jax.convert.names import compare_names, find_places, huggingface_name, kind_of
+from maverick_jax.convert.places import Index, Place, Shape, chunk_indices
+from maverick_jax.convert.steps import PLAIN, plan_steps
 from maverick_jax.errors import UserError
+from maverick_jax.ops.quantize import FORMATS
 
 SHARD = 5_000_000_000  # bytes, as transformers splits; one larger tensor has a file of its own
 
 
-def export(model_dir: str | Path, hf_dir: str | Path, *, progress: bool = True) -> Path:
+class Parameters(Protocol):
+    """What can be exported: a `ModelDirectory`, or a view of one."""
+
+    parameters: dict[str, tuple[Shape, np.dtype]]
+
+    def read(self, name: str, index: Index) -> np.ndarray: ...
+
+
+class Tensor(NamedTuple):
+    """A tensor to write: `parts` are our parameters in it and where, one, or the gate and up of the experts."""
+
+    shape: Shape
+    dtype: np.dtype
+    parts: dict[str, Place]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class MultipliedOut:
+    """A model directory whose quantized weights read as what they stand for."""
+
+    def __init__(self, source: ModelDirectory, target: str):
+        self.source = source
+        self.steps = {step.weight: step for step in plan_steps(source.config, source.parameters, target)}
+        self.parameters = {name: (leaf.shape, leaf.dtype) for step in self.steps.values() for name, leaf in step.outputs.items()}
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        step = self.steps[name]
+        inputs = [(leaf, step.leaf_index(leaf, shape, index)) for leaf, (shape, _) in step.inputs.items()]
+        return step.run([self.source.read(leaf, part) for leaf, part in inputs])[0]
+
+
+def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = None, progress: bool = True) -> Path:
     """Write the safetensors files, index, config and tokenizer that transformers and other engines read.
 
     Args:
       model_dir: a finished model directory.
       hf_dir: must not exist; it is built in `HF_DIR.partial/` and renamed once.
+      target: bfloat16 or float32; None keeps what is stored: plain weights, or FP8 experts in the official layout.
       progress: show a bar with bytes and rate on stderr.
 
     Returns:
       `hf_dir`.
 
     Raises:
-      UserError: no finished model directory, weights that are not `config.json`'s, an existing destination, or no space.
+      UserError: no finished model directory, weights that are not `config.json`'s or have no Hugging Face layout, an existing
+        destination, or no space.
     """
     model_dir, hf_dir = Path(model_dir), Path(hf_dir)
-    source = open_model_directory(model_dir)
-    places = find_places(Config.from_directory(model_dir))
-    compare_names(model_dir, source.parameters, places)
-    for name, (shape, _) in source.parameters.items():
-        if shape != places[name].shape:
-            raise UserError(f"{model_dir}: {name} has shape {list(shape)}, config.json asks for {list(places[name].shape)}.")
-    groups = group_by_tensor(places)
-    tensors = {name: (places[parts[0]].stored_shape, source.parameters[parts[0]][1]) for name, parts in groups.items()}
-    total = sum(_bytes(*tensor) for tensor in tensors.values())
+    stored = open_model_directory(model_dir)
+    source: Parameters = stored
+    if target is not None:
+        if target not in PLAIN:
+            raise UserError(f"format {target!r} is unknown: choose one of {', '.join(PLAIN)}, or none to keep what is stored.")
+        source = MultipliedOut(stored, target)
+    tensors = lay_out(source, stored.config, model_dir)
+    total = sum(tensor.nbytes for tensor in tensors.values())
     with building(hf_dir) as partial, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         for stale in partial.glob("*.safetensors"):  # of an attempt that was interrupted
             stale.unlink()
         require_space(partial, total)
         shards = _split(tensors)
-        for file, names in shards.items():
+        for file, inside in shards.items():
             with open(partial / file, "wb") as stream:
-                stream.write(safetensors.make_header({name: tensors[name] for name in names}))
-                for name in names:
-                    for block in _blocks(source, {part: places[part] for part in groups[name]}):
+                stream.write(safetensors.make_header({name: (tensors[name].shape, tensors[name].dtype) for name in inside}))
+                for name in inside:
+                    bar.set_postfix_str(name, refresh=False)
+                    for block in _blocks(source, tensors[name]):
                         stream.write(block.view(np.uint8).data)
                         bar.update(block.nbytes)
         if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, names in shards.items() for name in names}}
+            index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, inside in shards.items() for name in inside}}
             (partial / huggingface.INDEX).write_text(json.dumps(index, indent=2) + "\n")
         copy_companions(model_dir, partial)
+        _write_config(partial / "config.json", tensors)
     return hf_dir
 
 
-def _bytes(shape: Shape, dtype: np.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
+def lay_out(source: Parameters, config: Config, directory: Path) -> dict[str, Tensor]:
+    """Every tensor of the Hugging Face checkpoint, in the model's order."""
+    places = find_places(config)
+    wanted = [leaf for name in places for leaf in ((f"{name}.values", f"{name}.scales") if f"{name}.values" in source.parameters else (name,))]
+    compare_names(directory, source.parameters, wanted)
+    tensors: dict[str, Tensor] = {}
+    for name in wanted:
+        shape, dtype = source.parameters[name]
+        if name not in places:
+            tensors |= _one_by_one(name, source, config, directory)
+            continue
+        stored, place = places[name]
+        if shape != place.shape:
+            raise UserError(f"{directory}: {name} has shape {list(shape)}, config.json asks for {list(place.shape)}.")
+        parts = tensors[stored].parts if stored in tensors else {}
+        tensors[stored] = Tensor(place.stored_shape, dtype, {**parts, name: place})
+    return tensors
 
 
-def _split(tensors: dict[str, tuple[Shape, np.dtype]]) -> dict[str, list[str]]:
+def _one_by_one(name: str, source: Parameters, config: Config, directory: Path) -> dict[str, Tensor]:
+    """Values or scales of the routed experts as the official FP8 checkpoint has them."""
+    row = next((row for row in names.HUGGINGFACE_FP8 if row.ours == kind_of(name)), None)
+    weight = name.rpartition(".")[0]
+    shape, dtype = source.parameters[name]
+    if row is None or source.parameters[f"{weight}.values"][1] != FORMATS["fp8"].values or source.parameters[f"{weight}.scales"][0][1] != 1:
+        raise UserError(f"{directory}: {weight} has no quantized Hugging Face layout: export with --format bfloat16, which multiplies it out.")
+    place = Place.of(row.axes, shape, row.stored_axes)
+    stored = [huggingface_name(row, name, prefixed=config.vision is not None, expert=expert) for expert in range(shape[0])]
+    return {tensor: Tensor(place.stored_shape, dtype, {name: place.at(0, expert)}) for expert, tensor in enumerate(stored)}
+
+
+def _split(tensors: dict[str, Tensor]) -> dict[str, list[str]]:
     """File name -> tensors, each file at most `SHARD` bytes or one tensor."""
     shards: list[list[str]] = []
     filled = SHARD
     for name, tensor in tensors.items():
-        if filled + _bytes(*tensor) > SHARD:
+        if filled + tensor.nbytes > SHARD:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += _bytes(*tensor)
+        filled += tensor.nbytes
     # Wide dtypes first, as the library does: every tensor begins on a multiple of its item size.
-    shards = [sorted(names, key=lambda name: -tensors[name][1].itemsize) for names in shards]
+    shards = [sorted(inside, key=lambda name: -tensors[name].dtype.itemsize) for inside in shards]
     if len(shards) == 1:
         return {huggingface.SINGLE: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": inside for i, inside in enumerate(shards, 1)}
 
 
-def _blocks(source: ModelDirectory, parts: dict[str, Place]) -> Iterator[np.ndarray]:
+def _blocks(source: Parameters, tensor: Tensor) -> Iterator[np.ndarray]:
     """A stored tensor's bytes from front to back, put together from its parts."""
-    name, place = next(iter(parts.items()))
-    dtype = source.parameters[name][1]
-    for index in chunk_indices(place.shape, place.chunk_shape(dtype.itemsize)):
-        rows = place.box(index)[0]
-        block = np.empty((rows.stop - rows.start, *place.file_shape[1:]), dtype)
-        for name, place in parts.items():
-            block[:, *place.box(index)[1:]] = place.in_file_order(source.read(name, index))
+    first = next(iter(tensor.parts.values()))
+    for index in chunk_indices(first.shape, first.chunk_shape(tensor.dtype.itemsize)):
+        rows = first.box(index)[0]
+        block = np.empty((rows.stop - rows.start, *first.file_shape[1:]), tensor.dtype)
+        for name, place in tensor.parts.items():
+            block[:, *place.box(index)[1:]] = place.in_file_order(source.read(name, place.whole(index)))
         yield block.reshape(-1)
+
+
+def _write_config(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Say in config.json what the tensors are, unless it does."""
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    fp8 = any(tensor.dtype == FORMATS["fp8"].values for tensor in tensors.values())
+    if fp8 == ("quantization_config" in values):
+        return
+    if fp8:
+        values["quantization_config"] = huggingface.FP8_CONFIG
+    else:
+        del values["quantization_config"]
+    file.write_text(json.dumps(values, indent=2) + "\n")

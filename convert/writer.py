@@ -1,73 +1,90 @@
 """The seam through which every converter writes: slices in any order become an Orbax checkpoint.
 
 Orbax itself saves whole leaves, and one expert stack of Maverick is 21 GB. So Orbax saves a skeleton with one element per
-leaf, each leaf's array is made anew at its real size, and TensorStore fills it chunk by chunk. The result is an ordinary
+leaf, each leaf's array is made anew at its real size by TensorStore, and filled chunk by chunk. The result is an ordinary
 Orbax checkpoint, without OCDBT and with Zarr 3 arrays; chunks are uncompressed, for bfloat16 weights do not compress.
 """
 
 from __future__ import annotations
 
-import collections
+import math
+import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from maverick_jax.convert import orbax
-from maverick_jax.convert.names import Index, Shape
+from maverick_jax.convert.places import Index, Shape
 
-IN_FLIGHT = 64 << 20  # bytes being written while the next are read, or one chunk: the bound on our memory
+BESIDE = "writing"  # folder of chunks that are being written
+WRITTEN_AT_ONCE = 8 << 20  # bytes
+
+
+class Leaf(NamedTuple):
+    """A parameter that is written."""
+
+    shape: Shape
+    dtype: np.dtype
+    chunk: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Writer:
-    """Fills an Orbax checkpoint slice by slice.
+    """Fills an Orbax checkpoint slice by slice; any thread of any process may write.
 
-    A chunk's file appears under its name only when all of it is on disk (TensorStore writes beside, syncs and renames), so
-    a chunk that is there is complete, whatever became of the process that wrote it.
+    A chunk of a Zarr array without compression is a file of its bytes. It is written beside the checkpoint, synced and renamed,
+    so it appears under its name only when all of it is on disk. (TensorStore writes the same file, but copies each chunk into many
+    small blocks, of which its threads kept half a gigabyte.)
 
     Args:
       path: of the checkpoint; made if it is not there, continued if it is.
-      parameters: dotted name -> (shape, dtype).
-      chunks: dotted name -> shape of its chunks.
+      leaves: what it holds, by dotted name.
     """
 
-    def __init__(self, path: Path, parameters: Mapping[str, tuple[Shape, np.dtype]], chunks: Mapping[str, Shape]):
+    def __init__(self, path: Path, leaves: Mapping[str, Leaf]):
         if not path.exists():
-            _save_skeleton(path, parameters)
-        self.path = path
-        self.chunks = chunks
-        self._arrays = {name: _open(path, name, shape, dtype, chunks[name]) for name, (shape, dtype) in parameters.items()}
-        self._writing: collections.deque[tuple[Any, int]] = collections.deque()
+            _save_skeleton(path, leaves)
+        for name, leaf in leaves.items():
+            _make_array(path, name, leaf)
+        self._path, self._leaves, self._beside = path, leaves, path.with_name(BESIDE)
+        self._beside.mkdir(exist_ok=True)
 
-    def write(self, name: str, index: Index, values: np.ndarray) -> None:
-        """Begin to write a slice that covers whole chunks. `values` must not change any more.
+    def write(self, name: str, index: Index, values: np.ndarray) -> np.ndarray:
+        """Write one chunk; it is on disk when this returns.
 
-        Raises:
-          Whatever went wrong with this or an earlier slice.
+        Returns:
+          What the chunk's file holds: the values, filled up with zeros at the array's edge.
         """
-        while self._writing and values.nbytes + sum(size for _, size in self._writing) > IN_FLIGHT:
-            self._wait()
-        future = self._arrays[name][index].write(values, can_reference_source_data_indefinitely=True)
-        self._writing.append((future, values.nbytes))
+        chunk = self._leaves[name].chunk
+        if values.shape != chunk:
+            inside, values = values, np.zeros(chunk, values.dtype)
+            values[tuple(slice(size) for size in inside.shape)] = inside
+        values = np.ascontiguousarray(values)
+        file, beside = self.chunk_file(name, index), self._beside / uuid.uuid4().hex
+        with beside.open("wb", buffering=0) as stream:
+            rest = values.reshape(-1).view(np.uint8).data
+            while rest:
+                rest = rest[stream.write(rest[:WRITTEN_AT_ONCE]) :]
+            os.fsync(stream.fileno())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside.rename(file)
+        return values
 
-    def has(self, name: str, index: Index) -> bool:
-        """Whether the chunk at `index` is complete."""
-        return self._chunk_file(name, index).exists()
+    def chunk_file(self, name: str, index: Index) -> Path:
+        """The file of the chunk at `index`."""
+        cell = (str(part.start // size) for part, size in zip(index, self._leaves[name].chunk, strict=True))
+        return array_path(self._path, name).joinpath("c", *cell)
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        while self._writing:
-            self._wait()
-
-    def _wait(self) -> None:
-        future, _ = self._writing.popleft()
-        future.result()
-
-    def _chunk_file(self, name: str, index: Index) -> Path:
-        cell = (str(part.start // size) for part, size in zip(index, self.chunks[name], strict=True))
-        return array_path(self.path, name).joinpath("c", *cell)
+        """Remove what interrupted attempts left beside the checkpoint."""
+        shutil.rmtree(self._beside)
 
 
 def array_path(path: Path, name: str) -> Path:
@@ -77,30 +94,30 @@ def array_path(path: Path, name: str) -> Path:
 
 def array_spec(path: Path, name: str) -> dict[str, Any]:
     """TensorStore's description of one parameter's array."""
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{array_path(path, name)}/"}}
+    kvstore = {"driver": "file", "path": f"{array_path(path, name)}/"}
+    return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}  # a chunk that is lost is no zeros
 
 
-def _open(path: Path, name: str, shape: Shape, dtype: np.dtype, chunk: Shape) -> Any:
-    """The array: the one that is there if it is of this shape, else a new one in its place."""
+def _make_array(path: Path, name: str, leaf: Leaf) -> None:
+    """The array's metadata: what is there if it is of this shape, else a new array in its place."""
     import tensorstore
 
     spec = array_spec(path, name) | {
         "metadata": {
-            "shape": shape,
-            "data_type": dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "shape": leaf.shape,
+            "data_type": leaf.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": leaf.chunk}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
             "fill_value": 0.0,
         },
-        "store_data_equal_to_fill_value": True,  # or chunks of zeros would look missing
     }
     try:
-        return tensorstore.open(spec, open=True).result()
+        tensorstore.open(spec, open=True).result()
     except ValueError:
-        return tensorstore.open(spec, create=True, delete_existing=True).result()
+        tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
-def _save_skeleton(path: Path, parameters: Mapping[str, tuple[Shape, np.dtype]]) -> None:
+def _save_skeleton(path: Path, leaves: Mapping[str, Leaf]) -> None:
     for stale in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):  # of an attempt that was killed
         shutil.rmtree(stale)
-    orbax.save(path, {name: np.zeros(1, dtype) for name, (_, dtype) in parameters.items()})
+    orbax.save(path, {name: np.zeros(1, leaf.dtype) for name, leaf in leaves.items()})

@@ -1,7 +1,7 @@
 """Open and save checkpoints: every parameter goes straight to its place on the mesh.
 
-Three kinds of directory: a model directory (made by `maverick convert`), a Hugging Face directory as it is, and the
-embedded mini model.
+Three kinds of directory: a model directory (made by `maverick convert`), a PyTorch checkpoint as it is (Hugging Face or
+Meta's), and the embedded mini model.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from maverick_jax.assets import mini_directory
-from maverick_jax.config import Config
-from maverick_jax.convert import PARAMS, open_huggingface, open_model_directory, orbax
+from maverick_jax.convert import PARAMS, ModelDirectory, Source, open_model_directory, open_source, orbax
 from maverick_jax.convert.building import building
-from maverick_jax.convert.model_directory import copy_companions, write_manifest
+from maverick_jax.convert.manifest import write_manifest
+from maverick_jax.convert.model_directory import copy_companions
 from maverick_jax.convert.names import compare_names
 from maverick_jax.convert.orbax import flatten, unflatten
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
+from maverick_jax.model.quantized import set_quantized
 from maverick_jax.sharding import AttendOnMesh, Constrain, Dispatcher, Layout, get_layout, make_dispatcher
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -58,21 +59,27 @@ def load(
       UserError: no checkpoint there, an incomplete or inconsistent one, or a mesh that does not divide the model.
     """
     directory = resolve(path)
-    config = Config.from_directory(directory)
-    table = get_layout(layout)
+    checkpoint = open_checkpoint(directory)
+    config, table = checkpoint.config, get_layout(layout)
     options: dict[str, Any] = {"dtype": _dtype(dtype or config.dtype), "dispatcher": make_dispatcher(mesh, table, dispatcher)}
     if mesh is not None:
         table.check(config, mesh)
         options |= {"constrain": Constrain(mesh, table), "attend": AttendOnMesh(mesh, table)}
     model = get_abstract_model(config, **options)
+    set_quantized(model, checkpoint.parameters)
     graphdef, state = nnx.split(model)
     abstract = {parameter_name(name): _place(leaf, table, mesh) for name, leaf in nnx.to_flat_state(state)}
-    arrays = _read_params(directory, abstract) if (directory / PARAMS).is_dir() else _read_huggingface(directory, config, abstract)
+    arrays = _read_slices(checkpoint, abstract) if isinstance(checkpoint, Source) else _read_orbax(checkpoint, abstract)
     for name, leaf in nnx.to_flat_state(state):
         leaf.set_value(arrays[parameter_name(name)])
     model = nnx.merge(graphdef, state)
     model.directory = str(directory)
     return model
+
+
+def open_checkpoint(directory: Path) -> ModelDirectory | Source:
+    """A model directory, or a PyTorch checkpoint as it is."""
+    return open_model_directory(directory) if (directory / PARAMS).is_dir() else open_source(directory)
 
 
 def save(model: Llama4, path: str | Path, *, companions: str | Path | None = None) -> Path:
@@ -93,7 +100,7 @@ def save(model: Llama4, path: str | Path, *, companions: str | Path | None = Non
         config = dataclasses.replace(model.config, dtype=model.text.embedding.dtype.name)
         (partial / "config.json").write_text(json.dumps(config.to_huggingface(), indent=2) + "\n")
         orbax.save(partial / PARAMS, arrays)
-        write_manifest(partial, {name: (array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}, [])
+        write_manifest(partial, {name: (array.shape, np.dtype(array.dtype)) for name, array in arrays.items()})
     return path
 
 
@@ -158,15 +165,15 @@ def _place(leaf: nnx.Variable, layout: Layout, mesh: Mesh | None) -> jax.ShapeDt
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _read_params(directory: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def _read_orbax(checkpoint: ModelDirectory, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Read the Orbax checkpoint of a model directory."""
     from orbax.checkpoint import v1 as ocp
 
-    stored = open_model_directory(directory).parameters
-    compare_names(directory, stored, abstract)
+    directory = checkpoint.directory
+    compare_names(directory, checkpoint.parameters, abstract)
     for name, leaf in abstract.items():
-        if stored[name][0] != leaf.shape:
-            raise UserError(f"{directory}: {name} has shape {stored[name][0]}, config.json asks for {leaf.shape}.")
+        if checkpoint.parameters[name][0] != leaf.shape:
+            raise UserError(f"{directory}: {name} has shape {checkpoint.parameters[name][0]}, config.json asks for {leaf.shape}.")
     try:
         with orbax.quiet():
             return flatten(ocp.load(str(directory / PARAMS), unflatten(abstract)))
@@ -174,11 +181,10 @@ def _read_params(directory: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> 
         raise UserError(f"{directory / PARAMS} cannot be read ({error}): convert the checkpoint again.") from error
 
 
-def _read_huggingface(directory: Path, config: Config, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Read safetensors files: each device its own slices."""
-    source = open_huggingface(directory, config)
+def _read_slices(checkpoint: Source, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Read the files of a PyTorch checkpoint: each device its own slices."""
 
     def read(name: str, dtype: np.dtype) -> Callable[[Any], np.ndarray]:
-        return lambda index: source.read(name, index).astype(dtype, copy=False)
+        return lambda index: checkpoint.read(name, index).astype(dtype, copy=False)
 
     return {name: jax.make_array_from_callback(leaf.shape, leaf.sharding, read(name, leaf.dtype)) for name, leaf in abstract.items()}

@@ -116,9 +116,14 @@ def process_count() -> int:
     return 1 if _team is None else _team.count
 
 
+def process_index() -> int:
+    """Number of this process, without starting jax's backend."""
+    return 0 if _team is None else _team.process
+
+
 def is_first() -> bool:
     """Whether this process is the one that talks with the user."""
-    return _team is None or _team.process == 0
+    return process_index() == 0
 
 
 def exchange(value: Any) -> list[Any]:

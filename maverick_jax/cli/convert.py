@@ -1,23 +1,66 @@
-"""Turn a Hugging Face checkpoint (config.json, *.safetensors) into a model directory: an Orbax checkpoint under params/
-beside config.json and the tokenizer. Memory stays small whatever the model's size. Run it again after an interruption
-and it goes on where it was.
+"""Turn a PyTorch checkpoint into a model directory: an Orbax checkpoint under params/ beside config.json and the
+tokenizer. What SRC is, is recognised: Hugging Face (bfloat16 or the official FP8) or Meta's .pth files (bfloat16 or
+FP8, any number of ranks). Memory stays below 1 GB whatever the model's size. Run it again after an interruption and it
+goes on where it was: what was written is checked, the rest is done.
 
 examples:
   maverick convert Llama-4-Maverick-17B-128E-Instruct maverick
-  maverick generate -m maverick "What is the capital of France?"
+  maverick convert Llama-4-Maverick-17B-128E-Instruct maverick-int8 --format int8
+  maverick convert Llama-4-Scout-17B-16E-Original scout --format int4 --quantize experts,shared
+  maverick convert Llama-4-Maverick-17B-128E-Instruct-FP8 maverick --dry-run
 """
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="Hugging Face directory")
+    from maverick_jax.cli.options import add_report_arguments
+
+    parser.add_argument("source", metavar="SRC", help="Hugging Face directory, or Meta's with .pth files and params.json")
     parser.add_argument("out", metavar="OUT", help="model directory to make")
+    parser.add_argument("--format", metavar="F", help="bfloat16, float32, fp8, int8 or int4 (default: as stored, FP8 bit for bit)")
+    parser.add_argument(
+        "--quantize", metavar="W,…", default="experts", help="what fp8, int8, int4 quantize: experts,shared,dense,attention (default: experts)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: 4, or the number of cores)")
+    parser.add_argument("--no-digests", action="store_true", help="take none: quicker, but `maverick verify` needs SRC then")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be read and written, free space and time; write nothing")
+    add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    import json
+
+    from maverick_jax.cli.options import note, quiet_accelerator_search
+    from maverick_jax.errors import UserError
+    from maverick_jax.sharding import multihost
+
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers is {args.workers}: at least one must work.")
+    quiet_accelerator_search()
+    options = {"target": args.format, "quantize": [name for name in args.quantize.split(",") if name]}
+    if args.dry_run:
+        from maverick_jax.convert.estimate import estimate
+
+        found = estimate(args.source, args.out, **options)
+        print(json.dumps(found.as_dict()) if args.json else found.as_text())
+        return 0
+    import dataclasses
+
     from maverick_jax.convert import convert
 
-    convert(args.source, args.out)
-    print(args.out)
+    with multihost.joined():
+        summary = convert(
+            args.source, args.out, **options, workers=args.workers, digests=not args.no_digests, progress=not (args.quiet or args.json)
+        )
+        if not multihost.is_first():
+            return 0
+        for name in summary.not_finite:
+            note(f"maverick: warning: {name} has values that are NaN or infinite, as the checkpoint has.")
+        if args.json:
+            print(json.dumps(dataclasses.asdict(summary)))
+        elif args.quiet:
+            print(summary.out)
+        else:
+            print(summary.as_text())
     return 0

@@ -1,21 +1,28 @@
 """Turn a model directory back into a Hugging Face checkpoint: safetensors shards, index and config, bit for bit what
-was converted.
+was converted. FP8 experts become the official FP8 layout; --format bfloat16 multiplies any quantized weights out.
 
-example:
+examples:
   maverick export maverick Llama-4-Maverick-again
+  maverick export maverick-int8 Llama-4-Maverick-from-int8 --format bfloat16
 """
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from maverick_jax.cli.options import add_report_arguments
+
     parser.add_argument("model", metavar="DIR", help="model directory, from `maverick convert`")
     parser.add_argument("out", metavar="HF_DIR", help="Hugging Face directory to make")
+    parser.add_argument("--format", metavar="F", help="bfloat16 or float32 (default: as stored)")
+    add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    import json
+
     from maverick_jax.convert import export
 
-    export(args.model, args.out)
-    print(args.out)
+    out = export(args.model, args.out, target=args.format, progress=not (args.quiet or args.json))
+    print(json.dumps({"out": str(out)}) if args.json else out)
     return 0

@@ -15,7 +15,8 @@ from maverick_jax import __version__
 
 COMMANDS = {
     "demo": "convert the embedded mini model, ask it about two pictures on 8 devices",
-    "convert": "Hugging Face checkpoint -> model directory (Orbax)",
+    "convert": "PyTorch checkpoint (Hugging Face or Meta) -> model directory (Orbax)",
+    "verify": "is a model directory whole, and what its checkpoint makes",
     "export": "model directory -> Hugging Face checkpoint",
     "inspect": "what is in a checkpoint: names, shapes, dtypes, bytes",
     "generate": "answer one prompt",

@@ -25,6 +25,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights and activations (default: as stored)")
 
 
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead, without a progress bar")
+
+
 def on_every_process(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """For a command that computes: all processes of the run take part, with the same arguments, and only process 0 prints."""
 

@@ -1,0 +1,196 @@
+"""transformers' Llama 4 with the weights of a Hugging Face directory, stage by stage: the other side of `compare`.
+
+Every module is transformers' own, made without weights. Each part of it reads its own, under the names that it gives them itself,
+when it is called, and lets go of them when it returns. Nothing here knows our names or our layout: this is what these are held against.
+
+Shape suffixes: T tokens, D model width, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Llama4Config, Llama4TextConfig, Llama4VisionModel
+from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
+from transformers.models.llama4 import modeling_llama4 as llama4
+from transformers.utils import logging
+
+from maverick_jax.convert.compare import LOGITS_AT_ONCE, Prompt, State
+from maverick_jax.convert.huggingface import read_tensors
+from maverick_jax.convert.tensor_file import Tensor, read_box
+
+
+class Reference:
+    """What transformers makes of a checkpoint."""
+
+    def __init__(self, directory: Path):
+        self.tensors = read_tensors(directory)
+        self.config = read_config(directory)
+        self.text: Any = getattr(self.config, "text_config", self.config)
+        self.prefix = "language_model." if any(name.startswith("language_model.") for name in self.tensors) else ""
+
+    @torch.no_grad()
+    def run(self, prompt: Prompt) -> Iterator[State]:
+        """As the model's `forward`, with a look at what it holds in between."""
+        ids, layers = torch.tensor(prompt.ids, dtype=torch.long), f"{self.prefix}model.layers."
+        x = self._embed(ids)
+        if prompt.tiles is not None:
+            features = self._encode(torch.tensor(prompt.tiles))
+            yield State("vision", features.numpy())
+            x = x.masked_scatter((ids == self.config.image_token_index)[..., None], features)
+        yield State("embedding", x[0].numpy())
+        positions = torch.arange(ids.shape[1])[None]
+        asked = dict(config=self.text, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions)
+        masks = {"full_attention": create_causal_mask(**asked), "chunked_attention": create_chunked_causal_mask(**asked)}
+        angles = llama4.Llama4TextRotaryEmbedding(self.text)(x, positions)
+        for i, kind in enumerate(self.text.layer_types):
+            layer = self._make_layer(i, f"{layers}{i}.")
+            x = layer(x, attention_mask=masks[kind], position_ids=positions, position_embeddings=angles)
+            experts = layer.feed_forward.expert_T.numpy() if layer.is_moe_layer else None
+            yield State(f"layer {i}", x[0].numpy(), experts)
+        norm = self._fill(llama4.Llama4TextRMSNorm, f"{self.prefix}model.norm.", self.text.hidden_size, self.text.rms_norm_eps)
+        yield State("logits", self._logits(norm(x)[0]).numpy())
+
+    def _encode(self, tiles: torch.Tensor) -> torch.Tensor:
+        """[T, D]."""
+        vision = self._fill(Llama4VisionModel, "vision_model.", self.config.vision_config)
+        vision.rotary_embedding = llama4.Llama4VisionRotaryEmbedding(self.config.vision_config)  # holds numbers, not weights
+        projector = self._fill(llama4.Llama4MultiModalProjector, "multi_modal_projector.", self.config)
+        return projector(vision(tiles).last_hidden_state).flatten(0, 1)
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """[1, T, D], reading a row at a time."""
+        rows, where = ids.unique(return_inverse=True)
+        table = self.tensors[f"{self.prefix}model.embed_tokens.weight"]
+        return torch.cat([read(table, [slice(row, row + 1)]) for row in rows.tolist()]).float()[where]
+
+    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        table, parts = self.tensors[f"{self.prefix}lm_head.weight"], []
+        for at in range(0, table.shape[0], LOGITS_AT_ONCE):
+            rows = read(table, [slice(at, min(at + LOGITS_AT_ONCE, table.shape[0]))]).float()
+            parts.append(torch.nn.functional.linear(x_TD, rows))
+        return torch.cat(parts, dim=-1)
+
+    def _make_layer(self, layer: int, prefix: str) -> Any:
+        with torch.device("meta"):
+            made = llama4.Llama4TextDecoderLayer(self.text, layer)
+        if made.is_moe_layer:
+            made.feed_forward = MoE(made.feed_forward, lambda expert: self._make_expert(f"{prefix}feed_forward.experts.", expert))
+        stream(made, prefix, self.tensors)
+        return made
+
+    def _make_expert(self, prefix: str, expert: int) -> torch.nn.Module:
+        """One routed expert: of a stack, or from tensors of its own (the FP8 checkpoint)."""
+        if f"{prefix}{expert}.gate_proj.weight" in self.tensors:
+            return self._fill(llama4.Llama4TextMLP, f"{prefix}{expert}.", self.text)
+        config = copy.copy(self.text)
+        config.num_local_experts = 1
+        return self._fill(llama4.Llama4TextExperts, prefix, config, at=[slice(expert, expert + 1)])
+
+    def _fill(self, kind: Any, prefix: str, *options: Any, at: Sequence[slice] = ()) -> Any:
+        with torch.device("meta"):
+            made = kind(*options)
+        stream(made, prefix, self.tensors, at)
+        return made.eval()
+
+
+class MoE(torch.nn.Module):
+    """`Llama4TextMoe` with its router and its shared expert; of the routed ones it makes those that tokens are sent to, one at a time.
+
+    transformers sends every token to every expert, all but one times zero; an expert makes zeros of zeros.
+
+    Attributes:
+      expert_T: where the tokens were sent.
+    """
+
+    expert_T: torch.Tensor
+
+    def __init__(self, original: Any, make_expert: Any):
+        super().__init__()
+        self.router, self.shared_expert, self.make_expert = original.router, original.shared_expert, make_expert
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TD = x.reshape(-1, x.shape[-1])
+        score_TE, logits_TE = self.router(x_TD)
+        self.expert_T = score_TE.argmax(dim=1)
+        out_TD = self.shared_expert(x_TD)
+        for expert in self.expert_T.unique().tolist():
+            rows = self.expert_T == expert
+            out_TD[rows] += self.make_expert(expert)(x_TD[rows] * score_TE[rows, expert, None])
+        return out_TD, logits_TE
+
+
+def read_config(directory: Path) -> Llama4Config | Llama4TextConfig:
+    """`config.json` in any spelling that transformers takes, and in two that it does not."""
+    values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    text = values.get("text_config", values)
+    if text.get("attn_temperature_tuning") is not None:
+        text["attn_temperature_tuning"] = bool(text["attn_temperature_tuning"])  # some mirrors write the integer 4
+    if text.get("attention_chunk_size", 1) is None:  # full attention (Llama Guard 4): one chunk for all
+        text["attention_chunk_size"] = text.get("max_position_embeddings") or 1 << 20
+    with _quiet():
+        config = (Llama4Config if "text_config" in values else Llama4TextConfig).from_dict(values)
+    for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+        if part is not None:
+            part._attn_implementation = "eager"
+    return config
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers finds fault with the releases' RoPE scaling, whose low and high factors are equal."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def stream(module: torch.nn.Module, prefix: str, tensors: Mapping[str, Tensor], at: Sequence[slice] = ()) -> None:
+    """Let every part of a module read its own parameters when it is called, and let go of them when it returns.
+
+    Args:
+      prefix: of their names in the checkpoint.
+      at: which part of each tensor, by its first axes.
+    """
+    for path, part in module.named_modules():
+        names = [name for name, parameter in part.named_parameters(recurse=False) if parameter.is_meta]
+        stored = {name: f"{prefix}{path}.{name}" if path else f"{prefix}{name}" for name in names}
+        if stored:
+            empty = {name: getattr(part, name) for name in stored}
+
+            def fill(part, _, stored=stored):
+                for name, full in stored.items():
+                    setattr(part, name, torch.nn.Parameter(_weight(tensors, full, at), requires_grad=False))
+
+            def let_go(part, _, __, empty=empty):
+                for name, parameter in empty.items():
+                    setattr(part, name, parameter)
+
+            part.register_forward_pre_hook(fill)
+            part.register_forward_hook(let_go)
+
+
+def _weight(tensors: Mapping[str, Tensor], name: str, at: Sequence[slice]) -> torch.Tensor:
+    """Float32; of FP8 values and their scales the product in the dtype of the scales, as `compressed-tensors` makes it."""
+    weight = read(tensors[name], at)
+    if weight.dtype == torch.float8_e4m3fn:
+        scale = read(tensors[f"{name}_scale"], at)
+        weight = weight.to(scale.dtype) * scale
+    return weight.float()
+
+
+def read(tensor: Tensor, at: Sequence[slice] = ()) -> torch.Tensor:
+    """A part of a stored tensor in its dtype: `at` the first axes, all of the others."""
+    box = (*at, *(slice(0, size) for size in tensor.shape[len(at) :]))
+    out = np.empty([part.stop - part.start for part in box], f"u{tensor.dtype.itemsize}")
+    read_box(tensor.file, tensor.offset, tensor.shape, box, out)
+    return torch.from_numpy(out.view(np.uint8)).view(getattr(torch, tensor.dtype.name))

@@ -1,0 +1,101 @@
+"""`manifest.json`: where a model directory comes from, and digests of all that it holds.
+
+It is the last file to be written: without it a directory is unfinished. Its own digest is its last entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maverick_jax.convert.digest import digest_file
+from maverick_jax.convert.journal import NAME
+from maverick_jax.convert.places import Shape
+from maverick_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+LIBRARIES = ("jax", "orbax-checkpoint", "tensorstore", "numpy", "xxhash")
+
+
+def write_manifest(directory: Path, parameters: Mapping[str, tuple[Shape, np.dtype]], **facts: Any) -> None:
+    """Describe what `directory` holds.
+
+    Args:
+      facts: more about it; those that are None are left out.
+    """
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "maverick_jax": _version("maverick-jax"),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "parameters": count_parameters(parameters),
+        "bytes": sum(math.prod(shape) * dtype.itemsize for shape, dtype in parameters.values()),
+        **{name: value for name, value in facts.items() if value is not None},
+        "files": {name: digest_file(directory / name) for name in list_files(directory)},
+    }
+    manifest["sha256"] = _digest(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished model directory.
+
+    Raises:
+      UserError: there is none, a newer version made it, or it was changed.
+    """
+    file = directory / MANIFEST
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist.")
+    if not file.is_file():
+        raise UserError(f"{directory} is not a finished model directory: it has no {MANIFEST}. Make one with `maverick convert`.")
+    try:
+        manifest = json.loads(file.read_text())
+        version = manifest["format"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): convert the checkpoint again.") from error
+    if version != FORMAT:
+        raise UserError(f"{directory} has format {version}, this version reads format {FORMAT}: install a newer maverick-jax.")
+    own = manifest.pop("sha256", None)
+    if own is not None and own != _digest(manifest):
+        raise UserError(f"{file} is damaged (its own digest is another): convert the checkpoint again.")
+    return manifest
+
+
+def list_files(directory: Path) -> list[str]:
+    """Every file but the manifest, the journals, and the chunks of arrays, whose digests are those of the tensors."""
+    found = []
+    for folder, folders, files in os.walk(directory):
+        here = Path(folder).relative_to(directory)
+        if "zarr.json" in files and "c" in folders:
+            folders.remove("c")
+        found += [str(here / name) for name in files if str(here / name) != MANIFEST and not fnmatch(name, NAME.format("*"))]
+    return sorted(found)
+
+
+def count_parameters(parameters: Mapping[str, tuple[Shape, np.dtype]]) -> int:
+    """Weights, not bytes: a byte of two 4-bit values counts twice, scales not at all."""
+    return sum(
+        math.prod(shape) * (2 if name.endswith(".values") and dtype == np.uint8 else 1)
+        for name, (shape, dtype) in parameters.items()
+        if not name.endswith(".scales")
+    )
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return None

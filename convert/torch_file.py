@@ -1,0 +1,65 @@
+"""Where the tensors of a `.pth` file lie, without reading them and without running what a pickle may hold."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from maverick_jax.convert.tensor_file import Tensor
+from maverick_jax.errors import UserError
+
+DTYPES = {
+    "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "torch.float16": np.dtype(np.float16),
+    "torch.float32": np.dtype(np.float32),
+    "torch.float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+
+
+def read_index(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file that `torch.save` wrote as a dict; entries that are no tensors are left out.
+
+    torch loads tensors without data, which know their offsets in the file; the pickle may name tensors and buffers of bytes, and
+    whatever else it names is refused before it runs.
+
+    Raises:
+      UserError: torch is not installed; the file is truncated, not such a file, or holds anything but plain data.
+    """
+    try:
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError:
+        raise UserError("reading .pth files takes PyTorch: pip install 'maverick-jax[torch]'.") from None
+    try:
+        with torch.serialization.safe_globals([io.BytesIO]), FakeTensorMode():
+            entries = torch.load(file, weights_only=True, mmap=False, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file} holds more than tensors, and none of it was run ({_first(error)}): fetch it from where it was released.")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged or not a file of torch.save ({_first(error)}): fetch it again.") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{file} holds no dict of tensors: fetch it again.")
+    return {str(name): _locate(file, str(name), value) for name, value in entries.items() if isinstance(value, torch.Tensor)}
+
+
+def _locate(file: Path, name: str, tensor: Any) -> Tensor:
+    if str(tensor.dtype) not in DTYPES:
+        raise UserError(f"{file}: {name} has dtype {tensor.dtype}; {', '.join(DTYPES)} are supported.")
+    if not tensor.is_contiguous():
+        raise UserError(f"{file}: {name} is not stored in C order: save it contiguous.")
+    offset = tensor.untyped_storage()._checkpoint_offset
+    found = Tensor(file, tuple(tensor.shape), DTYPES[str(tensor.dtype)], offset + tensor.storage_offset() * tensor.element_size())
+    if found.offset + found.nbytes > file.stat().st_size:
+        raise UserError(f"{file} ends before {name} does: the download is incomplete; fetch this file again.")
+    return found
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
