@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,8 @@ class Row(NamedTuple):
     def of(cls, ours: State, reference: State) -> Row:
         assert (ours.stage, ours.values.shape) == (reference.stage, reference.values.shape)
         pairs = zip(ours.values, reference.values, strict=True)  # token by token: no copies of the logits
-        error_T, largest_T = np.array([(np.abs(a - b).max(), np.abs(b).max()) for a, b in pairs]).T
+        with np.errstate(invalid="ignore"):  # infinite minus infinite
+            error_T, largest_T = np.array([(np.abs(a - b).max(), np.abs(b).max()) for a, b in pairs]).T
         routing = None
         if ours.expert_T is not None:
             routing = float((ours.expert_T == reference.expert_T).mean())
@@ -110,7 +111,7 @@ class Comparison:
 
     def as_table(self) -> str:
         """Aligned columns, a line per stage."""
-        head = ("stage", "max error", "of at most", "relative", "same expert")
+        head = ("stage", "max error", "largest", "relative", "same expert")
         body = [
             (r.stage, f"{r.error:.1e}", f"{r.largest:.3g}", f"{r.relative:.1e}", "" if r.routing is None else f"{r.routing:.1%}")
             for r in self.rows
@@ -136,7 +137,9 @@ def compare(model_dir: str | Path, source_dir: str | Path, *, progress: bool = T
     """
     source_dir = Path(source_dir)
     if any(source_dir.glob("*.pth")) and not any(source_dir.glob("*.safetensors")):
-        raise UserError(f"{source_dir} holds Meta's .pth files: comparing with transformers takes a Hugging Face directory of the same model.")
+        raise UserError(
+            f"{source_dir} holds Meta's .pth files: comparing with transformers takes a Hugging Face directory of the same model."
+        )
     try:
         from maverick_jax.convert.compare_reference import Reference
     except ImportError as error:
@@ -146,8 +149,9 @@ def compare(model_dir: str | Path, source_dir: str | Path, *, progress: bool = T
     prompt = make_prompt(model.config)
     sides = zip(Ours(model).run(prompt), Reference(source_dir).run(prompt), strict=True)
     stages = model.config.text.num_hidden_layers + 2 + (prompt.tiles is not None)
+    bar = tqdm(sides, "against transformers", stages, unit="stage", disable=not progress, dynamic_ncols=True)
     with jax.default_device(_cpu()), jax.default_matmul_precision("highest"):
-        return Comparison(tuple(Row.of(*pair) for pair in tqdm(sides, "layers", stages, unit="layer", disable=not progress, dynamic_ncols=True)))
+        return Comparison(tuple(Row.of(*pair) for pair in bar))
 
 
 def _refuse_another_model(model: ModelDirectory, source_dir: Path) -> None:
@@ -221,8 +225,11 @@ class Ours:
     def _logits(self, x_TD: jax.Array) -> np.ndarray:
         table: Any = self.model.text.unembedding
         D, V = table.shape
-        parts = [slice(at, min(at + LOGITS_AT_ONCE, V)) for at in range(0, V, LOGITS_AT_ONCE)]
-        return np.concatenate([linear_float32(x_TD, table.read((slice(0, D), part))) for part in parts], axis=1)
+        logits_TV = np.empty((len(x_TD), V), np.float32)
+        for at in range(0, V, LOGITS_AT_ONCE):
+            part = slice(at, min(at + LOGITS_AT_ONCE, V))
+            logits_TV[:, part] = linear_float32(x_TD, table.read((slice(0, D), part)))
+        return logits_TV
 
 
 class Stored:
@@ -268,7 +275,15 @@ class Table(Stored):
         return jnp.concatenate([self.read((slice(row, row + 1),)) for row in ids.tolist()])[where.reshape(index.shape)]
 
 
-_run_expert = jax.jit(grouped_swiglu)
+_grouped_swiglu = jax.jit(grouped_swiglu)
+
+
+def _through_expert(x_RD: jax.Array, expert: int, experts: ExpertWeights) -> np.ndarray:
+    """[R, D] rows through an expert, which is let go of when this returns."""
+    R = len(x_RD)
+    padded = jnp.pad(x_RD, ((0, max(FEWEST_ROWS, 1 << (R - 1).bit_length()) - R), (0, 0)))  # few different sizes are few programs
+    weights = ExpertWeights(*(stack.one(expert) for stack in cast(Iterable[Experts], experts)))
+    return np.asarray(_grouped_swiglu(padded, weights, jnp.array([R], jnp.int32)))[:R]
 
 
 class OneByOne:
@@ -280,13 +295,10 @@ class OneByOne:
 
     expert_T: np.ndarray
 
-    def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: Any) -> tuple[jax.Array, Stats]:
+    def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:
         self.expert_T = np.asarray(expert_T)
         y_TD, load_E = np.zeros(x_TD.shape, np.float32), np.bincount(self.expert_T, minlength=experts.gate_EDF.shape[0])
         for expert in np.flatnonzero(load_E):
             rows = np.flatnonzero(self.expert_T == expert)
-            missing = max(FEWEST_ROWS, 1 << (len(rows) - 1).bit_length()) - len(rows)  # few different sizes are few programs
-            x_RD = jnp.pad(x_TD[rows], ((0, missing), (0, 0)))
-            weights = ExpertWeights(*(stack.one(int(expert)) for stack in experts))
-            y_TD[rows] = _run_expert(x_RD, weights, jnp.array([len(rows)], jnp.int32))[: len(rows)]
+            y_TD[rows] = _through_expert(x_TD[rows], int(expert), experts)
         return jnp.asarray(y_TD), Stats(jnp.zeros((), jnp.int32), jnp.asarray(load_E, jnp.int32))

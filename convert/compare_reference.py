@@ -72,11 +72,12 @@ class Reference:
         return torch.cat([read(table, [slice(row, row + 1)]) for row in rows.tolist()]).float()[where]
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        table, parts = self.tensors[f"{self.prefix}lm_head.weight"], []
+        table = self.tensors[f"{self.prefix}lm_head.weight"]
+        logits_TV = torch.empty(len(x_TD), table.shape[0])
         for at in range(0, table.shape[0], LOGITS_AT_ONCE):
-            rows = read(table, [slice(at, min(at + LOGITS_AT_ONCE, table.shape[0]))]).float()
-            parts.append(torch.nn.functional.linear(x_TD, rows))
-        return torch.cat(parts, dim=-1)
+            part = slice(at, min(at + LOGITS_AT_ONCE, table.shape[0]))
+            logits_TV[:, part] = torch.nn.functional.linear(x_TD, read(table, [part]).float())
+        return logits_TV
 
     def _make_layer(self, layer: int, prefix: str) -> Any:
         with torch.device("meta"):

@@ -139,9 +139,10 @@ class Conversion:
                 self.resumed += part.bytes_written
             return
         arrays = [self.source.read(name, index) for name, index in part.inputs]
-        if not all(map(is_finite, arrays)):
+        made = part.step.run(arrays)
+        if not all(map(is_finite, arrays if part.step.target is None else [*arrays, *made])):  # a cast may overflow
             self.journal.note_not_finite(part.step.weight)
-        for (name, index), values in zip(part.outputs, part.step.run(arrays), strict=True):
+        for (name, index), values in zip(part.outputs, made, strict=True):
             written = self.writer.write(name, index, values)
             self.journal.note_chunk(name, part.number, digest_array(written) if self.digests else None)
 

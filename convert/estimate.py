@@ -58,13 +58,15 @@ class Estimate:
     def as_text(self) -> str:
         """For people, a line per question."""
         room = self.free - self.bytes_written
+        left = f"{human_bytes(room)} left" if room >= 0 else f"{human_bytes(-room)} TOO LITTLE"
+        rates = f"reads {human_bytes(self.read_rate)}/s, writes {human_bytes(self.write_rate)}/s (measured)"
         rows = {
             "source": f"{self.source}: {self.kind}, {self.files} file{'s' * (self.files != 1)}",
-            "reads": f"{human_bytes(self.bytes_read)}",
+            "reads": human_bytes(self.bytes_read),
             "writes": f"{human_bytes(self.bytes_written)} in {self.tensors:,} tensors of {self.parameters:,} parameters",
             "weights": ", ".join(f"{name} {count:,}" for name, count in self.transforms.items()),
-            "disk": f"{human_bytes(self.free)} free, " + (f"{human_bytes(room)} left" if room >= 0 else f"{human_bytes(-room)} TOO LITTLE"),
-            "time": f"about {_duration(self.seconds)}: reads {self.read_rate / 1e6:,.0f} MB/s, writes {self.write_rate / 1e6:,.0f} MB/s (measured)",
+            "disk": f"{human_bytes(self.free)} free, {left}",
+            "time": f"about {_duration(self.seconds)}: {rates}",
         }
         return "\n".join(f"{name:<8}{text}" for name, text in rows.items())
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 from maverick_jax.config import Config
 from maverick_jax.convert import names, safetensors
+from maverick_jax.convert.companions import FP8_METHOD, FP8_WEIGHTS
 from maverick_jax.convert.names import compare_names, huggingface_name, kind_of
 from maverick_jax.convert.places import Place, Shape
 from maverick_jax.convert.source import Piece, Source
@@ -20,29 +20,6 @@ from maverick_jax.ops.quantize import FORMATS
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FP8 = FORMATS["fp8"].values
-FP8_METHOD = {"quant_method": "compressed-tensors", "format": "float-quantized"}
-FP8_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}  # of every config group
-FP8_CONFIG = {  # what the official checkpoint says: static weights, activations quantized per token as they come
-    **FP8_METHOD,
-    "quantization_status": "compressed",
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {**FP8_WEIGHTS, "dynamic": False},
-            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True},
-            "output_activations": None,
-        }
-    },
-    "ignore": [
-        "re:.*lm_head",
-        "re:.*self_attn.*",
-        "re:.*router",
-        "re:.*shared_expert.*",
-        r"re:.*feed_forward\.(gate|up|down)_proj",
-        "re:.*vision_model.*",
-        "re:.*multi_modal_projector.*",
-    ],
-}
 INSTEAD = "use the bfloat16 checkpoint or the official FP8 one."
 
 
@@ -148,6 +125,8 @@ def _is_fp8(directory: Path) -> bool:
 def _check_fp8(directory: Path, tensors: dict[str, Tensor], values: set[str], quantized: bool) -> None:
     """FP8 tensors are routed experts with a scale beside them, and the config knows of them."""
     for name, tensor in tensors.items():
+        if tensor.dtype != FP8 and name in values:
+            raise UserError(f"{tensor.file}: {name} is {tensor.dtype}, but experts that are stored one by one must be FP8: {INSTEAD}")
         if tensor.dtype != FP8:
             continue
         if not quantized:

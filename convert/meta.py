@@ -59,8 +59,10 @@ def open_meta(directory: Path, config: Config) -> Source:
 
 def _files(directory: Path, pattern: str) -> list[Path]:
     """The files of all ranks in order; a hole in their numbers is a file that was not fetched."""
-    numbers = {int(found[0]): file for file in directory.glob(pattern) if (found := re.findall(r"\d+", file.name))}
-    if missing := [n for n in range(max(numbers, default=-1) + 1) if n not in numbers]:
+    numbers = {int(found[-1]): file for file in directory.glob(pattern) if (found := re.findall(r"\d+", file.name))}
+    if not numbers:
+        raise UserError(f"{directory} has no files {pattern}: fetch them under the names that they were released with.")
+    if missing := [n for n in range(max(numbers) + 1) if n not in numbers]:
         raise UserError(f"{directory} lacks the file of rank {missing[0]} ({pattern}): fetch it too.")
     return [numbers[n] for n in sorted(numbers)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,6 @@ from maverick_jax.convert.writer import array_path, array_spec
 from maverick_jax.errors import UserError
 
 PARAMS = "params"  # an Orbax checkpoint of its own
-COMPANIONS = (  # what a checkpoint has beside its weights
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer*",
-    "chat_template*",
-    "LICENSE*",
-    "USE_POLICY*",
-)
 
 
 class ModelDirectory:
@@ -81,11 +69,3 @@ def open_model_directory(directory: str | Path) -> ModelDirectory:
         return ModelDirectory(directory)
     except (ValueError, OSError) as error:
         raise UserError(f"{directory / PARAMS} cannot be read ({error}): convert the checkpoint again.") from error
-
-
-def copy_companions(source: Path, destination: Path) -> None:
-    """Copy what is there of config, tokenizer, template and licence files."""
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, destination / file.name)

@@ -43,7 +43,15 @@ class Place:
 
     @classmethod
     def of(
-        cls, axes: str, shape: Shape, stored_axes: str, *, sizes: Mapping[str, int] | None = None, ranks: str = "", rank: int = 0, of: int = 1
+        cls,
+        axes: str,
+        shape: Shape,
+        stored_axes: str,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        ranks: str = "",
+        rank: int = 0,
+        of: int = 1,
     ) -> Place:
         """The place of a parameter of this shape.
 

@@ -38,7 +38,9 @@ class Source:
         self.directory, self.kind, self.config, self.pieces = directory, kind, config, dict(pieces)
         for name, parts in self.pieces.items():
             _check(name, parts)
-        self.parameters: dict[str, tuple[Shape, np.dtype]] = {name: (_shape(parts), parts[0].tensor.dtype) for name, parts in pieces.items()}
+        self.parameters: dict[str, tuple[Shape, np.dtype]] = {
+            name: (_shape(parts), parts[0].tensor.dtype) for name, parts in pieces.items()
+        }
 
     @property
     def tensors(self) -> dict[tuple[Path, str], Tensor]:

@@ -94,7 +94,8 @@ def quantize_slice(weight: np.ndarray, form: Format, sides: Sides) -> list[np.nd
     stack, outputs = sides.stack, weight.shape[sides.stack + sides.inputs :]
     shapes = quantized_shapes(weight.shape, form, outputs=len(outputs), experts=bool(stack))
     matrices = weight.reshape(math.prod(weight.shape[:stack]), -1, math.prod(outputs))
-    pairs = [quantize(matrix, form) for matrix in matrices]
+    with np.errstate(invalid="ignore"):  # values that are not finite: whoever converts names the weight
+        pairs = [quantize(matrix, form) for matrix in matrices]
     return [np.stack(arrays).reshape(shape) for arrays, shape in zip(zip(*pairs, strict=True), shapes, strict=True)]
 
 
@@ -135,7 +136,8 @@ def _plan(name: str, weight: Weight, place: Place, inputs: Stored, target: str |
     step = Step(name, weight.shape, inputs, {}, chunk, weight.sides, become)
     first = step.indices[0]
     leaves = {
-        leaf: Leaf(shape, dtype, tuple(part.stop for part in step.leaf_index(leaf, shape, first))) for leaf, (shape, dtype) in stored.items()
+        leaf: Leaf(shape, dtype, tuple(part.stop for part in step.leaf_index(leaf, shape, first)))
+        for leaf, (shape, dtype) in stored.items()
     }
     return dataclasses.replace(step, outputs=leaves)
 

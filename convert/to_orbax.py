@@ -14,12 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from maverick_jax.convert.building import building_together, require_space
-from maverick_jax.convert.conversion import Conversion, Part, plan_parts, share
+from maverick_jax.convert.companions import copy_companions, describe_weights
+from maverick_jax.convert.conversion import Conversion, plan_parts, share
 from maverick_jax.convert.digest import digest_chunks
 from maverick_jax.convert.human import human_bytes
 from maverick_jax.convert.journal import Journal
 from maverick_jax.convert.manifest import count_parameters, write_manifest
-from maverick_jax.convert.model_directory import PARAMS, copy_companions
+from maverick_jax.convert.model_directory import PARAMS
 from maverick_jax.convert.places import Shape
 from maverick_jax.convert.recognize import open_source
 from maverick_jax.convert.source import Source
@@ -96,7 +97,8 @@ def convert(
     steps = plan_steps(source.config, source.parameters, target, quantize)
     process, count = multihost.process_index(), multihost.process_count()
     with building_together(out) as partial:
-        journal, writer = _begin(partial, _describe(source, target, quantize, digests), steps)
+        journal = Journal(partial, _describe(source, target, quantize, digests), process)
+        writer = Writer(partial / PARAMS, {name: leaf for step in steps for name, leaf in step.outputs.items()})
         conversion = Conversion(source, journal, writer, digests=digests)
         every = plan_parts(source, steps)
         own = share(every, process, count)
@@ -135,21 +137,15 @@ def _describe(source: Source, target: str | None, quantize: Collection[str], dig
     return {"target": target, "quantize": sorted(quantize), "digests": digests, "files": files}
 
 
-def _begin(partial: Path, task: dict[str, Any], steps: list[Step]) -> tuple[Journal, Writer]:
-    """The journal and the arrays, which process 0 makes and the others open."""
-    leaves = {name: leaf for step in steps for name, leaf in step.outputs.items()}
-    if not multihost.is_first():
-        multihost.exchange("waiting")
-    begun = Journal(partial, task, multihost.process_index()), Writer(partial / PARAMS, leaves)
-    if multihost.is_first():
-        multihost.exchange("made")
-    return begun
-
-
 def _complete(partial: Path, source: Source, steps: list[Step], journal: Journal, digests: bool) -> None:
     """Config and manifest come last: a directory without them is not taken for a model."""
     copy_companions(source.directory, partial)
-    write_config(partial / "config.json", source, steps)
+    config = partial / "config.json"
+    if not (source.directory / "config.json").is_file():  # not: if there is none here, for an earlier attempt may have left half of one
+        config.write_text(json.dumps(source.config.to_huggingface(), indent=2) + "\n")
+    target = journal.task["target"]
+    fp8 = any(leaf.dtype == FORMATS["fp8"].values for step in steps for leaf in step.outputs.values())
+    describe_weights(config, dtype=target if target in PLAIN else None, fp8=fp8)
     tensors = {name: _entry(step, name, source, journal, digests) for step in steps for name in step.outputs}
     files = {file.name: {"bytes": file.stat().st_size} for file in source.files}
     for name, digest in journal.files.items():
@@ -171,26 +167,6 @@ def _entry(step: Step, name: str, source: Source, journal: Journal, digests: boo
     entry["from"] = {key: journal.files[piece.tensor.file.name].tensors[piece.stored] for key, piece in made_from.items()}
     chunks = [journal.chunks[name, number] for number in range(len(step.indices))]
     return entry | {"digest": digest_chunks(chunks)}
-
-
-def write_config(file: Path, source: Source, steps: list[Step]) -> None:
-    """`config.json` of the result: the source's as it is, unless dtype or quantization changed, or there was none."""
-    if not file.is_file():
-        file.write_text(json.dumps(source.config.to_huggingface(), indent=2) + "\n")
-    values = json.loads(file.read_text(encoding="utf-8"))
-    dtype = next(leaf.dtype.name for step in steps for name, leaf in step.outputs.items() if name == "text.embedding")
-    fp8 = any(leaf.dtype == FORMATS["fp8"].values for step in steps for leaf in step.outputs.values())
-    parts = [part for part in (values, values.get("text_config"), values.get("vision_config")) if isinstance(part, dict)]
-    changed = False
-    for part in parts:
-        for name in ("dtype", "torch_dtype"):
-            if part.get(name) not in (None, dtype) and any(step.transform == "cast" for step in steps):
-                part[name], changed = dtype, True
-        if "quantization_config" in part and not fp8:
-            del part["quantization_config"]
-            changed = True
-    if changed:
-        file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _parameters(steps: list[Step]) -> dict[str, tuple[Shape, np.dtype]]:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -14,7 +14,8 @@ from tqdm import tqdm
 from maverick_jax.config import Config
 from maverick_jax.convert import huggingface, names, safetensors
 from maverick_jax.convert.building import building, require_space
-from maverick_jax.convert.model_directory import ModelDirectory, copy_companions, open_model_directory
+from maverick_jax.convert.companions import copy_companions, describe_weights
+from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
 from maverick_jax.convert.names import compare_names, find_places, huggingface_name, kind_of
 from maverick_jax.convert.places import Index, Place, Shape, chunk_indices
 from maverick_jax.convert.steps import PLAIN, plan_steps
@@ -100,14 +101,17 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
             index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, inside in shards.items() for name in inside}}
             (partial / huggingface.INDEX).write_text(json.dumps(index, indent=2) + "\n")
         copy_companions(model_dir, partial)
-        _write_config(partial / "config.json", tensors)
+        fp8 = any(tensor.dtype == FORMATS["fp8"].values for tensor in tensors.values())
+        describe_weights(partial / "config.json", dtype=target, fp8=fp8)
     return hf_dir
 
 
 def lay_out(source: Parameters, config: Config, directory: Path) -> dict[str, Tensor]:
     """Every tensor of the Hugging Face checkpoint, in the model's order."""
     places = find_places(config)
-    wanted = [leaf for name in places for leaf in ((f"{name}.values", f"{name}.scales") if f"{name}.values" in source.parameters else (name,))]
+    wanted = [
+        leaf for name in places for leaf in ((f"{name}.values", f"{name}.scales") if f"{name}.values" in source.parameters else (name,))
+    ]
     compare_names(directory, source.parameters, wanted)
     tensors: dict[str, Tensor] = {}
     for name in wanted:
@@ -129,7 +133,9 @@ def _one_by_one(name: str, source: Parameters, config: Config, directory: Path) 
     weight = name.rpartition(".")[0]
     shape, dtype = source.parameters[name]
     if row is None or source.parameters[f"{weight}.values"][1] != FORMATS["fp8"].values or source.parameters[f"{weight}.scales"][0][1] != 1:
-        raise UserError(f"{directory}: {weight} has no quantized Hugging Face layout: export with --format bfloat16, which multiplies it out.")
+        raise UserError(
+            f"{directory}: {weight} has no quantized Hugging Face layout: export with --format bfloat16, which multiplies it out."
+        )
     place = Place.of(row.axes, shape, row.stored_axes)
     stored = [huggingface_name(row, name, prefixed=config.vision is not None, expert=expert) for expert in range(shape[0])]
     return {tensor: Tensor(place.stored_shape, dtype, {name: place.at(0, expert)}) for expert, tensor in enumerate(stored)}
@@ -161,16 +167,3 @@ def _blocks(source: Parameters, tensor: Tensor) -> Iterator[np.ndarray]:
         for name, place in tensor.parts.items():
             block[:, *place.box(index)[1:]] = place.in_file_order(source.read(name, place.whole(index)))
         yield block.reshape(-1)
-
-
-def _write_config(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Say in config.json what the tensors are, unless it does."""
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    fp8 = any(tensor.dtype == FORMATS["fp8"].values for tensor in tensors.values())
-    if fp8 == ("quantization_config" in values):
-        return
-    if fp8:
-        values["quantization_config"] = huggingface.FP8_CONFIG
-    else:
-        del values["quantization_config"]
-    file.write_text(json.dumps(values, indent=2) + "\n")

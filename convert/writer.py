@@ -19,6 +19,7 @@ import numpy as np
 
 from maverick_jax.convert import orbax
 from maverick_jax.convert.places import Index, Shape
+from maverick_jax.sharding import multihost
 
 BESIDE = "writing"  # folder of chunks that are being written
 WRITTEN_AT_ONCE = 8 << 20  # bytes
@@ -44,17 +45,19 @@ class Writer:
     small blocks, of which its threads kept half a gigabyte.)
 
     Args:
-      path: of the checkpoint; made if it is not there, continued if it is.
+      path: of the checkpoint; made by all processes of the run if it is not there, continued if it is.
       leaves: what it holds, by dotted name.
     """
 
     def __init__(self, path: Path, leaves: Mapping[str, Leaf]):
-        if not path.exists():
+        if not multihost.exchange(path.exists())[0]:
             _save_skeleton(path, leaves)
-        for name, leaf in leaves.items():
-            _make_array(path, name, leaf)
         self._path, self._leaves, self._beside = path, leaves, path.with_name(BESIDE)
-        self._beside.mkdir(exist_ok=True)
+        if multihost.is_first():
+            for name, leaf in leaves.items():
+                _make_array(path, name, leaf)
+            self._beside.mkdir(exist_ok=True)
+        multihost.exchange("made")
 
     def write(self, name: str, index: Index, values: np.ndarray) -> np.ndarray:
         """Write one chunk; it is on disk when this returns.
@@ -118,6 +121,10 @@ def _make_array(path: Path, name: str, leaf: Leaf) -> None:
 
 
 def _save_skeleton(path: Path, leaves: Mapping[str, Leaf]) -> None:
-    for stale in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):  # of an attempt that was killed
-        shutil.rmtree(stale)
+    if multihost.is_first():
+        for stale in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):  # of an attempt that was killed
+            shutil.rmtree(stale)
+    multihost.exchange("clean")
     orbax.save(path, {name: np.zeros(1, leaf.dtype) for name, leaf in leaves.items()})
+    if multihost.is_first():
+        orbax.forget_occasion(path)

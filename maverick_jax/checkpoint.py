@@ -24,8 +24,8 @@ from jax.typing import DTypeLike
 from maverick_jax.assets import mini_directory
 from maverick_jax.convert import PARAMS, ModelDirectory, Source, open_model_directory, open_source, orbax
 from maverick_jax.convert.building import building
+from maverick_jax.convert.companions import copy_companions
 from maverick_jax.convert.manifest import write_manifest
-from maverick_jax.convert.model_directory import copy_companions
 from maverick_jax.convert.names import compare_names
 from maverick_jax.convert.orbax import flatten, unflatten
 from maverick_jax.errors import UserError

@@ -12,15 +12,18 @@ examples:
 
 import argparse
 
+from maverick_jax.cli.options import add_report_arguments, note, on_every_process
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from maverick_jax.cli.options import add_report_arguments
-
     parser.add_argument("source", metavar="SRC", help="Hugging Face directory, or Meta's with .pth files and params.json")
     parser.add_argument("out", metavar="OUT", help="model directory to make")
     parser.add_argument("--format", metavar="F", help="bfloat16, float32, fp8, int8 or int4 (default: as stored, FP8 bit for bit)")
     parser.add_argument(
-        "--quantize", metavar="W,…", default="experts", help="what fp8, int8, int4 quantize: experts,shared,dense,attention (default: experts)"
+        "--quantize",
+        metavar="W,…",
+        default="experts",
+        help="what fp8, int8, int4 quantize: experts,shared,dense,attention (default: experts)",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: 4, or the number of cores)")
     parser.add_argument("--no-digests", action="store_true", help="take none: quicker, but `maverick verify` needs SRC then")
@@ -28,39 +31,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_report_arguments(parser)
 
 
+@on_every_process
 def run(args: argparse.Namespace) -> int:
+    import dataclasses
     import json
 
-    from maverick_jax.cli.options import note, quiet_accelerator_search
+    from maverick_jax.convert import convert
+    from maverick_jax.convert.estimate import estimate
     from maverick_jax.errors import UserError
-    from maverick_jax.sharding import multihost
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}: at least one must work.")
-    quiet_accelerator_search()
     options = {"target": args.format, "quantize": [name for name in args.quantize.split(",") if name]}
     if args.dry_run:
-        from maverick_jax.convert.estimate import estimate
-
         found = estimate(args.source, args.out, **options)
         print(json.dumps(found.as_dict()) if args.json else found.as_text())
         return 0
-    import dataclasses
-
-    from maverick_jax.convert import convert
-
-    with multihost.joined():
-        summary = convert(
-            args.source, args.out, **options, workers=args.workers, digests=not args.no_digests, progress=not (args.quiet or args.json)
-        )
-        if not multihost.is_first():
-            return 0
-        for name in summary.not_finite:
-            note(f"maverick: warning: {name} has values that are NaN or infinite, as the checkpoint has.")
-        if args.json:
-            print(json.dumps(dataclasses.asdict(summary)))
-        elif args.quiet:
-            print(summary.out)
-        else:
-            print(summary.as_text())
+    progress = not (args.quiet or args.json)
+    summary = convert(args.source, args.out, **options, workers=args.workers, digests=not args.no_digests, progress=progress)
+    for name in summary.not_finite:
+        note(f"maverick: warning: {name} has values that are NaN or infinite, as the checkpoint has.")
+    if args.json:
+        print(json.dumps(dataclasses.asdict(summary)))
+    else:
+        print(summary.out if args.quiet else summary.as_text())
     return 0

@@ -8,10 +8,10 @@ examples:
 
 import argparse
 
+from maverick_jax.cli.options import add_report_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from maverick_jax.cli.options import add_report_arguments
-
     parser.add_argument("model", metavar="DIR", help="model directory, from `maverick convert`")
     parser.add_argument("out", metavar="HF_DIR", help="Hugging Face directory to make")
     parser.add_argument("--format", metavar="F", help="bfloat16 or float32 (default: as stored)")

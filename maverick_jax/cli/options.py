@@ -77,7 +77,7 @@ def _arguments(args: argparse.Namespace) -> dict[str, str]:
 
     from maverick_jax import __version__
 
-    values = {name: value for name, value in vars(args).items() if name not in ("run", "debug", "model", "image", "out")}
+    values = {name: value for name, value in vars(args).items() if name not in ("run", "debug", "model", "source", "image", "out")}
     return {
         "the version": f"maverick-jax {__version__} with jax {jax.__version__}",
         "the command": args.run.__module__.rpartition(".")[2],

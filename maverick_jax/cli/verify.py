@@ -10,12 +10,12 @@ examples:
 
 import argparse
 
+from maverick_jax.cli.options import add_report_arguments, quiet_accelerator_search
+
 DIFFERENT = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from maverick_jax.cli.options import add_report_arguments
-
     parser.add_argument("model", metavar="OUT", help="model directory, from `maverick convert`")
     parser.add_argument("--against", metavar="SRC", help="the checkpoint that it was made from")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads (default: 4)")
@@ -27,7 +27,6 @@ def run(args: argparse.Namespace) -> int:
     import json
     import sys
 
-    from maverick_jax.cli.options import quiet_accelerator_search
     from maverick_jax.convert.verify import verify
 
     quiet_accelerator_search()
