@@ -39,7 +39,7 @@ def read_index(file: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([io.BytesIO]), FakeTensorMode():
             entries = torch.load(file, weights_only=True, mmap=False, map_location="cpu")
     except pickle.UnpicklingError as error:
-        raise UserError(f"{file} holds more than tensors, and none of it was run ({_first(error)}): fetch it from where it was released.")
+        raise UserError(f"{file} holds more than tensors, none of which was run ({_first(error)}): fetch the released file.") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
     except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
