@@ -33,6 +33,8 @@ class ModelDirectory:
         self.directory, self.config = directory, Config.from_directory(directory)
         with quiet():
             leaves = flatten(ocp.metadata(str(directory / PARAMS)).metadata)
+        if lost := [name for name, leaf in leaves.items() if leaf is None]:
+            raise ValueError(f"{lost[0]} has no array")
         self.parameters: dict[str, tuple[Shape, np.dtype]] = {
             name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()
         }

@@ -56,12 +56,12 @@ class Summary:
     not_finite: list[str]
 
     def as_text(self) -> str:
-        """Two lines for people."""
+        """One line for people."""
         again = f", of which {human_bytes(self.resumed)} were there and are right" if self.resumed else ""
-        rate = self.bytes_written / 1e6 / self.seconds
+        rate = human_bytes(self.bytes_written / self.seconds)
         return (
             f"{self.kind}: {self.parameters:,} parameters in {self.tensors:,} tensors, {human_bytes(self.bytes_written)}{again}, "
-            f"in {self.seconds:,.1f} s ({rate:,.0f} MB/s)\n{self.out}"
+            f"in {self.seconds:,.1f} s ({rate}/s)"
         )
 
 

@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from oracle.pair import Pair, make_pair
+from processes import start as start
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
     summary = convert(args.source, args.out, **options, workers=args.workers, digests=not args.no_digests, progress=progress)
     for name in summary.not_finite:
         note(f"maverick: warning: {name} has values that are NaN or infinite, as the checkpoint has.")
-    if args.json:
-        print(json.dumps(dataclasses.asdict(summary)))
-    else:
-        print(summary.out if args.quiet else summary.as_text())
+    if progress:
+        note(summary.as_text())
+    print(json.dumps(dataclasses.asdict(summary)) if args.json else summary.out)
     return 0

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,10 +21,8 @@ from maverick_jax.convert import convert
 from maverick_jax.errors import UserError
 from maverick_jax.sharding import multihost, roll_call
 from maverick_jax.sharding.cluster import Cluster
+from processes import HARD_LIMIT_S, LAUNCHERS, MAVERICK, free_port
 
-HARD_LIMIT_S = 120  # of one run; a run that works takes a quarter of it
-LAUNCHERS = ("JAX_", "XLA_", "SLURM_", "OMPI_", "PMI", "TPU_", "MEGASCALE_", "MAVERICK_", "JOB_COMPLETION")
-MAVERICK = ("-c", "import sys; from maverick_jax.cli.main import main; sys.exit(main())")
 GENERATE = (*MAVERICK, "generate", "What is 3 + 4?")
 IN_A_COLLECTIVE = """
 import os, sys, time, numpy as np
@@ -67,71 +62,6 @@ assert main(["generate", "-", *options]) == 0
 sys.stdin = open("chat")
 sys.exit(main(["chat", *options]))
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-class Run:
-    """Processes of one run, in `folder`, with four simulated devices each unless there is one."""
-
-    def __init__(
-        self, folder: Path, commands: Sequence[Sequence[object]], *, announced: int | None = None, stdin: str = "", **environment: str
-    ):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-        clean |= {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
-        count = announced or len(commands)
-        self.folder, self.processes = folder, []
-        for process, command in enumerate(commands):
-            variables = clean | {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(process)} | environment
-            with open(folder / f"out{process}", "wb") as out, open(folder / f"err{process}", "wb") as err:
-                words = [sys.executable, *map(str, command)]
-                self.processes.append(subprocess.Popen(words, cwd=folder, env=variables, stdin=subprocess.PIPE, stdout=out, stderr=err))
-            with self.processes[-1].stdin as pipe:
-                pipe.write((stdin if process == 0 else "").encode())
-
-    def out(self, process: int) -> str:
-        return (self.folder / f"out{process}").read_text()
-
-    def err(self, process: int) -> str:
-        return (self.folder / f"err{process}").read_text()
-
-    def statuses(self, limit_s: float = HARD_LIMIT_S) -> list[int]:
-        """Exit statuses once all have ended."""
-        end = time.monotonic() + limit_s
-        return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
-
-    def wait_for(self, word: str, process: int) -> None:
-        end = time.monotonic() + HARD_LIMIT_S
-        while word not in self.out(process):
-            assert time.monotonic() < end, self.err(process)
-            assert self.processes[process].poll() is None, self.err(process)
-            time.sleep(0.05)
-
-    def one_line(self, process: int) -> str:
-        """All that a process said to standard error."""
-        lines = self.err(process).splitlines()
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("maverick: ")
-        return lines[0]
-
-
-@pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., Run]]:
-    """`start(commands)`: a `Run` whose processes do not outlive the test."""
-    runs: list[Run] = []
-
-    def started(*arguments, **options) -> Run:
-        runs.append(Run(tmp_path, *arguments, **options))
-        return runs[-1]
-
-    yield started
-    for process in (process for run in runs for process in run.processes):
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.wait()
 
 
 def half_of_the_mini_model(directory: Path) -> None:
