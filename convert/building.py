@@ -99,6 +99,17 @@ def require_space(directory: Path, needed: int) -> None:
         raise UserError(f"the disk of {directory} has {free:,} bytes free, {needed:,} are needed: free some, then run this again.")
 
 
+def local_path(path: str | Path) -> Path:
+    """A path on a disk.
+
+    Raises:
+      UserError: an address in an object store, where a directory cannot be renamed.
+    """
+    if "://" in str(path):
+        raise UserError(f"{path} is no directory of a disk: convert on a disk, then copy the result there.")
+    return Path(path)
+
+
 def _refuse_existing(out: Path) -> None:
     if os.path.lexists(out):
         raise UserError(f"{out} exists: choose another destination, or remove it first.")

@@ -1,4 +1,4 @@
-"""What lies beside the weights: config, tokenizer, template and licence files."""
+"""What lies in a directory beside the weights: config, tokenizer, template and licence files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+PARAMS = "params"  # of a model directory: an Orbax checkpoint of its own
 COMPANIONS = (  # what a checkpoint has beside its weights
     "config.json",
     "generation_config.json",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,25 @@ from transformers.masking_utils import create_causal_mask, create_chunked_causal
 from transformers.models.llama4 import modeling_llama4 as llama4
 from transformers.utils import logging
 
-from maverick_jax.convert.compare import LOGITS_AT_ONCE, Prompt, State
+from maverick_jax.convert.compare_stages import LOGITS_AT_ONCE, Prompt, State
 from maverick_jax.convert.huggingface import read_tensors
 from maverick_jax.convert.tensor_file import Tensor, read_box
 
+TIE = 1e-4  # of the largest router score: as near as counts as the same everywhere else
+
 
 class Reference:
-    """What transformers makes of a checkpoint."""
+    """What transformers makes of a checkpoint.
 
-    def __init__(self, directory: Path):
+    Args:
+      directory: of Hugging Face.
+      prefer: asked in every mixture for an expert per token, which is taken where the router finds it no worse than the best.
+    """
+
+    def __init__(self, directory: Path, prefer: Callable[[], np.ndarray] | None = None):
+        self.prefer = prefer
         self.tensors = read_tensors(directory)
-        self.config = read_config(directory)
+        self.config: Any = read_config(directory)
         self.text: Any = getattr(self.config, "text_config", self.config)
         self.prefix = "language_model." if any(name.startswith("language_model.") for name in self.tensors) else ""
 
@@ -81,9 +89,10 @@ class Reference:
 
     def _make_layer(self, layer: int, prefix: str) -> Any:
         with torch.device("meta"):
-            made = llama4.Llama4TextDecoderLayer(self.text, layer)
+            made: Any = llama4.Llama4TextDecoderLayer(self.text, layer)
         if made.is_moe_layer:
-            made.feed_forward = MoE(made.feed_forward, lambda expert: self._make_expert(f"{prefix}feed_forward.experts.", expert))
+            experts = f"{prefix}feed_forward.experts."
+            made.feed_forward = MoE(made.feed_forward, lambda expert: self._make_expert(experts, expert), self.prefer)
         stream(made, prefix, self.tensors)
         return made
 
@@ -108,24 +117,35 @@ class MoE(torch.nn.Module):
     transformers sends every token to every expert, all but one times zero; an expert makes zeros of zeros.
 
     Attributes:
-      expert_T: where the tokens were sent.
+      expert_T: the router's choice.
     """
 
     expert_T: torch.Tensor
 
-    def __init__(self, original: Any, make_expert: Any):
+    def __init__(self, original: Any, make_expert: Callable[[int], torch.nn.Module], prefer: Callable[[], np.ndarray] | None):
         super().__init__()
-        self.router, self.shared_expert, self.make_expert = original.router, original.shared_expert, make_expert
+        self.router, self.shared_expert = original.router, original.shared_expert
+        self.make_expert, self.prefer = make_expert, prefer
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x_TD = x.reshape(-1, x.shape[-1])
         score_TE, logits_TE = self.router(x_TD)
         self.expert_T = score_TE.argmax(dim=1)
+        expert_T = self._settle_ties(logits_TE)
+        score_T = logits_TE.gather(1, expert_T[:, None]).sigmoid()
         out_TD = self.shared_expert(x_TD)
-        for expert in self.expert_T.unique().tolist():
-            rows = self.expert_T == expert
-            out_TD[rows] += self.make_expert(expert)(x_TD[rows] * score_TE[rows, expert, None])
+        for expert in expert_T.unique().tolist():
+            rows = expert_T == expert
+            out_TD[rows] += self.make_expert(expert)(x_TD[rows] * score_T[rows])
         return out_TD, logits_TE
+
+    def _settle_ties(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """Two experts that rounding decides between make different vectors, and no later stage could be compared."""
+        if self.prefer is None:
+            return self.expert_T
+        preferred_T = torch.tensor(self.prefer(), dtype=torch.long)
+        best_T, found_T = (logits_TE.gather(1, expert_T[:, None])[:, 0] for expert_T in (self.expert_T, preferred_T))
+        return torch.where(best_T - found_T <= TIE * logits_TE.abs().amax(dim=1), preferred_T, self.expert_T)
 
 
 def read_config(directory: Path) -> Llama4Config | Llama4TextConfig:

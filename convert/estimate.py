@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+from maverick_jax.convert.building import local_path
 from maverick_jax.convert.human import human_bytes
 from maverick_jax.convert.manifest import count_parameters
 from maverick_jax.convert.recognize import open_source
@@ -77,7 +78,7 @@ def estimate(source_dir: str | Path, out: str | Path, *, target: str | None = No
     Raises:
       UserError: as `convert` before it begins to write.
     """
-    source, out = open_source(source_dir), Path(out)
+    source, out = open_source(source_dir), local_path(out)
     if os.path.lexists(out):
         raise UserError(f"{out} exists: choose another destination, or remove it first.")
     steps = plan_steps(source.config, source.parameters, target, quantize)

@@ -7,8 +7,12 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maverick_jax.convert.companions import PARAMS
 from maverick_jax.convert.huggingface import read_tensors
-from maverick_jax.convert.model_directory import PARAMS, open_model_directory
+from maverick_jax.convert.meta import FILES, SCALES
+from maverick_jax.convert.model_directory import open_model_directory
+from maverick_jax.convert.tensor_file import Tensor
+from maverick_jax.convert.torch_file import read_index
 from maverick_jax.errors import UserError
 
 
@@ -53,7 +57,7 @@ class Inventory:
 
 
 def inspect(directory: str | Path) -> Inventory:
-    """The inventory of a model directory (our names) or of a Hugging Face directory (its own names).
+    """The inventory of a model directory (our names), of a Hugging Face directory or of Meta's (their own names, by file).
 
     Raises:
       UserError: it is neither, or it is incomplete.
@@ -61,12 +65,18 @@ def inspect(directory: str | Path) -> Inventory:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist.")
-    if (directory / PARAMS).is_dir():
+    if (directory / PARAMS).exists():
         found = open_model_directory(directory).parameters
     else:
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in read_tensors(directory).items()}
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in _stored(directory).items()}
     entries = (Entry(name, shape, dtype.name, math.prod(shape) * dtype.itemsize) for name, (shape, dtype) in found.items())
     return Inventory(str(directory), tuple(sorted(entries, key=_by_layer)))
+
+
+def _stored(directory: Path) -> dict[str, Tensor]:
+    if files := sorted([*directory.glob(FILES), *directory.glob(SCALES)]):
+        return {f"{file.stem}.{name}": tensor for file in files for name, tensor in read_index(file).items()}
+    return read_tensors(directory)
 
 
 def table(directory: str | Path) -> str:

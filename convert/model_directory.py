@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from maverick_jax.config import Config
+from maverick_jax.convert.companions import PARAMS
 from maverick_jax.convert.manifest import read_manifest
 from maverick_jax.convert.orbax import flatten, quiet
 from maverick_jax.convert.places import Index, Shape
 from maverick_jax.convert.writer import array_path, array_spec
 from maverick_jax.errors import UserError
-
-PARAMS = "params"  # an Orbax checkpoint of its own
 
 
 class ModelDirectory:
@@ -24,6 +23,7 @@ class ModelDirectory:
 
     Attributes:
       config: the model's.
+      params: where the Orbax checkpoint is, a folder or an address.
       parameters: our name -> (shape, dtype).
     """
 
@@ -31,8 +31,11 @@ class ModelDirectory:
         from orbax.checkpoint import v1 as ocp
 
         self.directory, self.config = directory, Config.from_directory(directory)
+        self.params = str(directory / PARAMS)
+        if (directory / PARAMS).is_file():
+            self.params = (directory / PARAMS).read_text().strip()
         with quiet():
-            leaves = flatten(ocp.metadata(str(directory / PARAMS)).metadata)
+            leaves = flatten(ocp.metadata(self.params).metadata)
         if lost := [name for name, leaf in leaves.items() if leaf is None]:
             raise ValueError(f"{lost[0]} has no array")
         self.parameters: dict[str, tuple[Shape, np.dtype]] = {
@@ -56,7 +59,7 @@ class ModelDirectory:
     def _array(self, name: str) -> Any:
         import tensorstore
 
-        return tensorstore.open(array_spec(self.directory / PARAMS, name), open=True).result()
+        return tensorstore.open(array_spec(self.params, name), open=True).result()
 
 
 def open_model_directory(directory: str | Path) -> ModelDirectory:

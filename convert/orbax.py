@@ -42,10 +42,13 @@ def save(path: Path, leaves: Mapping[str, Any]) -> None:
 
 def forget_occasion(path: Path) -> None:
     """Remove when and where a checkpoint was saved, so that the same weights are the same bytes."""
-    (path / "commit_success.txt").unlink(missing_ok=True)
+    # In an object store Orbax reads only a checkpoint that has this file.
+    (path / "commit_success.txt").write_text("Checkpoint commit was successful\n")
     file = path / "_CHECKPOINT_METADATA"
     values = json.loads(file.read_text())
-    file.write_text(json.dumps(values | dict.fromkeys((name for name in values if name.endswith("_timestamp_nsecs")), 0)))
+    beside = file.with_suffix(".new")  # renamed: half of it would be no metadata, and nobody would make them again
+    beside.write_text(json.dumps(values | dict.fromkeys((name for name in values if name.endswith("_timestamp_nsecs")), 0)))
+    beside.replace(file)
 
 
 @contextlib.contextmanager

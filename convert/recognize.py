@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from maverick_jax.config import Config
+from maverick_jax.convert.building import local_path
 from maverick_jax.convert.huggingface import open_huggingface
 from maverick_jax.convert.meta import open_meta
 from maverick_jax.convert.source import Source
@@ -24,7 +25,7 @@ def open_source(directory: str | Path) -> Source:
     Raises:
       UserError: there is none, it is damaged or incomplete, or it is of a kind that is not read, which is named.
     """
-    directory = Path(directory)
+    directory = local_path(directory)
     _check_directory(directory)
     weights = any(directory.glob("*.safetensors")) or any(directory.glob("*.safetensors.index.json"))
     if not weights and any(directory.glob("*.pth")):

@@ -6,6 +6,7 @@ tensors' bytes in C order, one behind the other. https://github.com/huggingface/
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
@@ -62,8 +63,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
+        name, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name} appears twice")
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from maverick_jax.convert.building import building_together, require_space
+from maverick_jax.convert.building import building_together, local_path, require_space
 from maverick_jax.convert.companions import copy_companions, describe_weights
 from maverick_jax.convert.conversion import Conversion, plan_parts, share
 from maverick_jax.convert.digest import digest_chunks
@@ -92,7 +92,7 @@ def convert(
     Raises:
       UserError: an incomplete or inconsistent source, an existing destination, no space, or another process at it.
     """
-    begin, out = time.monotonic(), Path(out)
+    begin, out = time.monotonic(), local_path(out)
     source = open_source(source_dir)
     steps = plan_steps(source.config, source.parameters, target, quantize)
     process, count = multihost.process_index(), multihost.process_count()

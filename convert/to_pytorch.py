@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from maverick_jax.config import Config
 from maverick_jax.convert import huggingface, names, safetensors
-from maverick_jax.convert.building import building, require_space
+from maverick_jax.convert.building import building, local_path, require_space
 from maverick_jax.convert.companions import copy_companions, describe_weights
 from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
 from maverick_jax.convert.names import compare_names, find_places, huggingface_name, kind_of
@@ -75,7 +75,7 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
       UserError: no finished model directory, weights that are not `config.json`'s or have no Hugging Face layout, an existing
         destination, or no space.
     """
-    model_dir, hf_dir = Path(model_dir), Path(hf_dir)
+    model_dir, hf_dir = Path(model_dir), local_path(hf_dir)
     stored = open_model_directory(model_dir)
     source: Parameters = stored
     if target is not None:

@@ -42,7 +42,7 @@ def read_index(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} holds more than tensors, none of which was run ({_first(error)}): fetch the released file.") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # torch meets bytes that it does not expect with many kinds, struct.error and AssertionError among them
         raise UserError(f"{file} is damaged or not a file of torch.save ({_first(error)}): fetch it again.") from error
     if not isinstance(entries, dict):
         raise UserError(f"{file} holds no dict of tensors: fetch it again.")
@@ -62,4 +62,8 @@ def _locate(file: Path, name: str, tensor: Any) -> Tensor:
 
 
 def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    """What went wrong, without torch's advice to load the file unsafely."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines[1:] and lines[-1].startswith("Check the documentation"):
+        lines = lines[-2:]
+    return lines[0].rpartition("WeightsUnpickler error: ")[2][:200] if lines else type(error).__name__

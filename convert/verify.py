@@ -11,11 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from maverick_jax.convert.companions import PARAMS
 from maverick_jax.convert.conversion import Part, do_parts, plan_parts
 from maverick_jax.convert.digest import FileDigest, digest_chunk, digest_chunks, digest_file
 from maverick_jax.convert.human import human_bytes
 from maverick_jax.convert.manifest import read_manifest
-from maverick_jax.convert.model_directory import PARAMS, ModelDirectory, open_model_directory
+from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
 from maverick_jax.convert.recognize import open_source
 from maverick_jax.convert.source import Source
 from maverick_jax.convert.steps import plan_steps

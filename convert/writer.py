@@ -86,8 +86,9 @@ class Writer:
         return array_path(self._path, name).joinpath("c", *cell)
 
     def close(self) -> None:
-        """Remove what interrupted attempts left beside the checkpoint."""
+        """Remove what interrupted attempts left beside the checkpoint, and its times: here, for each attempt comes by."""
         shutil.rmtree(self._beside)
+        orbax.forget_occasion(self._path)
 
 
 def array_path(path: Path, name: str) -> Path:
@@ -95,9 +96,10 @@ def array_path(path: Path, name: str) -> Path:
     return path / "state" / name
 
 
-def array_spec(path: Path, name: str) -> dict[str, Any]:
-    """TensorStore's description of one parameter's array."""
-    kvstore = {"driver": "file", "path": f"{array_path(path, name)}/"}
+def array_spec(path: Path | str, name: str) -> dict[str, Any]:
+    """TensorStore's description of one parameter's array; `path` may be an address in an object store."""
+    folder = f"{path}/state/{name}/"
+    kvstore = folder if "://" in folder else {"driver": "file", "path": folder}
     return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}  # a chunk that is lost is no zeros
 
 
@@ -126,5 +128,3 @@ def _save_skeleton(path: Path, leaves: Mapping[str, Leaf]) -> None:
             shutil.rmtree(stale)
     multihost.exchange("clean")
     orbax.save(path, {name: np.zeros(1, leaf.dtype) for name, leaf in leaves.items()})
-    if multihost.is_first():
-        orbax.forget_occasion(path)

@@ -22,8 +22,8 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from maverick_jax.assets import mini_directory
-from maverick_jax.convert import PARAMS, ModelDirectory, Source, open_model_directory, open_source, orbax
-from maverick_jax.convert.building import building
+from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, open_model_directory, open_source, orbax, remote
+from maverick_jax.convert.building import building, local_path
 from maverick_jax.convert.companions import copy_companions
 from maverick_jax.convert.manifest import write_manifest
 from maverick_jax.convert.names import compare_names
@@ -79,7 +79,7 @@ def load(
 
 def open_checkpoint(directory: Path) -> ModelDirectory | Source:
     """A model directory, or a PyTorch checkpoint as it is."""
-    return open_model_directory(directory) if (directory / PARAMS).is_dir() else open_source(directory)
+    return open_model_directory(directory) if (directory / PARAMS).exists() else open_source(directory)
 
 
 def save(model: Llama4, path: str | Path, *, companions: str | Path | None = None) -> Path:
@@ -92,7 +92,7 @@ def save(model: Llama4, path: str | Path, *, companions: str | Path | None = Non
     Raises:
       UserError: `path` exists, or there is no space left.
     """
-    path, companions = Path(path), companions or model.directory
+    path, companions = local_path(path), companions or model.directory
     arrays = {parameter_name(name): leaf[...] for name, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     with building(path) as partial:
         if companions is not None:
@@ -105,9 +105,12 @@ def save(model: Llama4, path: str | Path, *, companions: str | Path | None = Non
 
 
 def resolve(path: str | Path | None) -> Path:
-    """The directory that a user means: the mini model for None, a local path, or a download from the Hub."""
+    """The directory that a user means: the mini model for None, a local path, a download from the Hub, or what stands for one
+    in an object store."""
     if path is None:
         return mini_directory()
+    if "://" in str(path):
+        return Path(remote.fetch(str(path).rstrip("/")).name)
     directory = Path(path)
     if directory.is_dir():
         return directory
@@ -132,19 +135,20 @@ def identity(directory: Path) -> dict[str, str]:
 
     Returns:
       Part of the checkpoint -> digest. Of the weights it covers the names and sizes of up to `SAMPLES` files and a sample of
-      their bytes.
+      their bytes; of a model directory the manifest, which holds digests of all.
     """
-    parts = {"config.json": ("config.json",), "the tokenizer": ("tokenizer*", "chat_template*", "generation_config.json")}
-    found = {name: sorted(file for pattern in patterns for file in directory.glob(pattern)) for name, patterns in parts.items()}
-    digests = {name: hashlib.sha256(b"".join(file.read_bytes() for file in files)) for name, files in found.items()}
-    weights = sorted(directory.glob("*.safetensors")) or sorted((directory / PARAMS / "state").glob("*"))
+    parts = {"config.json": ("config.json", "params.json"), "the tokenizer": ("tokenizer*", "chat_template*", "generation_config.json")}
+    small = {name: sorted(file for pattern in patterns for file in directory.glob(pattern)) for name, patterns in parts.items()}
+    digests = {name: hashlib.sha256(b"".join(file.read_bytes() for file in files)) for name, files in small.items()}
+    if (directory / MANIFEST).is_file():
+        digests["the checkpoint"] = hashlib.sha256((directory / MANIFEST).read_bytes())
+        return {name: digest.hexdigest()[:12] for name, digest in digests.items()}
+    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.pth"))
     digests["the checkpoint"] = hashlib.sha256(str(len(weights)).encode())
     for path in weights[:: len(weights) // SAMPLES + 1]:
-        while path.is_dir():  # a parameter's chunks
-            path = min(path.iterdir())
         with path.open("rb") as file:
             file.seek(path.stat().st_size // 2)
-            digests["the checkpoint"].update(f"{path.relative_to(directory)} {path.stat().st_size}".encode() + file.read(SAMPLE_BYTES))
+            digests["the checkpoint"].update(f"{path.name} {path.stat().st_size}".encode() + file.read(SAMPLE_BYTES))
     return {name: digest.hexdigest()[:12] for name, digest in digests.items()}
 
 
@@ -176,9 +180,9 @@ def _read_orbax(checkpoint: ModelDirectory, abstract: dict[str, jax.ShapeDtypeSt
             raise UserError(f"{directory}: {name} has shape {checkpoint.parameters[name][0]}, config.json asks for {leaf.shape}.")
     try:
         with orbax.quiet():
-            return flatten(ocp.load(str(directory / PARAMS), unflatten(abstract)))
+            return flatten(ocp.load(checkpoint.params, unflatten(abstract)))
     except (ValueError, OSError) as error:
-        raise UserError(f"{directory / PARAMS} cannot be read ({error}): convert the checkpoint again.") from error
+        raise UserError(f"{checkpoint.params} cannot be read ({error}): convert the checkpoint again.") from error
 
 
 def _read_slices(checkpoint: Source, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -51,14 +51,14 @@ class Local:
     layout: Layout | None = None
 
     def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:
-        E = experts.gate_EDF.shape[0]
+        E = experts.shape[0]
         if self.mesh is None or self.layout is None:
             y_TD = run_experts(x_TD, expert_T, experts)
             return y_TD, Stats(jnp.zeros((), jnp.int32), count_load(expert_T, E))
         placement = Placement.of(self.mesh, self.layout, experts)
 
         def on_device(x_LD, expert_L, experts):
-            K = experts.gate_EDF.shape[0]
+            K = experts.shape[0]
             own_L = expert_L - lax.axis_index(placement.expert_axes) * K if placement.expert_axes else expert_L
             y_LD = run_experts(x_LD, jnp.where((own_L >= 0) & (own_L < K), own_L, K), experts)
             return placement.sum(y_LD, placement.expert_axes + placement.width_axes), jnp.zeros((), jnp.int32)
@@ -95,7 +95,7 @@ class ExpertParallel:
             return placement.sum(y_LD, placement.width_axes), dropped
 
         y_TD, dropped = placement.run(on_device, x_TD, expert_T, experts, token_axes=placement.split_token_axes)
-        return y_TD, Stats(dropped, count_load(expert_T, experts.gate_EDF.shape[0]))
+        return y_TD, Stats(dropped, count_load(expert_T, experts.shape[0]))
 
     def exchange(self, x_LD: jax.Array, expert_L: jax.Array, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
         """On one device: its tokens to their experts and back, and how many this device counts as dropped."""
@@ -111,7 +111,7 @@ def run_experts(x_RD: jax.Array, expert_R: jax.Array, experts: ExpertWeights) ->
     Returns:
       [R, D] results in the rows' order, zero without an expert.
     """
-    K = experts.gate_EDF.shape[0]
+    K = experts.shape[0]
     order, inverse = sort_rows(expert_R, K + 1)  # rows without an expert sort behind the last one
     y_sorted = grouped_swiglu(take_rows(x_RD, order, inverse), experts, count_load(expert_R, K))
     return take_rows(y_sorted, inverse, order)

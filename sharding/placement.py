@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from maverick_jax.errors import UserError
+from maverick_jax.ops.quantize import QuantizedArray, Weight
 from maverick_jax.ops.swiglu import ExpertWeights
 from maverick_jax.sharding.layout import Layout
 
@@ -37,7 +39,7 @@ class Placement:
 
     @classmethod
     def of(cls, mesh: Mesh, layout: Layout, experts: ExpertWeights) -> Placement:
-        expert_axes, _, width_axes = layout.split(("expert", None, "expert_mlp"), experts.gate_EDF.shape, mesh)
+        expert_axes, _, width_axes = layout.split(("expert", None, "expert_mlp"), experts.shape, mesh)
         return cls(mesh, expert_axes, width_axes, tuple(a for a in layout.mesh_axes("tokens") if a not in width_axes))
 
     @property
@@ -65,13 +67,14 @@ class Placement:
         Tokens that the devices do not share evenly, perhaps fewer than devices, are padded. `dropped` is summed over the
         token axes.
         """
-        T, E = x_TD.shape[0], experts.gate_EDF.shape[0]
+        T, E = x_TD.shape[0], experts.shape[0]
         missing = -T % self.size(token_axes)
         if missing:
             x_TD = jnp.pad(x_TD, ((0, missing), (0, 0)))
             expert_T = jnp.pad(expert_T, (0, missing), constant_values=E)
-        tokens, inwards = PartitionSpec(token_axes), PartitionSpec(self.expert_axes, None, self.width_axes)
-        outwards = PartitionSpec(self.expert_axes, self.width_axes, None)
+        tokens = PartitionSpec(token_axes)
+        gate, up, down = experts
+        weights = ExpertWeights(*(self._specs(w, (), self.width_axes) for w in (gate, up)), self._specs(down, self.width_axes, ()))
 
         def body(*args: Any) -> tuple[jax.Array, jax.Array]:
             y_LD, dropped = on_device(*args)
@@ -80,8 +83,22 @@ class Placement:
         y_TD, dropped = jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(tokens, tokens, ExpertWeights(inwards, inwards, outwards)),
+            in_specs=(tokens, tokens, weights),
             out_specs=(tokens, PartitionSpec()),
             check_vma=False,  # the CPU grouped matmul's loops carry zeros that vary over no axis
         )(x_TD, expert_T, experts)
         return y_TD[:T], dropped
+
+    def _specs(self, weight_EKN: Weight, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
+        """How a stack is divided: scales of groups of inputs with the inputs, one scale for all inputs not."""
+        spec = PartitionSpec(self.expert_axes, inputs, outputs)
+        if not isinstance(weight_EKN, QuantizedArray):
+            return spec
+        rows, groups, ways = weight_EKN.values.shape[1], weight_EKN.scales.shape[1], self.size(inputs)
+        if (rows if groups == 1 else groups) % ways:
+            what = f"{rows} packed rows" if groups == 1 else f"{groups} groups of inputs that share a scale"
+            raise UserError(
+                f"{' x '.join(inputs)} = {ways} devices divide the width of every expert, but not the {what} of its quantized matrix: "
+                "take a mesh with fewer of these devices, or a layout that divides whole experts."
+            )
+        return QuantizedArray(spec, spec if groups > 1 else PartitionSpec(self.expert_axes, None, outputs))

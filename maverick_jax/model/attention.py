@@ -69,7 +69,7 @@ class Attention(nnx.Module):
         self.query = weight(rngs, (D, H, d), ("embed", "heads", None), dtype)
         self.key = weight(rngs, (D, K, d), ("embed", "kv_heads", None), dtype)
         self.value = weight(rngs, (D, K, d), ("embed", "kv_heads", None), dtype)
-        self.output = weight(rngs, (H, d, D), ("heads", None, "embed"), dtype, fan_in=H * d)
+        self.output = weight(rngs, (H, d, D), ("heads", None, "embed"), dtype, inputs=2)
         self.config = config
         self.uses_rope = layer not in config.nope_layers
         self.chunk = config.chunk_of_layer(layer)

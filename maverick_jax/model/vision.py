@@ -43,7 +43,7 @@ class VisionAttention(nnx.Module):
         self.query, self.query_bias = weight(rngs, (D, H, d), inwards, dtype), zeros((H, d), bias, dtype)
         self.key, self.key_bias = weight(rngs, (D, H, d), inwards, dtype), zeros((H, d), bias, dtype)
         self.value, self.value_bias = weight(rngs, (D, H, d), inwards, dtype), zeros((H, d), bias, dtype)
-        self.output = weight(rngs, (H, d, D), ("vision_heads", None, "vision_embed"), dtype, fan_in=D)
+        self.output = weight(rngs, (H, d, D), ("vision_heads", None, "vision_embed"), dtype, inputs=2)
         self.output_bias = zeros((D,), ("vision_embed",), dtype)
         self.angles = (config.grid, d, config.rope_theta)
         self.constrain = constrain

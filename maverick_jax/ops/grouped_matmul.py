@@ -1,8 +1,8 @@
 """Rows sorted by expert, each multiplied by its own expert's matrix.
 
 Backends: CPU loops over the experts that have rows, and over blocks of their rows; NVIDIA GPUs have kernels of their own
-(`grouped_matmul_gpu`); elsewhere `lax.ragged_dot`. On CPU and GPU `ragged_dot` multiplies every row by every expert: at 128 experts
-that is 700 times the work of a gather for one row on CPU.
+(`grouped_matmul_gpu`); elsewhere `lax.ragged_dot`, and for quantized matrices a kernel (`grouped_matmul_tpu`). On CPU and GPU
+`ragged_dot` multiplies every row by every expert: at 128 experts that is 700 times the work of a gather for one row on CPU.
 
 Shape suffixes: R rows, K inputs, N outputs, E experts.
 """
@@ -13,21 +13,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from maverick_jax.ops.quantize import QuantizedArray, Weight, dequantize, matrix_shape
+
 FEWEST_ROWS = 8
 
 
-def grouped_matmul(x_RK: jax.Array, weight_EKN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def grouped_matmul(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.Array) -> jax.Array:
     """Row r of x times the matrix of its group.
 
     Args:
       x_RK: rows sorted by group.
-      weight_EKN: one matrix per group, in x's dtype.
+      weight_EKN: one matrix per group, in x's dtype or quantized. A quantized one has no gradient of its own.
       group_sizes_E: int32 rows per group; rows beyond their sum belong to no group.
 
     Returns:
       [R, N] in x's dtype, zero for the rows that belong to no group.
     """
-    branches = {"cpu": _grouped_matmul_cpu, "cuda": _grouped_matmul_cuda, "default": _ragged_dot}
+    branches = {"cpu": _grouped_matmul_cpu, "cuda": _grouped_matmul_cuda, "tpu": _grouped_matmul_tpu, "default": _ragged_dot}
     return lax.platform_dependent(x_RK, weight_EKN, group_sizes_E, **branches)
 
 
@@ -35,15 +37,30 @@ def _ragged_dot(x_RK, weight_EKN, group_sizes_E):
     rows = x_RK.shape[0]
     # The TPU compiler has a kernel that skips empty groups, but multiplies a handful of rows by every matrix.
     padded = jnp.pad(x_RK, ((0, max(0, FEWEST_ROWS - rows)), (0, 0)))
+    weight_EKN = _dequantized(weight_EKN, x_RK.dtype)
     return lax.ragged_dot(padded, weight_EKN, group_sizes_E, preferred_element_type=jnp.float32).astype(x_RK.dtype)[:rows]
 
 
-def _grouped_matmul_cuda(x_RK, weight_EKN, group_sizes_E):
-    # Importing Pallas takes a while, and much that imports this module never multiplies anything.
-    from maverick_jax.ops.grouped_matmul_gpu import DTYPES, grouped_matmul_gpu
+# Importing Pallas takes a while, and much that imports this module never multiplies anything.
+def _grouped_matmul_tpu(x_RK, weight_EKN, group_sizes_E):
+    if not isinstance(weight_EKN, QuantizedArray):
+        return _ragged_dot(x_RK, weight_EKN, group_sizes_E)
+    from maverick_jax.ops.grouped_matmul_tpu import grouped_matmul_tpu, suits
 
-    form = grouped_matmul_gpu if x_RK.dtype.name in DTYPES else _ragged_dot
-    return form(x_RK, weight_EKN, group_sizes_E)
+    return (grouped_matmul_tpu if suits(weight_EKN) else _ragged_dot)(x_RK, weight_EKN, group_sizes_E)
+
+
+def _grouped_matmul_cuda(x_RK, weight_EKN, group_sizes_E):
+    from maverick_jax.ops.grouped_matmul_gpu import DTYPES, grouped_matmul_gpu, suits
+
+    if x_RK.dtype.name not in DTYPES:
+        return _ragged_dot(x_RK, weight_EKN, group_sizes_E)
+    return grouped_matmul_gpu(x_RK, weight_EKN if suits(weight_EKN) else _dequantized(weight_EKN, x_RK.dtype), group_sizes_E)
+
+
+def _dequantized(weight, dtype):
+    """A stack or one matrix in the dtype of the activations, if it is not already."""
+    return dequantize(weight, lead=len(matrix_shape(weight)) - 2, dtype=dtype) if isinstance(weight, QuantizedArray) else weight
 
 
 @jax.custom_vjp
@@ -58,6 +75,8 @@ def _forward(x_RK, weight_EKN, group_sizes_E):
 def _backward(residuals, dy_RN):
     x_RK, weight_EKN, group_sizes_E = residuals
     dx_RK = _product(dy_RN, weight_EKN, group_sizes_E, contract_axis=1)
+    if isinstance(weight_EKN, QuantizedArray):
+        return dx_RK, None, None
     return dx_RK, _outer_products(x_RK, dy_RN, weight_EKN, group_sizes_E), None
 
 
@@ -66,18 +85,18 @@ _grouped_matmul_cpu.defvjp(_forward, _backward)
 
 def _product(x_RK, weight_EKN, group_sizes_E, *, contract_axis):
     """Every row times its expert's matrix. `contract_axis` 1 multiplies by the transposed matrices, without making them."""
-    rows, experts = x_RK.shape[0], weight_EKN.shape[0]
+    rows, (experts, *sides) = x_RK.shape[0], matrix_shape(weight_EKN)
     block = _block_rows(rows, experts, x_RK.dtype)
     groups = _Groups.of(group_sizes_E, block)
     padded = jnp.pad(x_RK, ((0, block), (0, 0)))
-    # XLA:CPU hoists the float32 upcast of a whole bfloat16 stack out of the loop; integers it leaves alone.
-    opaque = lax.bitcast_convert_type(weight_EKN, jnp.uint16) if weight_EKN.dtype == jnp.bfloat16 else weight_EKN
+    opaque = jax.tree.map(_as_integers, weight_EKN)
 
     def per_expert(i, out):
         expert = groups.order_E[i]
         # XLA:CPU copies the slice, at the cost of two products of four rows: once per expert, not once per block.
-        matrix = lax.dynamic_index_in_dim(opaque, expert, keepdims=False)
-        matrix = lax.bitcast_convert_type(matrix, weight_EKN.dtype) if opaque is not weight_EKN else matrix
+        matrix = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, expert, keepdims=False), opaque)
+        matrix = jax.tree.map(lambda a, like: lax.bitcast_convert_type(a, like.dtype), matrix, weight_EKN)
+        matrix = _dequantized(matrix, x_RK.dtype)
 
         def per_block(j, out):
             start = groups.start_E[expert] + j * block
@@ -88,9 +107,15 @@ def _product(x_RK, weight_EKN, group_sizes_E, *, contract_axis):
 
         return lax.fori_loop(0, groups.blocks_E[expert], per_block, out)
 
-    out = jnp.zeros((rows + block, weight_EKN.shape[2 - contract_axis]), x_RK.dtype)
+    out = jnp.zeros((rows + block, sides[1 - contract_axis]), x_RK.dtype)
     out = lax.fori_loop(0, groups.occupied, per_expert, out)
     return jnp.where((jnp.arange(rows) < group_sizes_E.sum())[:, None], out[:rows], 0)
+
+
+def _as_integers(a):
+    """XLA:CPU hoists the widening of a whole stack of narrow floats out of the loop; of integers it leaves it where it is. Taking
+    floats for integers costs a copy of the stack, half or a quarter of what the hoisted one would be."""
+    return lax.bitcast_convert_type(a, f"uint{8 * a.itemsize}") if jnp.issubdtype(a.dtype, jnp.floating) and a.itemsize < 4 else a
 
 
 def _outer_products(x_RK, dy_RN, weight_EKN, group_sizes_E):

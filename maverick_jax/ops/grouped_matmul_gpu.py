@@ -1,12 +1,10 @@
 """The grouped matmul on GPU: two Pallas-Triton kernels that read the matrices of the groups that have rows, and no others.
 
-`lax.ragged_dot` on GPU multiplies every row by every matrix. Here a program multiplies one tile of rows, all of one group, by some
-columns of its matrix. Tiles begin where their group begins, so a matrix is read once per tile of its group; how many tiles there are
-at most is known when the program is compiled, and those too many find no rows. Rows without a group are one more group, which has no
-matrix and gives zero.
+`lax.ragged_dot` on GPU multiplies every row by every matrix. Here a program multiplies one tile of rows, all of one group (`tiles`),
+by some columns of its matrix; a matrix is read once per tile of its group. Rows without a group give zero. Quantized matrices are
+read as they are stored and dequantized in the kernel.
 
-Shape suffixes: R rows, K inputs, N outputs, E experts, G groups (the experts, and the rows without one), S tiles of rows, P parts of
-the inputs.
+Shape suffixes: R rows, K inputs, N outputs, E experts, G groups (the experts, and the rows without one), P parts of the inputs.
 """
 
 import functools
@@ -18,15 +16,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from maverick_jax.ops.quantize import QuantizedArray, Weight, matrix_shape
+from maverick_jax.ops.tiles import Tiles, bounds, most_tiles
+
 DTYPES = ("bfloat16", "float16", "float32")
 TILES_AT_ONCE = 8  # sweep the columns together: tiles of one group share its matrix in the L2 cache, and all columns share the rows
 PROGRAMS = 256  # keep the memory of a large GPU busy; fewer are given parts of the sums
 MOST_PARTS = 8
+MOST_SIDE = 128  # of a tile of a matrix
+
+
+def suits(weight_EKN: Weight) -> bool:
+    """Whether any tile of a matrix has one row of scales, as in real models."""
+    if not isinstance(weight_EKN, QuantizedArray):
+        return True
+    groups = weight_EKN.scales.shape[1]
+    return groups == 1 or matrix_shape(weight_EKN)[1] % (MOST_SIDE * groups) == 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul_gpu(x_RK: jax.Array, weight_EKN: jax.Array, group_sizes_E: jax.Array, interpret: bool = False) -> jax.Array:
-    """As `grouped_matmul`, for x and weight of one of `DTYPES`, with float32 sums.
+def grouped_matmul_gpu(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.Array, interpret: bool = False) -> jax.Array:
+    """As `grouped_matmul`, for x and weight of one of `DTYPES` or a quantized weight that `suits`, with float32 sums.
 
     Args:
       x_RK, weight_EKN: float32 is multiplied as TF32 unless `jax_default_matmul_precision` asks for more, as in XLA's own products.
@@ -42,6 +52,8 @@ def _forward(x_RK, weight_EKN, group_sizes_E, interpret):
 def _backward(interpret, residuals, dy_RN):
     x_RK, weight_EKN, group_sizes_E = residuals
     dx_RK = _product(dy_RN, weight_EKN, group_sizes_E, transposed=True, interpret=interpret)
+    if isinstance(weight_EKN, QuantizedArray):
+        return dx_RK, None, None
     return dx_RK, _outer_products(x_RK, dy_RN, group_sizes_E, interpret=interpret), None
 
 
@@ -52,30 +64,33 @@ grouped_matmul_gpu.defvjp(_forward, _backward)
 @functools.partial(jax.jit, static_argnames=("transposed", "interpret"))
 def _product(x_RK, weight_EKN, group_sizes_E, *, transposed: bool, interpret: bool):
     """Every row times its group's matrix. `transposed` multiplies by the transposed matrices, without making them."""
-    (rows, inputs), experts, outputs = x_RK.shape, weight_EKN.shape[0], weight_EKN.shape[1 if transposed else 2]
+    (rows, inputs), (experts, *sides) = x_RK.shape, matrix_shape(weight_EKN)
+    outputs = sides[not transposed]
     if rows == 0:
         return jnp.zeros((0, outputs), x_RK.dtype)
     block = _Block.of(rows, experts, x_RK.dtype)
-    most = _most_tiles(rows, experts, block.rows)
+    most = most_tiles(rows, experts, block.rows)
     at_once = min(TILES_AT_ONCE, most)
     sweeps, columns, steps = pl.cdiv(most, at_once), pl.cdiv(outputs, block.columns), pl.cdiv(inputs, block.inputs)
     wanted = min(MOST_PARTS, pl.cdiv(PROGRAMS, most * columns))
     parts = max(p for p in range(1, wanted + 1) if steps % p == 0)
+    stored = jax.tree.leaves(weight_EKN)
     tile = pl.BlockSpec((None,), lambda i, _, sweep: (sweep * at_once + i,))
     y_PRN = pl.pallas_call(
         functools.partial(_product_kernel, block=block, parts=parts, transposed=transposed),
         grid=(at_once, columns * parts, sweeps),  # the first axis runs fastest
-        in_specs=[tile, tile, tile, pl.no_block_spec, pl.no_block_spec],
+        in_specs=[tile, tile, tile, pl.no_block_spec, *[pl.no_block_spec] * len(stored)],
         out_shape=jax.ShapeDtypeStruct((parts, rows, outputs), x_RK.dtype if parts == 1 else jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
         interpret=interpret,
-    )(*_Tiles.of(group_sizes_E, rows, block.rows, at_once * sweeps), x_RK, weight_EKN)
+    )(*Tiles.of(group_sizes_E, rows, block.rows, at_once * sweeps), x_RK, *stored)
     return y_PRN[0] if parts == 1 else y_PRN.sum(axis=0).astype(x_RK.dtype)
 
 
-def _product_kernel(group_ref, start_ref, end_ref, x_ref, weight_ref, y_ref, *, block: "_Block", parts: int, transposed: bool):
+def _product_kernel(group_ref, start_ref, end_ref, x_ref, *refs, block: "_Block", parts: int, transposed: bool):
     """A tile of rows times some columns, summed over a part of the inputs."""
-    experts, inputs, outputs = weight_ref.shape[0], x_ref.shape[1], y_ref.shape[2]
+    *weight_refs, y_ref = refs
+    experts, inputs, outputs = weight_refs[0].shape[0], x_ref.shape[1], y_ref.shape[2]
     group, start, end = group_ref[...], start_ref[...], end_ref[...]
     column, part = pl.program_id(1) // parts * block.columns, pl.program_id(1) % parts
     row_slice, column_slice = pl.ds(start, block.rows), pl.ds(column, block.columns)
@@ -84,9 +99,10 @@ def _product_kernel(group_ref, start_ref, end_ref, x_ref, weight_ref, y_ref, *, 
     def step(i, sums):
         input_slice, inputs_inside = pl.ds(i * block.inputs, block.inputs), _inside(i * block.inputs, block.inputs, inputs)
         x = _load(x_ref.at[row_slice, input_slice], rows_inside, inputs_inside)
+        k, n = (input_slice, inputs_inside), (column_slice, columns_inside)
         if transposed:
-            return sums + _dot(x, _load(weight_ref.at[group, column_slice, input_slice], columns_inside, inputs_inside), (1, 1))
-        return sums + _dot(x, _load(weight_ref.at[group, input_slice, column_slice], inputs_inside, columns_inside), (1, 0))
+            return sums + _dot(x, _load_matrix(weight_refs, group, n, k, x.dtype), (1, 1))
+        return sums + _dot(x, _load_matrix(weight_refs, group, k, n, x.dtype), (1, 0))
 
     steps = pl.cdiv(inputs, block.inputs) // parts
     first = part * steps
@@ -102,7 +118,7 @@ def _outer_products(x_RK, dy_RN, group_sizes_E, *, interpret: bool):
     if rows == 0:
         return jnp.zeros((experts, inputs, outputs), x_RK.dtype)
     side = 64 if x_RK.dtype == jnp.float32 else 128
-    start_G, end_G = _bounds(group_sizes_E, rows)
+    start_G, end_G = bounds(group_sizes_E, rows)
     expert = pl.BlockSpec((None,), lambda _, __, e: (e,))
     return pl.pallas_call(
         functools.partial(_outer_products_kernel, side=side, depth=32),
@@ -129,43 +145,6 @@ def _outer_products_kernel(start_ref, end_ref, x_ref, dy_ref, dw_ref, *, side: i
 
     sums = lax.fori_loop(0, pl.cdiv(end - start, depth), step, jnp.zeros((side, side), jnp.float32))
     _store(dw_ref.at[pl.program_id(2), k_slice, n_slice], sums, k_inside, n_inside)
-
-
-class _Tiles(NamedTuple):
-    """Tiles of rows, and behind them some without rows.
-
-    Attributes:
-      group_S: E for rows without a group.
-      start_S: first row.
-      end_S: end of the group, perhaps far behind the tile's.
-    """
-
-    group_S: jax.Array
-    start_S: jax.Array
-    end_S: jax.Array
-
-    @classmethod
-    def of(cls, group_sizes_E: jax.Array, rows: int, block: int, tiles: int) -> "_Tiles":
-        start_G, end_G = _bounds(group_sizes_E, rows)
-        tiles_G = -(-(end_G - start_G) // block)
-        behind_G = jnp.cumsum(tiles_G)
-        tile_S = jnp.arange(tiles, dtype=jnp.int32)
-        # A tile too many falls to the last group, and begins where that has ended.
-        group_S = (tile_S[:, None] >= behind_G[None, :-1]).sum(axis=1, dtype=jnp.int32)
-        start_S = start_G[group_S] + (tile_S - (behind_G - tiles_G)[group_S]) * block
-        return cls(group_S, start_S, end_G[group_S])
-
-
-def _most_tiles(rows: int, experts: int, block: int) -> int:
-    """Each group that has rows has a tile, and another one for every `block` rows behind its first."""
-    groups = min(rows, experts + 1)
-    return groups + (rows - groups) // block
-
-
-def _bounds(group_sizes_E: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """First row and end of every group, the rows without an expert last; never behind the array, whatever the sizes say."""
-    end_G = jnp.append(jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), rows), jnp.int32(rows))
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), end_G[:-1]]), end_G
 
 
 class _Block(NamedTuple):
@@ -203,7 +182,26 @@ def _mask(shape, first_axis, second_axis):
 
 def _load(ref, *inside):
     mask = _mask(ref.shape, *inside)
-    return plgpu.load(ref, mask=mask, other=None if mask is None else 0.0)
+    return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
+
+
+def _load_matrix(refs, group, k, n, dtype):
+    """A tile of a group's matrix; `k` and `n` are slices, each with what of it is inside."""
+    (k_slice, k_inside), (n_slice, n_inside) = k, n
+    if len(refs) == 1:
+        return _load(refs[0].at[group, k_slice, n_slice], k_inside, n_inside)
+    values_ref, scales_ref = refs
+    size = values_ref.shape[1] // scales_ref.shape[1]  # stored rows of a group
+    if values_ref.dtype == jnp.uint8:
+        size, half = 2 * size, k_slice.size // 2
+        first = k_slice.start // 2
+        byte = _load(values_ref.at[group, pl.ds(first, half), n_slice], _inside(first, half, values_ref.shape[1]), n_inside)
+        twice = jnp.broadcast_to(byte.astype(jnp.int32)[:, None, :], (half, 2, n_slice.size)).reshape(k_slice.size, n_slice.size)
+        values = (((twice >> (jnp.arange(k_slice.size) % 2 * 4)[:, None]) & 15) ^ 8) - 8
+    else:
+        values = _load(values_ref.at[group, k_slice, n_slice], k_inside, n_inside)
+    scales = plgpu.load(scales_ref.at[group, k_slice.start // size, n_slice], mask=n_inside, other=None if n_inside is None else 0)
+    return (values.astype(jnp.float32) * scales.astype(jnp.float32)[None, :]).astype(scales.dtype).astype(dtype)
 
 
 def _store(ref, value, *inside):

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
 
 Shape = tuple[int, ...]
 
@@ -41,6 +43,9 @@ class QuantizedArray:
     def packed(self) -> bool:
         """Whether a byte holds two values."""
         return self.values.dtype == jnp.uint8
+
+
+Weight = jax.Array | QuantizedArray
 
 
 class Format(NamedTuple):
@@ -62,10 +67,14 @@ class Format(NamedTuple):
         return self.values == np.uint8
 
     def groups(self, inputs: int) -> int:
-        """Groups of an output channel with so many inputs: of `group`, or of the largest smaller size that divides them."""
+        """Groups of an output channel with so many inputs: of `group`, or of the largest smaller size that divides them.
+
+        Both values of a byte belong to one group.
+        """
         if self.group is None:
             return 1
-        return next(inputs // size for size in range(min(self.group, inputs), 0, -1) if inputs % size == 0)
+        step = 1 + self.packed
+        return next(inputs // size for size in range(min(self.group, inputs) // step * step, 0, -step) if inputs % size == 0)
 
 
 FORMATS = {
@@ -132,21 +141,47 @@ def pack(values_KN: np.ndarray) -> np.ndarray:
 
 def unpack(values: jax.Array, axis: int) -> jax.Array:
     """uint8 -> int8 in -8..7, twice as long on `axis`."""
-    low, high = jnp.left_shift(values, 4).view(jnp.int8) >> 4, values.view(jnp.int8) >> 4
-    pairs = jnp.stack([low, high], axis=axis + 1)
+    pairs = jnp.stack(halves(values), axis=axis + 1)
     return pairs.reshape(*values.shape[:axis], 2 * values.shape[axis], *values.shape[axis + 1 :])
 
 
-def dequantize(weight: QuantizedArray, *, inputs: int = 1, lead: int = 0) -> jax.Array:
-    """The whole weight in the dtype of its scales.
+def halves(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """uint8 -> the values of even inputs and those of odd inputs, int8 in -8..7."""
+    return jnp.left_shift(values, 4).view(jnp.int8) >> 4, values.view(jnp.int8) >> 4
+
+
+def dequantize(weight: QuantizedArray, *, inputs: int = 1, lead: int = 0, dtype: DTypeLike | None = None) -> jax.Array:
+    """The whole weight.
 
     Args:
       inputs: number of input axes.
       lead: number of axes before them (1 for an expert stack).
+      dtype: what the products, made in the dtype of the scales, are cast to; None leaves them as they are.
     """
-    last = lead + inputs - 1
-    values = unpack(weight.values, last) if weight.packed else weight.values
-    shape, outputs = values.shape, values.shape[last + 1 :]
-    groups = weight.scales.shape[lead]
-    split = values.astype(weight.scales.dtype).reshape(*shape[:lead], groups, -1, *outputs)
-    return (split * jnp.expand_dims(weight.scales, lead + 1)).reshape(shape)
+    values = unpack(weight.values, lead + inputs - 1) if weight.packed else weight.values
+    return scale(values, weight.scales, lead=lead, dtype=dtype)
+
+
+def scale(values: jax.Array, scales: jax.Array, *, lead: int = 0, dtype: DTypeLike | None = None) -> jax.Array:
+    """`values * scales` in the dtype of the scales, then cast to `dtype`.
+
+    Args:
+      values: [*lead, *K, *N] unpacked, or one of their `halves`.
+      scales: [*lead, G, *N].
+    """
+    dtype = jnp.dtype(dtype or scales.dtype)
+    grouped = (*scales.shape[: lead + 1], -1, *scales.shape[lead + 1 :])
+    product = values.astype(jnp.float32).reshape(grouped) * jnp.expand_dims(scales.astype(jnp.float32), lead + 1)
+    if dtype != scales.dtype and scales.dtype != jnp.float32:
+        # A cast to the scales' dtype and on to a wider one would be left out: XLA may keep more precision than was asked for.
+        kept = jnp.finfo(scales.dtype)
+        product = lax.reduce_precision(product, kept.nexp, kept.nmant)
+    return product.reshape(values.shape).astype(dtype)
+
+
+def matrix_shape(weight: Weight) -> Shape:
+    """[..., K, N] of a matrix or of a stack of them, however it is stored."""
+    if not isinstance(weight, QuantizedArray):
+        return weight.shape
+    *lead, rows, N = weight.values.shape
+    return *lead, rows * (1 + weight.packed), N

@@ -6,17 +6,24 @@ import jax
 
 from maverick_jax.ops.grouped_matmul import grouped_matmul
 from maverick_jax.ops.linear import linear
+from maverick_jax.ops.quantize import Weight, matrix_shape
 
 
 class ExpertWeights(NamedTuple):
     """The routed experts of one layer. Shapes: E experts, D model width, F feed-forward width."""
 
-    gate_EDF: jax.Array
-    up_EDF: jax.Array
-    down_EFD: jax.Array
+    gate_EDF: Weight
+    up_EDF: Weight
+    down_EFD: Weight
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """E, D and F."""
+        E, D, F = matrix_shape(self.gate_EDF)
+        return E, D, F
 
 
-def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+def swiglu(x: jax.Array, gate_DF: Weight, up_DF: Weight, down_FD: Weight) -> jax.Array:
     """x: [..., D] -> [..., D] in x's dtype."""
     return linear(jax.nn.silu(linear(x, gate_DF)) * linear(x, up_DF), down_FD)
 

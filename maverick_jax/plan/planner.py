@@ -57,8 +57,6 @@ class Plan:
     def notes(self) -> list[str]:
         """What a reader must know beside the numbers."""
         case, found = self.case, []
-        if case.dtype == "fp8":
-            found.append("FP8 is planned, not yet run by this package.")
         if case.batch % case.row_ways:
             found.append(
                 f"batch {case.batch} is no multiple of {case.row_ways}: devices share rows, and each row's cache lies on "
@@ -92,7 +90,8 @@ def make_plan(
       topology: such as "v6e:8x8" or "h100:8".
       mesh: devices on the axes data, expert and tensor; an axis left out is 1. None: the fastest mesh that fits.
       layout: as for `load`.
-      dtype: "bfloat16", "float32" or "fp8" (routed experts in FP8 with a scale per output channel, the rest bfloat16).
+      dtype: "bfloat16", "float32", or for routed experts in 8 or 4 bits and the rest in bfloat16 "fp8", "int8" (a scale per
+        output channel) or "int4" (a scale per 128 inputs of an output channel).
       batch, context: rows, and tokens that each has room for.
 
     Returns:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.inference.cache import KVCache
-from maverick_jax.model import get_abstract_model
+from maverick_jax.plan.weights import DTYPES, abstract_model
 from maverick_jax.sharding import AttendOnMesh, Constrain, Dispatcher, Layout, make_dispatcher
 from maverick_jax.sharding.attend import CACHE
 
@@ -42,6 +42,7 @@ class Programs:
     """Decode, prefill and vision of a model on a mesh, which may consist of devices that are not there.
 
     Attributes:
+      dtype: one of `weights.DTYPES`.
       dispatcher: as for `load`.
     """
 
@@ -95,13 +96,13 @@ class Programs:
             "attend": AttendOnMesh(self.mesh, self.layout),
             "constrain": Constrain(self.mesh, self.layout),
         }
-        graphdef, weights = nnx.split(get_abstract_model(config, dtype=self.dtype, **options))
+        graphdef, weights = nnx.split(abstract_model(config, self.dtype, **options))
         for _, leaf in nnx.to_flat_state(weights):
             leaf.set_value(self._array(leaf.shape, leaf.dtype, leaf.get_metadata()["axes"]))
         return graphdef, weights
 
     def _cache(self, batch: int, context: int, *, fresh: bool) -> KVCache:
-        cache = jax.eval_shape(lambda: KVCache.create(self.config.text, batch, context, self.dtype))
+        cache = jax.eval_shape(lambda: KVCache.create(self.config.text, batch, context, DTYPES[self.dtype]))
         cache = dataclasses.replace(cache, layers=tuple(dataclasses.replace(layer, fresh=fresh) for layer in cache.layers))
         whole = NamedSharding(self.mesh, PartitionSpec())
 

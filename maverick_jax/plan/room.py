@@ -13,6 +13,7 @@ from maverick_jax.sharding.layout import INFERENCE
 
 STEP = 1024  # contexts are tried in multiples of this
 MOST_ROWS = 2**20
+NARROW = ("fp8", "int4")  # dtypes to try, the wider first
 
 
 def largest_batch(case: Case) -> int:
@@ -59,8 +60,9 @@ def _cures(case: Case, mesh_chosen: bool) -> list[str]:
         mesh = [] if mesh_chosen and best.case.mesh_shape == case.mesh_shape else [f"--mesh {best.case.mesh_name}"]
         layout = [] if best.case.layout == case.layout else [f"--layout {best.case.layout.name}"]
         found.append(" ".join(mesh + layout))
-    if case.dtype != "fp8" and _fits(dataclasses.replace(case, dtype="fp8"), mesh_chosen):
-        found.append("--dtype fp8")
+    narrower = [dtype for dtype in NARROW if _weight_total(case, dtype) < case.weight_total]
+    if dtype := next((dtype for dtype in narrower if _fits(dataclasses.replace(case, dtype=dtype), mesh_chosen)), None):
+        found.append(f"--dtype {dtype}")
     if batch := largest_batch(case):
         found.append(f"--batch {batch}")
     if context := largest_context(case):
@@ -71,6 +73,10 @@ def _cures(case: Case, mesh_chosen: bool) -> list[str]:
             found.append(f"--topology {topology.name}" + ("" if mesh_chosen else f" --mesh {best.case.mesh_name}"))
             break
     return found
+
+
+def _weight_total(case: Case, dtype: str) -> int:
+    return dataclasses.replace(case, dtype=dtype).weight_total
 
 
 def _fits(case: Case, mesh_chosen: bool) -> bool:

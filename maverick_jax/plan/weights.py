@@ -1,6 +1,6 @@
 """Every parameter of a model by what it belongs to, with the bytes that a dtype gives it.
 
-Shapes and logical axes come from the model itself (`get_abstract_model`).
+Shapes, dtypes and logical axes come from the model itself (`get_abstract_model`, `set_quantized`).
 """
 
 from __future__ import annotations
@@ -13,28 +13,40 @@ from flax import nnx
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
-from maverick_jax.model.llama4 import get_abstract_model
+from maverick_jax.model import quantized
+from maverick_jax.model.llama4 import Llama4, get_abstract_model
 from maverick_jax.model.parameter import Axes
+from maverick_jax.ops.quantize import FORMATS
 
-# The dtype of all but the routed experts, and of the routed experts. `fp8` is the released FP8 checkpoint: expert
-# matrices in float8_e4m3fn with a bfloat16 scale per output channel (spec section 5.2).
-DTYPES = {
-    "bfloat16": ("bfloat16", "bfloat16"),
-    "float32": ("float32", "float32"),
-    "fp8": ("bfloat16", "float8_e4m3fn"),
-}
+# The dtype of all but the routed experts, of the cache and of activations. In a quantized format only the routed experts are
+# narrower; `fp8` is the released FP8 checkpoint (spec section 5.2).
+DTYPES = {"bfloat16": "bfloat16", "float32": "float32", **dict.fromkeys(FORMATS, "bfloat16")}
 ROUTED, SHARED, DENSE, ATTENTION = "routed experts", "shared experts", "dense layers", "attention"
 EMBEDDING, UNEMBEDDING, SMALL, VISION = "embedding", "unembedding", "routers, norms", "vision"
 COMPONENTS: tuple[str, ...] = (ROUTED, SHARED, DENSE, ATTENTION, EMBEDDING, UNEMBEDDING, SMALL, VISION)
+_PARTS = {"experts": ROUTED, "shared": SHARED, "dense": DENSE, "attention": ATTENTION}
+
+
+def abstract_model(config: Config, dtype: str, **options) -> Llama4:
+    """A model of one of `DTYPES`, its routed experts quantized where the dtype says so. Options as for `Llama4`."""
+    model = get_abstract_model(config, dtype=DTYPES[dtype], **options)
+    if dtype in FORMATS:
+        quantized.set_quantized(model, quantized.quantized_leaves(model, dtype))
+    return model
 
 
 @functools.lru_cache
-def parameters(config: Config) -> dict[tuple[str, Axes, tuple[int, ...]], int]:
-    """(component, logical axes, shape) -> how many parameters are like that."""
+def stored(config: Config, dtype: str) -> list[tuple[str, Axes, tuple[int, ...], int, int]]:
+    """(component, logical axes, shape, bytes per element, how many) of everything that is stored, scales included."""
     found: collections.Counter = collections.Counter()
-    for path, leaf in nnx.to_flat_state(nnx.state(get_abstract_model(config))):
-        found[component(path), leaf.get_metadata()["axes"], leaf.shape] += 1
-    return dict(found)
+    for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(config, dtype))):
+        found[component(path), leaf.get_metadata()["axes"], leaf.shape, jnp.dtype(leaf.dtype).itemsize] += 1
+    return [(*kind, count) for kind, count in found.items()]
+
+
+def parameters(config: Config) -> dict[tuple[str, Axes, tuple[int, ...]], int]:
+    """(component, logical axes, shape) -> how many parameters are like that, before anything is quantized."""
+    return {(part, axes, shape): count for part, axes, shape, _, count in stored(config, "bfloat16")}
 
 
 def component(path: tuple) -> str:
@@ -43,31 +55,12 @@ def component(path: tuple) -> str:
         return VISION
     if len(path) == 2:
         return {"embedding": EMBEDDING, "unembedding": UNEMBEDDING}.get(path[1], SMALL)
-    match path[3:]:
-        case ("attention", *_):
-            return ATTENTION
-        case ("feed_forward", "experts", _):
-            return ROUTED
-        case ("feed_forward", "shared", _):
-            return SHARED
-        case ("feed_forward", "gate" | "up" | "down"):
-            return DENSE
-    return SMALL
+    return _PARTS.get(quantized.component(path) or "", SMALL)
 
 
-def itemsize(dtype: str, *, routed: bool = False) -> int:
-    """Bytes of an element of the routed experts, or of everything else (activations and cache included)."""
-    return jnp.dtype(DTYPES[dtype][routed]).itemsize
-
-
-def stored(config: Config, dtype: str) -> list[tuple[str, Axes, tuple[int, ...], int, int]]:
-    """(component, logical axes, shape, bytes per element, how many) of everything that is stored, FP8 scales included."""
-    found = []
-    for (part, axes, shape), count in parameters(config).items():
-        found.append((part, axes, shape, itemsize(dtype, routed=part == ROUTED), count))
-        if part == ROUTED and dtype == "fp8":
-            found.append((part, (axes[0], axes[2]), (shape[0], shape[2]), itemsize(dtype), count))
-    return found
+def itemsize(dtype: str) -> int:
+    """Bytes of an element of activations and cache."""
+    return jnp.dtype(DTYPES[dtype]).itemsize
 
 
 def check_dtype(dtype: str) -> None:

@@ -1,12 +1,18 @@
 """Tiny checkpoints of transformers on disk, and what we make of them."""
 
+import contextlib
+import os
+import shutil
+import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from maverick_jax.convert import convert
+from maverick_jax.errors import UserError
 from oracle import tiny_checkpoints
 
 SMALL = {"text": {"num_hidden_layers": 4}, "vision": {"num_hidden_layers": 1}}
@@ -15,6 +21,7 @@ VARIANTS = {
     "scout": lambda: tiny_checkpoints.make_config("scout", **SMALL),
     "text_only": lambda: tiny_checkpoints.make_config("maverick", **SMALL).text_config,
 }
+RAM, ENOUGH = Path("/dev/shm"), 1 << 28
 
 
 class Case:
@@ -38,8 +45,36 @@ class Case:
 
 
 @pytest.fixture(scope="session")
-def cases(tmp_path_factory) -> dict[str, Case]:
-    return {variant: Case(variant, tmp_path_factory.mktemp(variant)) for variant in VARIANTS}
+def scratch_disk(tmp_path_factory) -> Iterator[Path]:
+    """In memory where there is room, else without syncs: those of the 400 files of a tiny checkpoint take a disk three seconds."""
+    if not os.access(RAM, os.W_OK) or shutil.disk_usage(RAM).free < ENOUGH:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", lambda _: None)
+            yield tmp_path_factory.mktemp("convert")
+        return
+    with tempfile.TemporaryDirectory(dir=RAM, prefix="maverick-tests-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def tmp_path(scratch_disk) -> Iterator[Path]:
+    """pytest's, on our disk, and removed at once."""
+    folder = Path(tempfile.mkdtemp(dir=scratch_disk))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def module_path(scratch_disk) -> Iterator[Path]:
+    """A folder for what the tests of a module share."""
+    folder = Path(tempfile.mkdtemp(dir=scratch_disk))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def cases(scratch_disk) -> dict[str, Case]:
+    return {variant: Case(variant, scratch_disk / variant) for variant in VARIANTS}
 
 
 @pytest.fixture(params=list(VARIANTS))
@@ -50,3 +85,20 @@ def case(request, cases) -> Case:
 @pytest.fixture
 def maverick(cases) -> Case:
     return cases["maverick"]
+
+
+@contextlib.contextmanager
+def _refused(message: str) -> Iterator[None]:
+    with pytest.raises(UserError) as error:
+        yield
+    text, at = str(error.value), 0
+    assert "\n" not in text
+    for part in message.split("..."):
+        assert part in text[at:], text
+        at = text.index(part, at)
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    """`with refused(message)`: a `UserError` of one line in which every part of `message`, split at `...`, appears in order."""
+    return _refused

@@ -43,8 +43,8 @@ def test_the_dict_is_json(case):
 
 def test_weights_are_not_read(maverick, monkeypatch):
     """The table of a 400B model has to come at once."""
-    from maverick_jax.convert import ModelDirectory, safetensors
+    from maverick_jax.convert import ModelDirectory, tensor_file
 
-    monkeypatch.setattr(safetensors, "read_box", lambda *_: pytest.fail("read weights"))
+    monkeypatch.setattr(tensor_file.os, "preadv", lambda *_: pytest.fail("read weights"))
     monkeypatch.setattr(ModelDirectory, "read", lambda *_: pytest.fail("read weights"))
     table(maverick.source), table(maverick.converted)

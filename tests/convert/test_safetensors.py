@@ -5,20 +5,19 @@ import json
 import numpy as np
 import pytest
 
-from maverick_jax.config import Config
-from maverick_jax.convert import open_huggingface, safetensors
+from maverick_jax.convert import open_source, safetensors, tensor_file
 from maverick_jax.errors import UserError
 from oracle.port import convert as expected_parameter
 
 
-@pytest.fixture(params=[64, 4096, safetensors.SCRATCH])
+@pytest.fixture(params=[64, 4096, tensor_file.SCRATCH])
 def scratch(request, monkeypatch):
     """Reads smaller than a row, than a matrix, and larger than either."""
-    monkeypatch.setattr(safetensors, "SCRATCH", request.param)
+    monkeypatch.setattr(tensor_file, "SCRATCH", request.param)
 
 
 def test_every_parameter_is_what_transformers_has(case):
-    source = open_huggingface(case.source, Config.from_directory(case.source))
+    source = open_source(case.source)
     tensors = case.tensors
     for name, (shape, dtype) in source.parameters.items():
         assert dtype == "bfloat16"
@@ -41,7 +40,7 @@ def test_every_parameter_is_what_transformers_has(case):
     ],
 )
 def test_a_slice_is_that_slice_of_the_whole(maverick, scratch, name):
-    source = open_huggingface(maverick.source, Config.from_directory(maverick.source))
+    source = open_source(maverick.source)
     shape, _ = source.parameters[name]
     whole = expected_parameter(name, shape, maverick.tensors)
     random = np.random.default_rng(0)
@@ -53,10 +52,10 @@ def test_a_slice_is_that_slice_of_the_whole(maverick, scratch, name):
 
 def test_a_slice_reads_little_more_than_itself(maverick, monkeypatch):
     """A reader that takes whole stacks of experts would need 21 GB for one of Maverick's."""
-    source = open_huggingface(maverick.source, Config.from_directory(maverick.source))
+    source = open_source(maverick.source)
     read = []
-    preadv = safetensors.os.preadv
-    monkeypatch.setattr(safetensors.os, "preadv", lambda *args: read.append(preadv(*args)) or read[-1])
+    preadv = tensor_file.os.preadv
+    monkeypatch.setattr(tensor_file.os, "preadv", lambda *args: read.append(preadv(*args)) or read[-1])
     values = source.read("text.layers.1.feed_forward.experts.down", (slice(3, 4), slice(0, 96), slice(0, 160)))
     assert sum(read) == values.nbytes
     read.clear()
@@ -79,6 +78,20 @@ def test_headers_of_every_dtype_survive_the_library(tmp_path):
         assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == {n: (v.shape, v.dtype) for n, v in tensors.items()}
 
 
+def test_bfloat16_and_fp8_are_where_the_library_put_them(tmp_path):
+    """Neither exists in numpy's own loader; torch's library is the witness."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {"wide": torch.randn(3, 5).bfloat16(), "narrow": torch.randn(7, 3).to(torch.float8_e4m3fn)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for name, tensor in safetensors.read_header(tmp_path / "model.safetensors").items():
+        out = np.empty(tensor.shape, tensor.dtype)
+        tensor_file.read_box(tensor.file, tensor.offset, tensor.shape, tuple(slice(0, size) for size in tensor.shape), out)
+        assert tensor.dtype.name == str(tensors[name].dtype).removeprefix("torch.")
+        assert out.tobytes() == tensors[name].view(torch.uint8).numpy().tobytes()
+
+
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 MUTILATED = {
     "empty": (b"", "is not a safetensors file"),
@@ -88,11 +101,25 @@ MUTILATED = {
     "no object": ((5).to_bytes(8, "little") + b"[1,2]", "damaged header"),
     "entry without shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, "damaged header"),
     "bytes against shape": ({"a": ENTRY | {"shape": [2, 4]}}, r"shape \[2, 4\] of F32 does not take bytes 0 to 24"),
-    "negative offset": ({"a": ENTRY | {"data_offsets": [-24, 0]}}, "does not take bytes -24 to 0"),
+    "negative offset": ({"a": ENTRY | {"data_offsets": [-24, 0]}}, "a size or an offset is not a number of bytes that a file can have"),
     "overlap": ({"a": ENTRY, "b": ENTRY}, "b does not begin where a ends"),
     "gap": ({"a": ENTRY, "b": ENTRY | {"data_offsets": [48, 72]}}, "b does not begin where a ends"),
-    "fp8": ({"a": ENTRY | {"dtype": "F8_E4M3"}}, "a has dtype F8_E4M3; BF16, F16, F32 are supported"),
+    "no dtype of weights": ({"a": ENTRY | {"dtype": "F8_E5M2"}}, "a has dtype F8_E5M2; BF16, F16, F32, F8_E4M3 are supported"),
     "truncated": ({"a": ENTRY | {"shape": [2, 4], "data_offsets": [0, 32]}}, "ends 8 bytes before `a` does: the download is incomplete"),
+    "a tensor larger than any file": (
+        {"a": ENTRY | {"shape": [10**18], "data_offsets": [0, 4 * 10**18]}},
+        f"ends {4 * 10**18 - 24} bytes before `a` does",
+    ),
+    "a shape larger than its bytes": ({"a": ENTRY | {"shape": [10**18, 10**18]}}, "does not take bytes 0 to 24"),
+    "a size of more than 63 bits": ({"a": ENTRY | {"shape": [10**30]}}, "a size or an offset is not a number of bytes"),
+    "an offset of more than 63 bits": ({"a": ENTRY | {"data_offsets": [10**30, 10**30 + 24]}}, "a size or an offset is not a number"),
+    "a far offset": ({"a": ENTRY | {"data_offsets": [10**18, 10**18 + 24]}}, "a does not begin where its header ends"),
+    "end before begin": ({"a": ENTRY | {"data_offsets": [24, 0]}}, "does not take bytes 24 to 0"),
+    "a fraction": ({"a": ENTRY | {"shape": [2.0, 3]}}, "a size or an offset is not a number of bytes"),
+    "a truth value": ({"a": ENTRY | {"shape": [True, 6]}}, "a size or an offset is not a number of bytes"),
+    "a header of an exabyte": ((10**18).to_bytes(8, "little") + b"{}", "is not a safetensors file"),
+    "a name twice": (b'{"a": {}, "a": {}}', "a appears twice"),
+    "nested too deep": (b"[" * 100_000, "damaged header"),
     "too long": ({"a": ENTRY | {"shape": [2, 2], "data_offsets": [0, 16]}}, "goes on for 8 bytes after its last tensor"),
 }
 
@@ -103,6 +130,8 @@ def test_a_header_that_cannot_be_is_refused(tmp_path, case):
     if isinstance(content, dict):
         text = json.dumps(content).encode()
         content = len(text).to_bytes(8, "little") + text + bytes(24)
+    elif content[:1] in (b"{", b"["):
+        content = len(content).to_bytes(8, "little") + content
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -114,4 +143,4 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(10))
     with pytest.raises(UserError, match=r"model\.safetensors became shorter"):
-        safetensors.read_box(file, 0, (6,), (slice(0, 6),), np.empty(6, np.float32))
+        tensor_file.read_box(file, 0, (6,), (slice(0, 6),), np.empty(6, np.float32))

@@ -1,26 +1,29 @@
 """Conversion: Orbax reads what we made, an interruption costs nothing, memory does not grow."""
 
+import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import xxhash
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
+from safetensors.torch import load_file
 
 from maverick_jax.config import Config, TextConfig
-from maverick_jax.convert import convert, names, open_model_directory, safetensors
+from maverick_jax.convert import Source, convert, names, open_model_directory, places, safetensors
+from maverick_jax.convert.huggingface import INDEX
 from maverick_jax.convert.orbax import flatten, unflatten
-from maverick_jax.convert.writer import Writer
+from maverick_jax.convert.writer import Leaf, Writer, array_spec
 from maverick_jax.errors import UserError
 from oracle.port import convert as expected_parameter
 
@@ -56,8 +59,8 @@ def test_orbax_alone_reads_them_sharded(maverick):
 
 def test_orbax_knows_the_real_shapes(case):
     described = flatten(ocp.metadata(case.converted / "params").metadata)
-    places = names.find_places(Config.from_directory(case.source))
-    assert {name: tuple(leaf.shape) for name, leaf in described.items()} == {name: place.shape for name, place in places.items()}
+    found = names.find_places(Config.from_directory(case.source))
+    assert {name: tuple(leaf.shape) for name, leaf in described.items()} == {name: place.shape for name, (_, place) in found.items()}
 
 
 def test_the_directory_holds_what_a_model_needs_and_nothing_else(maverick):
@@ -68,24 +71,66 @@ def test_the_directory_holds_what_a_model_needs_and_nothing_else(maverick):
     assert manifest["format"] == 1
     assert manifest["parameters"] == sum(tensor.size for tensor in maverick.tensors.values())
     assert manifest["bytes"] == 2 * manifest["parameters"]
-    assert manifest["source"] == {file.name: file.stat().st_size for file in maverick.source.glob("*.safetensors")}
+    assert (manifest["kind"], manifest.get("target")) == ("Hugging Face", None)
+    assert manifest["source"] == {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in maverick.source.glob("*.safetensors")
+    }
 
 
-def test_chunks_of_zeros_are_kept(maverick, tmp_path):
-    """Zarr leaves chunks of its fill value out; then they would look missing, and be written again at each resumption."""
-    parameters, chunks = {"zeros": ((4, 2), np.dtype(np.float32))}, {"zeros": (2, 2)}
-    writer = Writer(tmp_path / "params", parameters, chunks)
-    first = (slice(0, 2), slice(0, 2))
-    assert not writer.has("zeros", first)
-    writer.write("zeros", first, np.zeros((2, 2), np.float32))
-    writer.close()
-    assert Writer(tmp_path / "params", parameters, chunks).has("zeros", first)
+def test_the_manifest_says_what_every_tensor_was_made_from(case):
+    """Digests of the stored tensors, by another reader of safetensors."""
+    manifest = json.loads((case.converted / "manifest.json").read_text())
+    index = json.loads((case.source / INDEX).read_text())["weight_map"]
+    expected = {}
+    for file in case.source.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            expected[f"{file.name}:{name}"] = xxhash.xxh3_128_hexdigest(tensor.view(torch.uint8).numpy().tobytes())
+    found = names.find_places(Config.from_directory(case.source))
+    assert list(manifest["tensors"]) == list(found)
+    for name, (stored, place) in found.items():
+        entry, key = manifest["tensors"][name], f"{index[stored]}:{stored}"
+        assert (tuple(entry["shape"]), entry["dtype"], entry["transform"]) == (place.shape, "bfloat16", "copy")
+        assert entry["from"] == {key: expected[key]}
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_the_summary_counts_all_that_was_done(maverick, tmp_path, digests):
+    """People judge by it whether a conversion did what they wanted."""
+    summary = convert(maverick.source, tmp_path / "out", digests=digests, progress=False)
+    count = sum(tensor.size for tensor in maverick.tensors.values())
+    assert (summary.kind, summary.parameters, summary.tensors) == (
+        "Hugging Face",
+        count,
+        len(maverick.tensors) + 2,
+    )  # gate|up in two layers
+    assert (summary.bytes_read, summary.bytes_written, summary.resumed, summary.not_finite) == (2 * count, 2 * count, 0, [])
+
+
+def test_without_digests_the_weights_are_the_same(maverick, tmp_path):
+    convert(maverick.source, tmp_path / "out", digests=False, progress=False)
+    _assert_same_params(tmp_path / "out", maverick.converted)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert not any("digest" in entry for entry in manifest["tensors"].values())
+
+
+def test_chunks_of_zeros_are_kept(tmp_path):
+    """Zarr may leave chunks of its fill value out; then they would look missing, and be written again at each resumption."""
+    import tensorstore
+
+    writer = Writer(tmp_path / "params", {"zeros": Leaf((4, 3), np.dtype(np.float32), (2, 2))})
+    for index in places.chunk_indices((4, 3), (2, 2)):
+        writer.write("zeros", index, np.zeros([part.stop - part.start for part in index], np.float32))
+    files = [file for file in (tmp_path / "params/state/zeros/c").rglob("*") if file.is_file()]
+    assert [file.stat().st_size for file in files] == [16] * 4
+    array = tensorstore.open(array_spec(tmp_path / "params", "zeros"), open=True).result()
+    np.testing.assert_array_equal(array.read().result(), np.zeros((4, 3), np.float32))
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Many chunks per tensor, even in a tiny model."""
-    monkeypatch.setattr(names, "BLOCK", 1 << 14)
+    monkeypatch.setattr(places, "BLOCK", 1 << 14)
 
 
 @pytest.fixture
@@ -99,7 +144,7 @@ def written(monkeypatch) -> list[tuple]:
 
 def test_an_interrupted_conversion_goes_on(maverick, tmp_path, small_blocks, written, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("maverick_jax.convert.huggingface.HuggingFace.read", _fails_after(100))
+        patch.setattr(Source, "read", _fails_after(100))
         with pytest.raises(KeyboardInterrupt):
             convert(maverick.source, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -111,9 +156,7 @@ def test_an_interrupted_conversion_goes_on(maverick, tmp_path, small_blocks, wri
 
 
 def _fails_after(count: int):
-    from maverick_jax.convert.huggingface import HuggingFace
-
-    read, calls = HuggingFace.read, []
+    read, calls = Source.read, []
 
     def interrupted(self, name, index):
         calls.append(name)
@@ -128,7 +171,7 @@ def _fails_after(count: int):
 def test_a_skeleton_that_was_cut_short_is_made_again(maverick, tmp_path, monkeypatch, part):
     """Killed inside Orbax's own save, or between it and the first chunk."""
     with monkeypatch.context() as patch:
-        patch.setattr("maverick_jax.convert.huggingface.HuggingFace.read", _fails_after(0))
+        patch.setattr(Source, "read", _fails_after(0))
         with pytest.raises(KeyboardInterrupt):
             convert(maverick.source, tmp_path / "out", progress=False)
     partial = tmp_path / "out.partial"
@@ -139,36 +182,6 @@ def test_a_skeleton_that_was_cut_short_is_made_again(maverick, tmp_path, monkeyp
     convert(maverick.source, tmp_path / "out", progress=False)
     _assert_same_params(tmp_path / "out", maverick.converted)
     assert not list((tmp_path / "out").glob("*tmp*"))
-
-
-SLOW_CONVERSION = """
-import sys, time
-from maverick_jax.convert import convert, names
-from maverick_jax.convert.writer import Writer
-names.BLOCK = 1 << 14
-write = Writer.write
-Writer.write = lambda self, *args: (time.sleep(0.005), write(self, *args))
-convert(sys.argv[1], sys.argv[2], progress=False)
-"""
-
-
-def test_a_killed_conversion_goes_on(maverick, tmp_path, small_blocks, written):
-    out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", SLOW_CONVERSION, maverick.source, out], cwd=ROOT)
-    matrices = "out.partial/params/state/*/c/*/*"  # Orbax's skeleton has one-element vectors only
-    while process.poll() is None and len(list(tmp_path.glob(matrices))) < 60:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not out.exists()
-    done = len(_chunk_files(tmp_path / "out.partial"))
-    convert(maverick.source, out, progress=False)
-    _assert_same_params(out, maverick.converted)
-    assert len(_chunk_files(out)) - len(written) == done >= 60
-
-
-def _chunk_files(directory: Path) -> list[Path]:
-    return [Path(folder, name) for folder, _, files in os.walk(directory / "params/state") for name in files if name.isdigit()]
 
 
 def _assert_same_params(directory: Path, other: Path) -> None:
@@ -182,11 +195,13 @@ def test_a_partial_directory_of_another_checkpoint_is_refused(maverick, tmp_path
     """Two fine-tunes have the same names, shapes and sizes: mixing them would go unnoticed."""
     source = shutil.copytree(maverick.source, tmp_path / "source")
     with monkeypatch.context() as patch:
-        patch.setattr("maverick_jax.convert.huggingface.HuggingFace.read", _fails_after(3))
+        patch.setattr(Source, "read", _fails_after(3))
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "out", progress=False)
     os.utime(next(source.glob("*.safetensors")))
-    with pytest.raises(UserError, match=r"out\.partial was begun from another checkpoint, or this one has changed"):
+    with pytest.raises(
+        UserError, match=r"out\.partial was begun from another checkpoint or with other options, or the checkpoint has changed since"
+    ):
         convert(source, tmp_path / "out", progress=False)
 
 
@@ -237,9 +252,9 @@ def _write_random_checkpoint(directory: Path) -> bytes:
         nope_layers=(),
     )
     config = Config(text=text)
-    places = names.find_places(config)
-    header = safetensors.make_header({place.tensor: (place.stored_shape, np.dtype(jnp.bfloat16)) for place in places.values()})
-    left = sum(np.prod(place.shape) * 2 for place in places.values())
+    found = names.find_places(config).values()
+    header = safetensors.make_header({stored: (place.stored_shape, np.dtype(jnp.bfloat16)) for stored, place in found})
+    left = sum(np.prod(place.shape) * 2 for _, place in found)
     noise = np.random.default_rng(0).bytes(1 << 24)
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config.to_huggingface()))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from maverick_jax.checkpoint import load, save
-from maverick_jax.convert import convert, export, names, to_pytorch
+from maverick_jax.convert import convert, export, places, to_pytorch
 from maverick_jax.errors import UserError
 
 
@@ -37,7 +37,7 @@ def test_a_round_trip_changes_no_bit(case, tmp_path):
 def test_shards_and_their_index_agree(maverick, tmp_path, monkeypatch):
     """Small shards and blocks: every file within the limit, or one tensor; the index as transformers reads it."""
     monkeypatch.setattr(to_pytorch, "SHARD", 1_000_000)
-    monkeypatch.setattr(names, "BLOCK", 1 << 14)
+    monkeypatch.setattr(places, "BLOCK", 1 << 14)
     out = export(maverick.converted, tmp_path / "exported", progress=False)
     assert_same_tensors(out, maverick.source)
     index = json.loads((out / "model.safetensors.index.json").read_text())

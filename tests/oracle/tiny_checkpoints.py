@@ -110,18 +110,82 @@ def save_checkpoint(model: torch.nn.Module, directory: Path, *, release_spelling
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(directory, max_shard_size=shard_size)
     if release_spelling:
-        file = directory / "config.json"
-        values = json.loads(file.read_text())
-        for part in [values[key] for key in ("text_config", "vision_config") if key in values] or [values]:
-            rope = part.pop("rope_parameters")
-            part["rope_theta"] = rope.pop("rope_theta")
-            part["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-            part["torch_dtype"] = part.pop("dtype", "bfloat16")
-            part.pop("layer_types", None)
-            part.pop("moe_layers", None)
-            if "no_rope_layers" in part:
-                part["no_rope_layers"] = []
-        file.write_text(json.dumps(values, indent=2))
+        _spell_as_released(directory / "config.json")
+    return directory
+
+
+def _spell_as_released(file: Path) -> None:
+    values = json.loads(file.read_text())
+    for part in [values[key] for key in ("text_config", "vision_config") if key in values] or [values]:
+        rope = part.pop("rope_parameters")
+        part["rope_theta"] = rope.pop("rope_theta")
+        part["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        part["torch_dtype"] = part.pop("dtype", "bfloat16")
+        part.pop("layer_types", None)
+        part.pop("moe_layers", None)
+        if "no_rope_layers" in part:
+            part["no_rope_layers"] = []
+    file.write_text(json.dumps(values, indent=2))
+
+
+FP8_QUANTIZATION = {  # of the official FP8 checkpoint (spec section 5.2)
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
+            "output_activations": None,
+        }
+    },
+    "kv_cache_scheme": None,
+    "ignore": ["re:.*lm_head", "re:.*self_attn.*", "re:.*router", "re:.*shared_expert.*", "re:.*vision_model.*"],
+}
+
+
+def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[out, in] float8_e4m3fn and [out, 1] bfloat16 of a matrix [out, in], as compressed-tensors quantizes per channel."""
+    scales = (weight.abs().amax(dim=1, keepdim=True) / 448.0).to(torch.bfloat16)
+    return (weight / scales.float()).clamp(-448, 448).to(torch.float8_e4m3fn), scales
+
+
+def fp8_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors as the official FP8 checkpoint has them: routed experts one by one in FP8, all else in bfloat16."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        prefix, _, last = name.rpartition(".")
+        if last not in ("gate_up_proj", "down_proj"):
+            tensors[name] = tensor.to(torch.bfloat16)
+            continue
+        parts = tensor.chunk(2, dim=-1) if last == "gate_up_proj" else [tensor]
+        for part, stack in zip(("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",), parts, strict=True):
+            for expert, matrix in enumerate(stack):
+                stored = f"{prefix}.{expert}.{part}.weight"
+                tensors[stored], tensors[f"{stored}_scale"] = quantize_fp8(matrix.T.contiguous())
+    return tensors
+
+
+def save_fp8_checkpoint(model: torch.nn.Module, directory: Path, *, shard_bytes: int | None = 500_000) -> Path:
+    """Write the model as the official FP8 checkpoint is: the shards that `save_pretrained` would make, or a single file."""
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in fp8_tensors(model).items():
+        if shard_bytes and sum(some.nbytes for some in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor.contiguous()
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] if shard_bytes else ["model.safetensors"]
+    model.config.save_pretrained(directory)
+    for file, tensors in zip(files, shards, strict=True):
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if shard_bytes:
+        index = {name: file for file, tensors in zip(files, shards, strict=True) for name in tensors}
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
+    _spell_as_released(directory / "config.json")
+    values = json.loads((directory / "config.json").read_text()) | {"quantization_config": FP8_QUANTIZATION}
+    (directory / "config.json").write_text(json.dumps(values, indent=2))
     return directory
 
 

@@ -43,6 +43,18 @@ def test_a_decode_step_moves_its_arguments_once(preset, layout):
 
 
 @needs_tpu_compiler
+@pytest.mark.parametrize("dtype, layout", [("fp8", THROUGHPUT), ("int4", LATENCY)], ids=["fp8", "int4"])
+def test_a_decode_step_reads_experts_as_they_are_stored(dtype, layout):
+    """No copy of the experts in bfloat16: what is moved and held stays in proportion to the bytes that are stored."""
+    config, mesh = small(layers=2), target_mesh(Topology.parse("v6e:4x4"), (1, 4, 4))
+    done = compile_program(Programs(config, mesh, layout, dtype).decode(16, 1024), mesh)
+    experts_in_bfloat16 = 2 * 128 * 3 * 5120 * 8192 / mesh.size
+    assert done.arguments < {"fp8": 0.65, "int4": 0.4}[dtype] * experts_in_bfloat16
+    assert done.traffic.hbm < 1.15 * done.arguments
+    assert done.temporaries < 0.1 * experts_in_bfloat16
+
+
+@needs_tpu_compiler
 def test_a_long_prompt_holds_no_square_of_scores():
     """256k tokens on four chips: the scores of one head, a quarter of them on each chip, would be 69 GB."""
     text = dataclasses.replace(small().text, hidden_size=512, intermediate_size_mlp=1024, num_attention_heads=4, num_key_value_heads=4)

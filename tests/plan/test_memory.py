@@ -33,10 +33,17 @@ def test_weights_of_maverick_on_64_chips(case):
 
 @pytest.mark.parametrize(
     "dtype, total",
-    [("bfloat16", 2 * ALL), ("float32", 4 * ALL), ("fp8", ROUTED + 2 * SCALES + 2 * (ALL - ROUTED))],
+    [
+        ("bfloat16", 2 * ALL),
+        ("float32", 4 * ALL),
+        ("fp8", ROUTED + 2 * SCALES + 2 * (ALL - ROUTED)),
+        ("int8", ROUTED + 4 * SCALES + 2 * (ALL - ROUTED)),
+        ("int4", ROUTED // 2 + 4 * ROUTED // 128 + 2 * (ALL - ROUTED)),
+    ],
 )
 def test_weights_in_all(case, dtype, total):
-    """One device holds the whole model, each parameter once; FP8 has bfloat16 scales and leaves the rest in bfloat16."""
+    """One device holds the whole model, each parameter once. What is quantized has scales, bfloat16 in FP8, else float32, for every
+    output channel, or in int4 for 128 weights; the rest stays in bfloat16."""
     found = case("h100:1", dtype=dtype)
     assert found.weight_total == sum(found.weight_bytes.values()) == total
 
@@ -45,6 +52,12 @@ def test_fp8_scales_lie_with_their_channels(case):
     """expert=2, tensor=4: scales of gate and up are divided like their widths, those of down only like the experts."""
     found = case("h100:8", expert=2, tensor=4, dtype="fp8").weight_bytes["routed experts"]
     assert found == ROUTED // 8 + 2 * 24 * 128 * (2 * 8192 // 8 + 5120 // 2)
+
+
+def test_int4_scales_are_divided_like_their_weights(case):
+    """In down the scales of groups of inputs go with the inputs: widths over all devices leave nothing whole."""
+    found = case("h100:8", tensor=8, dtype="int4").weight_bytes["routed experts"]
+    assert found == (ROUTED // 2 + 4 * ROUTED // 128) // 8
 
 
 def test_fp8_is_the_size_of_the_released_checkpoint(case):

@@ -4,10 +4,9 @@ from maverick_jax.plan import make_plan
 
 
 def test_notes(maverick_config):
-    """Rows that no device shares, a format that nobody runs yet, memory that jax does not take by itself: each is said."""
+    """Rows that no device shares, memory that jax does not take by itself: each is said."""
     tight = make_plan(maverick_config, topology="h100:8", dtype="fp8", mesh={"expert": 2, "tensor": 4}, batch=63)
     assert [note.split(":")[0] for note in tight.notes] == [
-        "FP8 is planned, not yet run by this package.",
         "batch 63 is no multiple of 2",
         "jax takes 75 % of a GPU's memory by default",
     ]

@@ -1,0 +1,49 @@
+"""A model directory in an object store: its small files are fetched, its weights are read where they are.
+
+The local copy has a file `params` with the address of the weights in the place of the folder `params/`.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from typing import TYPE_CHECKING
+
+from maverick_jax.convert.companions import COMPANIONS, PARAMS
+from maverick_jax.convert.manifest import MANIFEST
+from maverick_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
+
+
+@functools.cache
+def fetch(url: str) -> tempfile.TemporaryDirectory:
+    """The local copy of `gs://bucket/model`, kept until the process ends.
+
+    Raises:
+      UserError: no access, what it takes is not installed, or there is no finished model directory.
+    """
+    from etils import epath
+
+    if not url.startswith("gs://"):
+        raise UserError(f"{url}: of object stores only gs:// is supported.")
+    local = tempfile.TemporaryDirectory(prefix="maverick-")
+    try:
+        _copy(epath.Path(url), epath.Path(local.name))
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"reading {url} takes gcsfs: pip install 'maverick-jax[gcs]'.") from error
+    except Exception as error:  # the client raises many kinds: no such bucket, no credentials, no network
+        raise UserError(f"{url} cannot be read: {error}") from error
+    return local
+
+
+def _copy(source: epath.Path, destination: epath.Path) -> None:
+    if not (source / MANIFEST).exists():
+        raise UserError(f"{source} is not a finished model directory: it has no {MANIFEST}. Copy one there that `maverick convert` made.")
+    for file in source.iterdir():
+        if file.name == MANIFEST or any(file.match(pattern) for pattern in COMPANIONS):
+            (destination / file.name).write_bytes(file.read_bytes())
+    (destination / PARAMS).write_text(str(source / PARAMS))

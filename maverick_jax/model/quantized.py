@@ -1,0 +1,136 @@
+"""Quantized weights in a model: which weights can be, the leaves they then have, and the module that takes a weight's place.
+
+A quantized weight `X` has two leaves, `X.values` and `X.scales`; what they hold says `ops.quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from types import EllipsisType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from maverick_jax.errors import UserError
+from maverick_jax.model.llama4 import Llama4
+from maverick_jax.model.parameter import Axes, Sides, parameter_name
+from maverick_jax.ops.quantize import FORMATS, QuantizedArray, Shape, quantized_shapes
+
+Stored = tuple[Shape, Any]  # shape and dtype
+COMPONENTS = ("experts", "shared", "dense", "attention")
+VALUES = {form.values: form.packed for form in FORMATS.values()}
+SCALES = (jnp.dtype("bfloat16"), jnp.dtype("float16"), jnp.dtype("float32"))
+
+
+class QuantizedWeight(nnx.Module):
+    """In the place of an `nnx.Param`: `weight[...]` is what a product takes, `weight.shape` what it stands for."""
+
+    def __init__(self, values: nnx.Param, scales: nnx.Param, shape: Shape):
+        self.values = values
+        self.scales = scales
+        self.shape = shape
+
+    def __getitem__(self, _: EllipsisType) -> QuantizedArray:
+        return QuantizedArray(self.values[...], self.scales[...])
+
+
+def component(path: tuple) -> str | None:
+    """Which of `COMPONENTS` a parameter belongs to: `("text", "layers", 1, "feed_forward", "experts", "gate")` -> "experts"."""
+    match path:
+        case ("text", "layers", _, "attention", *_):
+            return "attention"
+        case ("text", "layers", _, "feed_forward", "experts" | "shared" as part, *_):
+            return part
+        case ("text", "layers", _, "feed_forward", "gate" | "up" | "down", *_):
+            return "dense"
+    return None
+
+
+def quantizable(model: Llama4, components: Collection[str] = ("experts",)) -> Iterator[tuple[str, nnx.Param]]:
+    """Name and parameter of every weight of these components. `param.get_metadata()["sides"]` says which axes are its inputs."""
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if component(path) in components:
+            yield parameter_name(path), leaf
+
+
+def quantized_leaves(model: Llama4, form: str, components: Collection[str] = ("experts",)) -> dict[str, Stored]:
+    """Shape and dtype of every leaf that the model has once these components are quantized, by dotted name.
+
+    Args:
+      model: unquantized; abstract will do.
+      form: one of `FORMATS`.
+    """
+    chosen, found = dict(quantizable(model, components)), {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = parameter_name(path)
+        if name in chosen:
+            values, scales = _shapes(leaf, form)
+            found[f"{name}.values"], found[f"{name}.scales"] = (values, FORMATS[form].values), (scales, FORMATS[form].scales)
+        else:
+            found[name] = (leaf.shape, np.dtype(leaf.dtype))
+    return found
+
+
+def _shapes(leaf: nnx.Param, form: str) -> tuple[Shape, Shape]:
+    stack, inputs = leaf.get_metadata()["sides"]
+    return quantized_shapes(leaf.shape, FORMATS[form], outputs=len(leaf.shape) - stack - inputs, experts=bool(stack))
+
+
+def set_quantized(model: Llama4, stored: Mapping[str, Stored]) -> None:
+    """Put a `QuantizedWeight` with abstract leaves in the place of every weight `X` of which `X.values` is stored.
+
+    Args:
+      model: unquantized, abstract.
+      stored: shape and dtype of every parameter of a checkpoint, by dotted name.
+
+    Raises:
+      UserError: names a parameter whose scales are missing, or whose shape or dtype does not fit.
+    """
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = parameter_name(path)
+        if f"{name}.values" in stored and "sides" in leaf.get_metadata():
+            parent: Any = model
+            for part in path[:-1]:
+                parent = parent[part] if isinstance(part, int) else getattr(parent, str(part))
+            setattr(parent, str(path[-1]), _quantized(name, leaf, stored))
+
+
+def _quantized(name: str, leaf: nnx.Param, stored: Mapping[str, Stored]) -> QuantizedWeight:
+    axes: Axes = leaf.get_metadata()["axes"]
+    sides: Sides = leaf.get_metadata()["sides"]
+    if f"{name}.scales" not in stored:
+        raise UserError(f"{name}.values is stored without {name}.scales: convert the checkpoint again.")
+    (values, values_dtype), (scales, scales_dtype) = (
+        (tuple(shape), np.dtype(dtype)) for shape, dtype in (stored[f"{name}.values"], stored[f"{name}.scales"])
+    )
+    if values_dtype not in VALUES:
+        raise UserError(f"{name}.values has dtype {values_dtype}: {', '.join(map(str, VALUES))} are supported.")
+    if scales_dtype not in SCALES:
+        raise UserError(f"{name}.scales has dtype {scales_dtype}: {', '.join(map(str, SCALES))} are supported.")
+    last = sides.stack + sides.inputs
+    packed = 1 + VALUES[values_dtype]
+    expected = (*leaf.shape[: last - 1], leaf.shape[last - 1] // packed, *leaf.shape[last:])
+    if values != expected or leaf.shape[last - 1] % packed:
+        raise UserError(f"{name}.values has shape {values}, config.json asks for {expected} in {values_dtype}.")
+    groups = scales[sides.stack] if len(scales) > sides.stack else 0
+    lead, outputs = slice(0, sides.stack), slice(last, None)
+    stored_inputs = int(np.prod(values[sides.stack : last]))
+    if scales != (*leaf.shape[lead], groups, *leaf.shape[outputs]) or not groups or stored_inputs % groups:
+        wanted = ", ".join(map(str, (*leaf.shape[lead], "G", *leaf.shape[outputs])))
+        raise UserError(
+            f"{name}.scales has shape {scales}, expected ({wanted}) with G a divisor of the {stored_inputs} rows of the values."
+        )
+    # Groups follow each other along the first input axis, and are divided with it.
+    group_axis = axes[sides.stack] if groups > 1 else None
+    return QuantizedWeight(
+        _abstract(values, values_dtype, axes),
+        _abstract(scales, scales_dtype, (*axes[lead], group_axis, *axes[outputs])),
+        tuple(leaf.shape),
+    )
+
+
+def _abstract(shape: Shape, dtype: np.dtype, axes: Axes) -> nnx.Param:
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
