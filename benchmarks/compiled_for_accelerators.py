@@ -7,6 +7,7 @@ local experts. Beside it stands the compiler's own `cost_analysis`, which counts
 examples:
   JAX_PLATFORMS=cpu python benchmarks/compiled_for_accelerators.py                      # every row of the tables
   JAX_PLATFORMS=cpu python benchmarks/compiled_for_accelerators.py --topology v6e:8x8 --model maverick --program decode
+  JAX_PLATFORMS=cpu python benchmarks/compiled_for_accelerators.py --topology h100:8 --model maverick --dtype fp8
 """
 
 import argparse
@@ -17,6 +18,7 @@ from maverick_jax.config import Config
 from maverick_jax.plan.compiled import Compiled, compile_program, target_mesh
 from maverick_jax.plan.programs import Programs
 from maverick_jax.plan.topology import Topology
+from maverick_jax.plan.weights import DTYPES
 from maverick_jax.sharding import get_layout
 
 BATCH, CONTEXT, PREFILL = 64, 8192, 8192
@@ -28,6 +30,8 @@ MESHES = {  # of a topology, by layout: data, expert, tensor
     ("v5p:4x4x4", "latency"): (1, 8, 8),
     ("h200:8", "throughput"): (1, 8, 1),
     ("h200:8", "latency"): (1, 1, 8),
+    ("h100:8", "throughput"): (1, 8, 1),
+    ("h100:8", "latency"): (1, 1, 8),
 }
 VMEM = {"xla_tpu_scoped_vmem_limit_kib": 114688}  # what a kernel may keep on the chip; the default is smaller
 HEADER = "| topology | model | layout | program | arguments | temporaries | HBM | x | cost_analysis | collectives | compiled in |"
@@ -51,8 +55,9 @@ def main() -> None:
     parser.add_argument("--layout", choices=("throughput", "latency"), action="append")
     parser.add_argument("--model", choices=("maverick", "scout"), action="append")
     parser.add_argument("--program", choices=("decode", "decode-vmem", "prefill", "vision", "million"), action="append")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the weights, as `maverick plan` has them")
     args = parser.parse_args()
-    print(f"jax {jax.__version__}; batch {BATCH}, context {CONTEXT}; prefill of {PREFILL} tokens, batch 1; sizes in GB per device\n")
+    print(f"jax {jax.__version__}; {args.dtype}; batch {BATCH}, context {CONTEXT}; prefill of {PREFILL} tokens, batch 1; sizes in GB per device\n")
     print(HEADER)
     print("|---" * HEADER.count(" | ") + "|---|")
     for (topology, layout), shape in MESHES.items():
@@ -60,7 +65,7 @@ def main() -> None:
             continue
         mesh, on_tpu = target_mesh(Topology.parse(topology), shape), not Topology.parse(topology).chip.is_gpu
         for model in args.model or ("maverick", "scout"):
-            programs = Programs(getattr(Config, model)(), mesh, get_layout(layout))
+            programs = Programs(getattr(Config, model)(), mesh, get_layout(layout), dtype=args.dtype)
             cases = [("decode", lambda p=programs: p.decode(BATCH, CONTEXT), {}, "")]
             if on_tpu:
                 cases += [

@@ -66,6 +66,7 @@ def building_together(out: Path) -> Iterator[Path]:
             multihost.exchange(mark.name)
             missing = [process for process, sees in enumerate(multihost.exchange(True)) if not sees]
             mark.unlink()
+            multihost.exchange("looked")  # only now does anyone ask what is in the directory
             _refuse_unseen(partial, missing)
             yield partial
             multihost.exchange("written")
@@ -74,7 +75,9 @@ def building_together(out: Path) -> Iterator[Path]:
         partial = partial_directory(out)
         mark = multihost.exchange(None)[0]
         sees = (partial / mark).exists()
-        _refuse_unseen(partial, [process for process, one in enumerate(multihost.exchange(sees)) if not one])
+        missing = [process for process, one in enumerate(multihost.exchange(sees)) if not one]
+        multihost.exchange("looked")
+        _refuse_unseen(partial, missing)
         yield partial
         multihost.exchange("written")
         multihost.exchange("renamed")

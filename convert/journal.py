@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ class Journal:
 
     def read(self) -> None:
         """Take in what all processes, now or in earlier attempts, have noted."""
-        files = sorted(self._directory.glob(NAME.format("*")))
+        entries = sorted(self._directory.iterdir())  # listed once: another process may be about to begin its own
+        files = [file for file in entries if fnmatch(file.name, NAME.format("*"))]
         begun = [line for file in files for line in itertools.islice(_lines(file), 1)]
-        others = [file for file in self._directory.iterdir() if file not in files]
+        others = [file for file in entries if file not in files]
         if (others and not begun) or any(line != self.task for line in begun):
             raise UserError(
                 f"{self._directory} was begun from another checkpoint or with other options, or the checkpoint has changed since: "

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help="TPU slice or GPUs of one host, such as v6e:8x8, v5p:4x4x4 or h100:8")
     parser.add_argument("--mesh", metavar="AXES", help="such as expert=8,tensor=8 (default: the fastest that fits)")
     parser.add_argument("--layout", help="throughput or latency (default: throughput; with --search: all)")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float32, or fp8 for routed experts in FP8 (default: bfloat16)")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float32, or routed experts in fp8, int8 or int4 (default: bfloat16)")
     parser.add_argument("--batch", type=int, default=64, metavar="B", help="rows that decode together (default: 64)")
     parser.add_argument("--context", type=int, default=8192, metavar="T", help="tokens that each row has room for (default: 8192)")
     parser.add_argument("--search", action="store_true", help="compare the meshes that divide and fit, the best first")
@@ -73,11 +73,8 @@ def _compile(plan):
     """The decode step of a plan (of a search: of the best) by the real compiler."""
     import jax
 
-    from maverick_jax.errors import UserError
     from maverick_jax.plan.compiled import compile_decode
 
-    if plan.case.dtype == "fp8":
-        raise UserError("FP8 is planned, not yet run by this package: --compile takes --dtype bfloat16 or float32.")
     jax.config.update("jax_platforms", "cpu")  # compiling needs no accelerator, and takes none from others
     print(f"compiling the decode step of {plan.case.topology.name} …", file=sys.stderr)
     return compile_decode(plan.case)

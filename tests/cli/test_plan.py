@@ -123,10 +123,3 @@ def test_compile(maverick, tmp_path):
     compiled = json.loads(result.out)["compiled"]
     assert compiled["collectives"]["all-to-all"]["count"] == 3
     assert compiled["arguments"] > compiled["temporaries"] > 0
-
-
-def test_fp8_cannot_be_compiled_yet(maverick):
-    """Planned, not run: said at once, not after minutes."""
-    result = maverick("plan", "--topology", "h100:8", "--dtype", "fp8", "--compile")
-    assert result.status == 2
-    assert "FP8 is planned, not yet run" in result.err

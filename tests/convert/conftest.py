@@ -7,19 +7,26 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from maverick_jax.convert import convert
 from maverick_jax.errors import UserError
 from oracle import tiny_checkpoints
+from oracle.meta_checkpoints import save_meta_checkpoint
 
 SMALL = {"text": {"num_hidden_layers": 4}, "vision": {"num_hidden_layers": 1}}
 VARIANTS = {
     "maverick": lambda: tiny_checkpoints.make_config("maverick", **SMALL),
     "scout": lambda: tiny_checkpoints.make_config("scout", **SMALL),
     "text_only": lambda: tiny_checkpoints.make_config("maverick", **SMALL).text_config,
+}
+WIDE = {  # every head and width divides among 8 ranks
+    "text": {"num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8},
+    "vision": {"num_hidden_layers": 1, "num_attention_heads": 8},
 }
 RAM, ENOUGH = Path("/dev/shm"), 1 << 28
 
@@ -85,6 +92,31 @@ def case(request, cases) -> Case:
 @pytest.fixture
 def maverick(cases) -> Case:
     return cases["maverick"]
+
+
+class Release(NamedTuple):
+    """A model of transformers, its Hugging Face checkpoint, and our conversion of that."""
+
+    model: torch.nn.Module
+    huggingface: Path
+    converted: Path
+
+
+@pytest.fixture(scope="session")
+def release(scratch_disk) -> Release:
+    model = tiny_checkpoints.make_model(tiny_checkpoints.make_config("maverick", **WIDE))
+    found = Release(model, scratch_disk / "wide", scratch_disk / "wide-converted")
+    with warnings.catch_warnings():  # torch's, about a buffer of transformers
+        warnings.simplefilter("ignore")
+        tiny_checkpoints.save_checkpoint(model, found.huggingface)
+    convert(found.huggingface, found.converted, progress=False)
+    return found
+
+
+@pytest.fixture(scope="session")
+def two_ranks(release, scratch_disk) -> Path:
+    """The same model in two of Meta's files."""
+    return save_meta_checkpoint(release.model, scratch_disk / "two-ranks", ranks=2)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,84 @@
+"""What quantized weights cost in accuracy: errors of weights and logits of tiny random models, answers of the mini model.
+
+    JAX_PLATFORMS=cpu python benchmarks/quantization_error.py
+
+From a checkout: the tiny models are the tests' own. Everything is converted by `maverick convert`'s code and computed in float32,
+so that what is measured is the rounding of the weights and nothing else. Needs the `test` extra; takes some minutes.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+import maverick_jax as mj
+from maverick_jax.assets import mini_directory
+from maverick_jax.convert import convert, open_model_directory
+from maverick_jax.convert.steps import multiply_out
+from maverick_jax.model.parameter import Sides
+from maverick_jax.model.quantized import COMPONENTS
+from maverick_jax.ops.quantize import FORMATS
+from maverick_jax.prompt import Tokenizer
+from maverick_jax.training.mini.evaluate import accuracy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from oracle.pair import picture_prompt, text_ids
+from oracle.tiny_checkpoints import make_config, make_model, save_checkpoint
+
+EXPERT = "text.layers.3.feed_forward.experts.gate"
+CHOICES: dict[str, Collection[str]] = {"experts": ("experts",), "all four": COMPONENTS}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {"mini": mini_directory()}
+        for variant in ("maverick", "scout"):
+            sources[variant] = save_checkpoint(make_model(make_config(variant)), Path(folder, variant))
+        print("| format | quantized | weights | Maverick: logits | same token | Scout: logits | same token | mini model: right |")
+        print("|---|---|---|---|---|---|---|---|")
+        exact = {variant: logits(sources[variant]) for variant in ("maverick", "scout")}
+        print(f"| bfloat16 | | | | | | | {right(sources['mini']):.1%} |", flush=True)
+        for form in FORMATS:
+            for name, components in CHOICES.items():
+                made = {model: Path(folder, f"{model}-{form}-{len(components)}") for model in sources}
+                for model, out in made.items():
+                    convert(sources[model], out, target=form, quantize=components, progress=False)
+                cells = [form, name, f"{weight_error(sources['mini'], made['mini']):.2%}"]
+                for variant, expected in exact.items():
+                    found = logits(made[variant])
+                    # The median: where rounding sends a token to another expert, its logits are others altogether.
+                    error = np.median(np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1))
+                    same = (found.argmax(axis=-1) == expected.argmax(axis=-1)).mean()
+                    cells += [f"{error:.2%}", f"{same:.1%}"]
+                print(f"| {' | '.join(cells)} | {right(made['mini']):.1%} |", flush=True)
+
+
+def weight_error(source: Path, made: Path) -> float:
+    """Root mean square error of an expert stack, of its own root mean square."""
+    model = open_model_directory(made)
+    whole = tuple(slice(0, size) for size in model.parameters[f"{EXPERT}.values"][0])
+    values, scales = model.read(f"{EXPERT}.values", whole), model.read(f"{EXPERT}.scales", (slice(None),) * 3)
+    weight = np.asarray(mj.load(source).text.layers[3].feed_forward.experts.gate[...], np.float32)
+    return float(np.linalg.norm(multiply_out(values, scales, Sides(1, 1)).astype(np.float32) - weight) / np.linalg.norm(weight))
+
+
+def logits(directory: Path) -> np.ndarray:
+    """Of four rows of text and of a prompt with two pictures, a row per token."""
+    model = mj.load(directory, dtype="float32")
+    ids, tiles = picture_prompt()
+    rows = [model(text_ids(4, 53)), model(ids, tiles)]
+    return np.concatenate([np.asarray(row).reshape(-1, row.shape[-1]) for row in rows])
+
+
+def right(directory: Path) -> float:
+    """Held-out questions that the model answers right, of 512."""
+    model = mj.load(directory, dtype="float32")
+    return accuracy(model, Tokenizer.from_directory(directory))["all"]
+
+
+if __name__ == "__main__":
+    main()
