@@ -103,7 +103,7 @@ def _is_fp8(directory: Path) -> bool:
     """Whether the directory is quantized as the official FP8 checkpoint is; any other way is refused by its name."""
     file = directory / "config.json"
     values = read_json(file)
-    found = next((q for part in (values, values.get("text_config") or {}) if (q := part.get("quantization_config"))), None)
+    found = next((q for part in (values, values.get("text_config")) if isinstance(part, dict) and (q := part.get("quantization_config"))), None)
     if found is None:
         if (directory / "hf_quant_config.json").is_file():
             raise UserError(f"{directory / 'hf_quant_config.json'}: quantized by NVIDIA ModelOpt, which is not supported: {INSTEAD}")
@@ -113,7 +113,8 @@ def _is_fp8(directory: Path) -> bool:
         detail = f" ({found['quant_algo']})" if isinstance(found, dict) and found.get("quant_algo") else ""
         raise UserError(f"{file}: quant_method {method!r}{detail} is not supported: {INSTEAD}")
     groups = found.get("config_groups")
-    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) and groups else [{}]
+    weights = [group.get("weights") if isinstance(group, dict) else None for group in (groups.values() if isinstance(groups, dict) else [])]
+    weights = [some if isinstance(some, dict) else {} for some in weights or [None]]
     wrong = {"format": found.get("format")} if found.get("format") != FP8_METHOD["format"] else {}
     wrong |= {name: some.get(name) for some in weights for name, value in FP8_WEIGHTS.items() if some.get(name) != value}
     if wrong:

@@ -22,6 +22,7 @@ WIDTHS = {  # the weight that shows it on its first axis
     "intermediate_size_mlp": "text.layers.{i}.feed_forward.gate",
     "intermediate_size": "text.layers.{i}.feed_forward.shared.gate",
 }
+EMBEDDING = "tok_embeddings.weight"
 NO_WEIGHTS = re.compile(r"(.*\.)?(_extra_state|rope\.freqs|(global|running)_gate_stats_3E|expert_activation_DE)")  # of training and caches
 
 
@@ -72,7 +73,7 @@ def _weights(file: Path) -> dict[str, Tensor]:
 
 
 def _with_widths(config: Config, ranks: list[dict[str, Tensor]]) -> Config:
-    """The config with vocabulary and feed-forward widths as the tensors have them."""
+    """The config with vocabulary, feed-forward widths and dtype as the tensors have them."""
     widths = {}
     for field, kind in WIDTHS.items():
         for row in names.META:
@@ -80,7 +81,8 @@ def _with_widths(config: Config, ranks: list[dict[str, Tensor]]) -> Config:
             found = [tensor for name, tensor in ranks[0].items() if row.ours == kind and re.fullmatch(pattern, name) and tensor.shape]
             if found:
                 widths[field] = found[0].shape[0] * len(ranks) // row.stored_axes.split()[0].count(row.ranks)
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, **widths))
+    dtypes = [tensor.dtype.name for name, tensor in ranks[0].items() if name == EMBEDDING]
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, **widths), dtype=(*dtypes, config.dtype)[0])
 
 
 def _choose(directory: Path, name: str, tensors: dict[str, Tensor], config: Config) -> Row:

@@ -38,8 +38,11 @@ def open_source(directory: str | Path) -> Source:
 
 
 def _check_directory(directory: Path) -> None:
-    if directory.is_dir():
-        return
+    try:
+        if directory.is_dir():
+            return
+    except OSError as error:
+        raise UserError(f"{directory} cannot be opened: {error.strerror}.") from error
     if directory.is_symlink():
         raise UserError(f"{directory} is a link that leads nowhere or in a circle: give the directory itself.")
     if directory.is_file():

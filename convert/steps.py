@@ -151,4 +151,7 @@ def _target(name: str, weight: Weight, inputs: Stored, target: str | None, compo
     if weight.component not in components:
         return None
     form = FORMATS[target]
+    assert weight.sides is not None
+    if form.packed and weight.shape[sum(weight.sides) - 1] % 2:
+        raise UserError(f"{name} has {weight.shape[sum(weight.sides) - 1]} inputs; {target} packs two in a byte: choose int8 or fp8.")
     return None if f"{name}.values" in inputs and inputs[f"{name}.values"][1] == form.values else form

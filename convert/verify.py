@@ -34,6 +34,7 @@ class Report:
       problems: one line each; none if all is well.
       tensors, bytes: whose digests were taken.
       rederived: tensors that were made from the source once more and compared.
+      exact: the weights are the checkpoint's own, nothing was rounded.
       seconds: that it took.
     """
 
@@ -41,6 +42,7 @@ class Report:
     tensors: int
     bytes: int
     rederived: int
+    exact: bool
     seconds: float
 
     def as_text(self) -> str:
@@ -82,7 +84,13 @@ def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, worke
         if not problems:
             raise
         problems.append(str(error))
-    return Report(problems, len(tensors), total, rederived, time.monotonic() - begin)
+    exact = not any(_rounds(entry) for entry in manifest.get("tensors", {}).values())
+    return Report(problems, len(tensors), total, rederived, exact, time.monotonic() - begin)
+
+
+def _rounds(entry: Mapping[str, Any]) -> bool:
+    """Whether a tensor's transform may have rounded values."""
+    return entry["transform"] in ("quantize", "requantize") or (entry["transform"] == "cast" and entry["dtype"] != "float32")
 
 
 def _bar(what: str, total: int, progress: bool) -> tqdm:

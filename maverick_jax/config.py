@@ -149,7 +149,7 @@ class Config:
             if file.is_file():
                 try:
                     values = json.loads(file.read_text(encoding="utf-8"))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{file} is not valid JSON ({error}): fetch it again.") from error
                 if not isinstance(values, dict):
                     raise UserError(f"{file} holds no JSON object: fetch it again.")
@@ -157,6 +157,8 @@ class Config:
                     config = read(values)
                 except UserError as error:
                     raise UserError(f"{file}: {error}") from error
+                except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+                    raise UserError(f"{file} has a value that no model has ({error}): fetch it again.") from error
                 return config._with_generation_config(directory / "generation_config.json")
         raise UserError(f"{directory} is not a checkpoint: it has neither config.json nor params.json.")
 

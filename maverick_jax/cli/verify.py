@@ -10,7 +10,7 @@ examples:
 
 import argparse
 
-from maverick_jax.cli.options import add_report_arguments, quiet_accelerator_search
+from maverick_jax.cli.options import add_report_arguments, note, quiet_accelerator_search
 
 DIFFERENT = 1
 
@@ -32,10 +32,33 @@ def run(args: argparse.Namespace) -> int:
     quiet_accelerator_search()
     progress = not (args.quiet or args.json)
     report = verify(args.model, args.against, workers=args.workers, progress=progress)
+    comparison = _compare(args.model, args.against, progress) if args.against and not report.problems else None
+    problems = list(report.problems)
+    if comparison and not comparison.agrees and report.exact:
+        problems.append(f"{comparison.worst.stage} differs from transformers' by {comparison.worst.relative:.1e} of its size.")
     if args.json:
-        print(json.dumps(dataclasses.asdict(report)))
+        forward = comparison and comparison.as_dict()
+        print(json.dumps(dataclasses.asdict(report) | {"problems": problems, "against_transformers": forward}))
     else:
         print(report.as_text())
-    for problem in report.problems:
+        if comparison:
+            print(f"\n{comparison.as_table()}")
+    for problem in problems:
         print(f"maverick: {problem}", file=sys.stderr)
-    return DIFFERENT if report.problems else 0
+    return DIFFERENT if problems else 0
+
+
+def _compare(model: str, source: str, progress: bool):
+    """Hidden states and logits beside transformers', where that can be done; else a note why not."""
+    import importlib.util
+    import pathlib
+
+    if not any(pathlib.Path(source).glob("*.safetensors")):
+        note("not compared with transformers: it reads no .pth files.")
+        return None
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        note("not compared with transformers: pip install 'maverick-jax[torch]' transformers")
+        return None
+    from maverick_jax.convert.compare import compare
+
+    return compare(model, source, progress=progress)

@@ -273,3 +273,24 @@ def test_an_unreadable_file_is_named(source, monkeypatch, refused):
     monkeypatch.setattr(safetensors, "open", denied, raising=False)
     with refused("model.safetensors cannot be read: Permission denied."):
         safetensors.read_header(source / "model.safetensors")
+
+
+NOT_A_MODEL = {
+    "nested without end": "[" * 100_000,
+    "a word for a number": '{"model_type": "llama4_text", "vocab_size": "abc", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}',
+    "no heads": '{"model_type": "llama4_text", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, "head_dim": null}',
+}
+
+
+@pytest.mark.parametrize("content", NOT_A_MODEL)
+def test_a_config_that_no_model_has_is_refused(source, tmp_path, content, refused):
+    """One line, whatever a file holds."""
+    (source / "config.json").write_text(NOT_A_MODEL[content])
+    with refused("config.json"):
+        convert(source, tmp_path / "out", progress=False)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_name_that_no_file_system_takes_is_refused(tmp_path, refused):
+    with refused("cannot be opened"):
+        convert("x" * 300, tmp_path / "out", progress=False)
