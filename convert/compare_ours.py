@@ -87,8 +87,9 @@ class Stored:
         for leaf in leaves:
             shape, _ = self.directory.parameters[leaf]
             index: Index = (*at, *(slice(0, size) for size in shape[len(at) :]))
-            arrays.append(jnp.asarray(self.directory.read(leaf, index)))
-        return arrays[0].astype(self.dtype) if len(arrays) == 1 else QuantizedArray(*arrays)
+            arrays.append(jnp.array(self.directory.read(leaf, index)))
+        # Wait: what runs ahead of the computation holds what it has read in stored form and in float32.
+        return jax.block_until_ready(arrays[0].astype(self.dtype) if len(arrays) == 1 else QuantizedArray(*arrays))
 
 
 class Experts(Stored):

@@ -102,8 +102,7 @@ def _is_file(file: Path) -> bool:
 def _is_fp8(directory: Path) -> bool:
     """Whether the directory is quantized as the official FP8 checkpoint is; any other way is refused by its name."""
     file = directory / "config.json"
-    values = read_json(file)
-    found = next((q for part in (values, values.get("text_config")) if isinstance(part, dict) and (q := part.get("quantization_config"))), None)
+    found = read_json(file).get("quantization_config")
     if found is None:
         if (directory / "hf_quant_config.json").is_file():
             raise UserError(f"{directory / 'hf_quant_config.json'}: quantized by NVIDIA ModelOpt, which is not supported: {INSTEAD}")

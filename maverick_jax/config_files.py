@@ -20,7 +20,7 @@ TEXT_SAME = (  # same name and meaning in the file and in TextConfig
 ).split()
 TEXT_READ: set[str] = {*TEXT_SAME} | set(
     "no_rope_layers no_rope_layer_interval moe_layers interleave_moe_layer_step rope_scaling rope_theta rope_parameters "
-    "attn_temperature_tuning bos_token_id eos_token_id pad_token_id torch_dtype dtype layer_types quantization_config".split()
+    "attn_temperature_tuning bos_token_id eos_token_id pad_token_id torch_dtype dtype layer_types".split()
 )
 TEXT_ONLY_VALUE = {  # fields whose other values ask for a computation that no Llama 4 release has
     "hidden_act": "silu",

@@ -24,7 +24,16 @@ def dispatchers_agree(texts):
     assert all(float(difference) <= ROUNDING and dropped == "0" for _, difference, dropped in found)
 
 
-CHECKS = {"01_quickstart": answers_right, "02_expert_parallelism": dispatchers_agree}
+def port_is_exact(texts):
+    assert "all as it was written" in texts
+    relative = [float(line.split()[-2 if line.endswith("%") else -1]) for line in re.findall(r"^layer \d+ .*\S", texts, re.MULTILINE)]
+    assert len(relative) == 8
+    assert max(relative) < 1e-4
+    assert "missing: 0  unexpected: 0" in texts
+    assert "tensors that differ: 0 of 145" in texts
+
+
+CHECKS = {"01_quickstart": answers_right, "02_expert_parallelism": dispatchers_agree, "03_port_a_checkpoint": port_is_exact}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
