@@ -27,9 +27,10 @@ from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4Tex
 from transformers.utils import logging
 
 import maverick_jax as mj
-from maverick_jax.convert import convert, export, inspect, open_model_directory
+from maverick_jax.convert import convert, export, inspect
 from maverick_jax.convert.compare import compare
 from maverick_jax.convert.verify import verify
+from maverick_jax.ops.quantize import dequantize
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -55,7 +56,7 @@ vision = Llama4VisionConfig(
 torch.manual_seed(0)
 model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision, image_token_index=1012))
 with torch.no_grad():
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim > 1:  # transformers' own initial values are so small that nothing shows in the logits
             parameter.normal_(std=1.2 / parameter.shape[-1] ** 0.5)
 model.to(torch.bfloat16).save_pretrained(folder / "pytorch", max_shard_size="2MB")
@@ -116,8 +117,6 @@ plt.show()
 # that token's jumps. Here is the first mixture layer's gate: what int4 rounds away, in units of the matrix's deviation.
 
 # %%
-from maverick_jax.ops.quantize import dequantize
-
 gates = [mj.load(folder / form).text.layers[1].feed_forward.experts.gate[...] for form in ("orbax", "int4")]
 weights = [np.asarray(gates[0], np.float32), np.asarray(dequantize(gates[1], lead=1), np.float32)]
 figure, axis = plt.subplots(figsize=(9, 2))
