@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--program", choices=("decode", "decode-vmem", "prefill", "vision", "million"), action="append")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the weights, as `maverick plan` has them")
     args = parser.parse_args()
-    print(f"jax {jax.__version__}; {args.dtype}; batch {BATCH}, context {CONTEXT}; prefill of {PREFILL} tokens, batch 1; sizes in GB per device\n")
+    print(f"jax {jax.__version__}; {args.dtype}; batch {BATCH}, context {CONTEXT}; prefill of {PREFILL} tokens, batch 1;")
+    print("sizes in GB per device\n")
     print(HEADER)
     print("|---" * HEADER.count(" | ") + "|---|")
     for (topology, layout), shape in MESHES.items():

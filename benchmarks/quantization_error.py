@@ -70,8 +70,8 @@ def logits(directory: Path) -> np.ndarray:
     """Of four rows of text and of a prompt with two pictures, a row per token."""
     model = mj.load(directory, dtype="float32")
     ids, tiles = picture_prompt()
-    rows = [model(text_ids(4, 53)), model(ids, tiles)]
-    return np.concatenate([np.asarray(row).reshape(-1, row.shape[-1]) for row in rows])
+    rows = [np.asarray(model(text_ids(4, 53))), np.asarray(model(ids, tiles))]
+    return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
 
 def right(directory: Path) -> float:

@@ -37,6 +37,8 @@ def building(out: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise UserError(f"another process is writing {partial}: wait for it to end.") from None
         _refuse_existing(out)  # the process that held the lock until now may have finished it
+        for stale in partial.glob(f"{MARK}*"):  # of a run that was killed
+            stale.unlink()
         yield partial
         _sync(partial)
         partial.rename(out)

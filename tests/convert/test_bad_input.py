@@ -275,10 +275,11 @@ def test_an_unreadable_file_is_named(source, monkeypatch, refused):
         safetensors.read_header(source / "model.safetensors")
 
 
+TEXT = {"model_type": "llama4_text", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 NOT_A_MODEL = {
     "nested without end": "[" * 100_000,
-    "a word for a number": '{"model_type": "llama4_text", "vocab_size": "abc", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}',
-    "no heads": '{"model_type": "llama4_text", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, "head_dim": null}',
+    "a word for a number": json.dumps(TEXT | {"vocab_size": "abc"}),
+    "no heads": json.dumps(TEXT | {"num_attention_heads": 0, "head_dim": None}),
 }
 
 

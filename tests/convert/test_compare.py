@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maverick_jax.config import Config
-from maverick_jax.convert import ModelDirectory, compare_reference, convert
-from maverick_jax.convert.compare import TOLERANCE, Comparison, Row, compare
-from maverick_jax.convert.compare_reference import Reference, read_config
-from maverick_jax.convert.compare_stages import TILES, Prompt, State, make_prompt
+from maverick_jax.convert import ModelDirectory, convert
+from maverick_jax.convert.compare import TOLERANCE, Comparison, Row, compare, reference
+from maverick_jax.convert.compare.reference import Reference, read_config
+from maverick_jax.convert.compare.stages import TILES, Prompt, State, make_prompt
 from maverick_jax.convert.writer import array_spec
 from oracle import tiny_checkpoints
 
@@ -178,7 +178,7 @@ def test_quantized_experts_tell_what_they_cost(maverick, tmp_path, target, cost)
 def test_no_more_than_one_matrix_of_one_expert_is_read_at_once(maverick, monkeypatch):
     """Of an expert stack of Maverick's, 32 GB, and only for the experts that a token is sent to."""
     ours, theirs, states = [], [], []
-    read, read_reference, make = ModelDirectory.read, compare_reference.read, Row.of
+    read, read_reference, make = ModelDirectory.read, reference.read, Row.of
 
     def read_ours(self, name, index):
         ours.append((name, values := read(self, name, index), index[0].start))
@@ -189,7 +189,7 @@ def test_no_more_than_one_matrix_of_one_expert_is_read_at_once(maverick, monkeyp
         return values
 
     monkeypatch.setattr(ModelDirectory, "read", read_ours)
-    monkeypatch.setattr(compare_reference, "read", read_theirs)
+    monkeypatch.setattr(reference, "read", read_theirs)
     monkeypatch.setattr(Row, "of", lambda a, b: (states.append(a), make(a, b))[1])
     ids = np.full_like(make_prompt(Config.from_directory(maverick.source)).ids, 7)  # equal tokens go one way, wherever they are
     monkeypatch.setitem(compare.__globals__, "make_prompt", lambda _: Prompt(ids, None))
@@ -249,7 +249,7 @@ def test_the_prompt_of_a_release_is_short(maverick):
 
 
 def test_transformers_missing(maverick, monkeypatch, refused):
-    monkeypatch.delitem(sys.modules, "maverick_jax.convert.compare_reference")
+    monkeypatch.delitem(sys.modules, "maverick_jax.convert.compare.reference")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with refused("comparing with transformers takes PyTorch: pip install 'maverick-jax[torch]' transformers"):
         compare(maverick.converted, maverick.source, progress=False)

@@ -3,6 +3,8 @@
 import json
 
 from maverick_jax.cli.main import MISTAKE
+from maverick_jax.convert import convert
+from maverick_jax.convert.building import MARK
 from processes import MAVERICK
 
 CONVERT = (*MAVERICK, "convert")
@@ -45,3 +47,11 @@ def test_directories_that_are_not_the_same_are_found_before_work_begins(start, c
     for process in (0, 1):
         assert "process 1 cannot see out.partial, which process 0 made: give all processes one directory" in run.one_line(process)
     assert not list(tmp_path.glob("*/out"))
+
+
+def test_what_a_killed_run_left_does_not_get_in(cases, tmp_path):
+    """The mark by which processes see that they share a directory."""
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / f"{MARK}0123").touch()
+    convert(cases["maverick"].source, tmp_path / "out", progress=False)
+    assert not list((tmp_path / "out").glob(f"{MARK}*"))

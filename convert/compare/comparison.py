@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from maverick_jax.convert.compare_ours import Ours
-from maverick_jax.convert.compare_stages import State, make_prompt
+from maverick_jax.convert.compare.ours import Ours
+from maverick_jax.convert.compare.stages import State, make_prompt
 from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
 from maverick_jax.convert.names import compare_names, weights
 from maverick_jax.convert.recognize import open_source
@@ -117,7 +117,7 @@ def compare(model_dir: str | Path, source_dir: str | Path, *, progress: bool = T
             f"{source_dir} holds Meta's .pth files: comparing with transformers takes a Hugging Face directory of the same model."
         )
     try:
-        from maverick_jax.convert.compare_reference import Reference
+        from maverick_jax.convert.compare.reference import Reference
     except ImportError as error:
         raise UserError(f"comparing with transformers takes PyTorch: pip install 'maverick-jax[torch]' transformers ({error}).") from error
     model = open_model_directory(model_dir)

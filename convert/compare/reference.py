@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_chunked_causal
 from transformers.models.llama4 import modeling_llama4 as llama4
 from transformers.utils import logging
 
-from maverick_jax.convert.compare_stages import LOGITS_AT_ONCE, Prompt, State
+from maverick_jax.convert.compare.stages import LOGITS_AT_ONCE, Prompt, State
 from maverick_jax.convert.huggingface import read_tensors
 from maverick_jax.convert.tensor_file import Tensor, read_box
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maverick_jax.convert.compare_stages import LOGITS_AT_ONCE, Prompt, State
+from maverick_jax.convert.compare.stages import LOGITS_AT_ONCE, Prompt, State
 from maverick_jax.convert.model_directory import ModelDirectory
 from maverick_jax.convert.places import Index
 from maverick_jax.model import get_abstract_model, parameter_name
@@ -87,7 +87,7 @@ class Stored:
         for leaf in leaves:
             shape, _ = self.directory.parameters[leaf]
             index: Index = (*at, *(slice(0, size) for size in shape[len(at) :]))
-            arrays.append(jnp.array(self.directory.read(leaf, index)))
+            arrays.append(jnp.asarray(self.directory.read(leaf, index)))
         # Wait: what runs ahead of the computation holds what it has read in stored form and in float32.
         return jax.block_until_ready(arrays[0].astype(self.dtype) if len(arrays) == 1 else QuantizedArray(*arrays))
 
