@@ -17,7 +17,7 @@ import numpy as np
 
 import maverick_jax as mj
 from maverick_jax.assets import mini_directory
-from maverick_jax.convert import convert, open_model_directory
+from maverick_jax.convert import convert, open_model_directory, open_source
 from maverick_jax.convert.steps import multiply_out
 from maverick_jax.model.parameter import Sides
 from maverick_jax.model.quantized import COMPONENTS
@@ -59,11 +59,11 @@ def main() -> None:
 
 def weight_error(source: Path, made: Path) -> float:
     """Root mean square error of an expert stack, of its own root mean square."""
-    model = open_model_directory(made)
-    whole = tuple(slice(0, size) for size in model.parameters[f"{EXPERT}.values"][0])
-    values, scales = model.read(f"{EXPERT}.values", whole), model.read(f"{EXPERT}.scales", (slice(None),) * 3)
-    weight = np.asarray(mj.load(source).text.layers[3].feed_forward.experts.gate[...], np.float32)
-    return float(np.linalg.norm(multiply_out(values, scales, Sides(1, 1)).astype(np.float32) - weight) / np.linalg.norm(weight))
+    exact, model = open_source(source), open_model_directory(made)
+    whole = (slice(0, None),) * 3
+    found = multiply_out(model.read(f"{EXPERT}.values", whole), model.read(f"{EXPERT}.scales", whole), Sides(1, 1)).astype(np.float32)
+    weight = exact.read(EXPERT, whole).astype(np.float32)
+    return float(np.linalg.norm(found - weight) / np.linalg.norm(weight))
 
 
 def logits(directory: Path) -> np.ndarray:
