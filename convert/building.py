@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from maverick_jax.errors import UserError
@@ -18,13 +18,17 @@ MARK = "seen_by_all."  # followed by a name that no other run has
 
 
 @contextlib.contextmanager
-def building(out: Path) -> Iterator[Path]:
+def building(out: Path, *, afresh: Collection[str] | None = None) -> Iterator[Path]:
     """`OUT.partial/`, ours alone; when the block ends without an exception it is synced and becomes OUT in one rename.
+
+    Args:
+      afresh: patterns of what an earlier attempt may have left, which is removed; anything else there is refused. None goes on
+        with what is there.
 
     Raises:
       UserError: OUT exists, another process is building it, or the disk is full. What is built stays for the next attempt.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     partial = partial_directory(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -36,9 +40,13 @@ def building(out: Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is writing {partial}: wait for it to end.") from None
-        _refuse_existing(out)  # the process that held the lock until now may have finished it
+        except OSError:  # some shared file systems have no locks
+            pass
+        refuse_existing(out)  # the process that held the lock until now may have finished it
         for stale in partial.glob(f"{MARK}*"):  # of a run that was killed
             stale.unlink()
+        if afresh is not None:
+            _empty(partial, afresh)
         yield partial
         _sync(partial)
         partial.rename(out)
@@ -49,6 +57,19 @@ def building(out: Path) -> Iterator[Path]:
         raise UserError(f"no space left on the disk of {out}: free some, then run this again (what is done stays in {partial}).") from error
     finally:
         os.close(descriptor)
+
+
+def _empty(partial: Path, patterns: Collection[str]) -> None:
+    """Remove what an attempt that starts anew left, if there is nothing else."""
+    entries = list(partial.iterdir())
+    for entry in entries:
+        if not any(entry.match(pattern) for pattern in patterns):
+            raise UserError(f"{partial} holds {entry.name}, which is of something else: move it away, or choose another name.")
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 @contextlib.contextmanager
@@ -115,7 +136,8 @@ def local_path(path: str | Path) -> Path:
     return Path(path)
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """What is there is kept."""
     if os.path.lexists(out):
         raise UserError(f"{out} exists: choose another destination, or remove it first.")
 

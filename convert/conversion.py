@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +20,9 @@ from maverick_jax.convert.source import Source
 from maverick_jax.convert.steps import Step
 from maverick_jax.convert.tensor_file import forget
 from maverick_jax.convert.writer import Writer
+from maverick_jax.errors import UserError
 
+WORKERS = 4
 IN_FLIGHT = 400 << 20  # bytes that all threads hold together: the bound on our memory
 KEEP_CACHED = 256 << 20  # bytes of a file left in the system's cache behind us: the halves of gate|up are read one after the other
 NOT_FINITE = {  # dtype -> bits without the sign, and the least pattern of them that is infinite or no number
@@ -79,6 +82,13 @@ def share(parts: list[Part], process: int, count: int) -> list[Part]:
     return parts[first : last if process + 1 < count else None]
 
 
+def choose_workers(workers: int | None) -> int:
+    """Threads: what is asked for, or `WORKERS`, or the machine's cores if they are fewer."""
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}: at least one must work.")
+    return workers or min(WORKERS, os.cpu_count() or 1)
+
+
 def do_parts(
     source: Source, parts: list[Part], do: Callable[[Part], None], files: list[Path] | None, *, workers: int, bar: tqdm
 ) -> dict[Path, FileDigest]:
@@ -99,7 +109,7 @@ def do_parts(
             for file, begin, _ in part.spans:
                 forget(file, 0, max(0, begin - KEEP_CACHED))
 
-    largest = max((part.bytes_read + part.bytes_written for part in parts), default=1)
+    largest = max((part.bytes_read + part.step.held_between + part.bytes_written for part in parts), default=1)
     with concurrent.futures.ThreadPoolExecutor(max(1, min(workers, IN_FLIGHT // largest))) as pool:
         try:
             for _ in pool.map(work, range(len(parts))):
@@ -138,7 +148,7 @@ class Conversion:
             with self._lock:
                 self.resumed += part.bytes_written
             return
-        arrays = [self.source.read(name, index) for name, index in part.inputs]
+        arrays = part.step.read(self.source, part.index)
         made = part.step.run(arrays)
         if not all(map(is_finite, arrays if part.step.target is None else [*arrays, *made])):  # a cast may overflow
             self.journal.note_not_finite(part.step.weight)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from maverick_jax.convert.building import local_path
+from maverick_jax.convert.building import local_path, refuse_existing
 from maverick_jax.convert.human import human_bytes
 from maverick_jax.convert.manifest import count_parameters
 from maverick_jax.convert.recognize import open_source
@@ -79,8 +79,7 @@ def estimate(source_dir: str | Path, out: str | Path, *, target: str | None = No
       UserError: as `convert` before it begins to write.
     """
     source, out = open_source(source_dir), local_path(out)
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists: choose another destination, or remove it first.")
+    refuse_existing(out)
     steps = plan_steps(source.config, source.parameters, target, quantize)
     leaves = {name: (leaf.shape, leaf.dtype) for step in steps for name, leaf in step.outputs.items()}
     place = next(parent for parent in out.absolute().parents if parent.is_dir())

@@ -38,7 +38,7 @@ def open_huggingface(directory: Path, config: Config) -> Source:
             stored = {e: huggingface_name(row, ours, prefixed=prefixed, expert=e) for e in experts}
             missing += [tensor for tensor in stored.values() if tensor not in tensors]
             place = Place.of(row.axes, leaf_shape, row.stored_axes)
-            pieces[ours] = [Piece(t, tensors[t], place.at(0, e) if e else place) for e, t in stored.items() if t in tensors]
+            pieces[ours] = [Piece(t, tensors[t], place.at(0, e)) for e, t in stored.items() if t in tensors]
     _check_fp8(directory, tensors, {piece.stored for name in pieces if name.endswith(".values") for piece in pieces[name]}, quantized)
     compare_names(directory, tensors, [*missing, *(piece.stored for parts in pieces.values() for piece in parts)])
     return Source(directory, "Hugging Face FP8" if quantized else "Hugging Face", config, pieces)

@@ -74,7 +74,8 @@ def inspect(directory: str | Path) -> Inventory:
 
 
 def _stored(directory: Path) -> dict[str, Tensor]:
-    if files := sorted([*directory.glob(FILES), *directory.glob(SCALES)]):
+    files = sorted([*directory.glob(FILES), *directory.glob(SCALES)])
+    if files and not any(directory.glob("*.safetensors")):
         return {f"{file.stem}.{name}": tensor for file in files for name, tensor in read_index(file).items()}
     return read_tensors(directory)
 

@@ -41,6 +41,7 @@ class Journal:
         self._descriptor = os.open(directory / NAME.format(process), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         # What was being written when the process was killed becomes a line of its own, which nobody reads.
         self._write(task, before=b"\n")
+        os.fsync(self._descriptor)  # without it a power cut would leave a directory that nobody began
 
     def read(self) -> None:
         """Take in what all processes, now or in earlier attempts, have noted."""

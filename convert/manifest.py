@@ -40,7 +40,7 @@ def write_manifest(directory: Path, parameters: Mapping[str, tuple[Shape, np.dty
         "parameters": count_parameters(parameters),
         "bytes": sum(math.prod(shape) * dtype.itemsize for shape, dtype in parameters.values()),
         **{name: value for name, value in facts.items() if value is not None},
-        "files": {name: digest_file(directory / name) for name in list_files(directory)},
+        "files": {name: digest_file(directory / name) for name in list_files(directory, chunks="tensors" not in facts)},
     }
     manifest["sha256"] = _digest(manifest)
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -70,12 +70,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def list_files(directory: Path) -> list[str]:
-    """Every file but the manifest, the journals, and the chunks of arrays, whose digests are those of the tensors."""
+def list_files(directory: Path, *, chunks: bool) -> list[str]:
+    """Every file but the manifest and the journals; the chunks of arrays only on request, where no tensor has a digest."""
     found = []
     for folder, folders, files in os.walk(directory):
         here = Path(folder).relative_to(directory)
-        if "zarr.json" in files and "c" in folders:
+        if not chunks and "zarr.json" in files and "c" in folders:
             folders.remove("c")
         found += [str(here / name) for name in files if str(here / name) != MANIFEST and not fnmatch(name, NAME.format("*"))]
     return sorted(found)

@@ -34,7 +34,7 @@ def open_meta(directory: Path, config: Config) -> Source:
     Raises:
       UserError: torch is not installed, a rank is missing, a file holds code, or tensors and `params.json` disagree.
     """
-    ranks = [_weights(file) for file in _files(directory, FILES)]
+    ranks = [torch_file.read_index(file, without=NO_WEIGHTS) for file in _files(directory, FILES)]
     if ranks[0].keys() != ranks[-1].keys() or any(rank.keys() != ranks[0].keys() for rank in ranks):
         odd = sorted(set.union(*map(set, ranks)) - set.intersection(*map(set, ranks)))
         raise UserError(f"{directory}: {odd[0]} is in some of the {len(ranks)} {FILES} and not in all: fetch them again.")
@@ -66,10 +66,6 @@ def _files(directory: Path, pattern: str) -> list[Path]:
     if missing := [n for n in range(max(numbers) + 1) if n not in numbers]:
         raise UserError(f"{directory} lacks the file of rank {missing[0]} ({pattern}): fetch it too.")
     return [numbers[n] for n in sorted(numbers)]
-
-
-def _weights(file: Path) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in torch_file.read_index(file).items() if not NO_WEIGHTS.fullmatch(name)}
 
 
 def _with_widths(config: Config, ranks: list[dict[str, Tensor]]) -> Config:

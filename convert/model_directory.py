@@ -22,18 +22,20 @@ class ModelDirectory:
     """The parameters of a model directory; the same face as `Source`.
 
     Attributes:
+      manifest: of the directory.
       config: the model's.
       params: where the Orbax checkpoint is, a folder or an address.
       parameters: our name -> (shape, dtype).
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, manifest: dict[str, Any]):
         from orbax.checkpoint import v1 as ocp
 
-        self.directory, self.config = directory, Config.from_directory(directory)
+        self.directory, self.manifest, self.config = directory, manifest, Config.from_directory(directory)
         self.params = str(directory / PARAMS)
         if (directory / PARAMS).is_file():
             self.params = (directory / PARAMS).read_text().strip()
+        self._check_arrays()
         with quiet():
             leaves = flatten(ocp.metadata(self.params).metadata)
         if lost := [name for name, leaf in leaves.items() if leaf is None]:
@@ -42,9 +44,33 @@ class ModelDirectory:
             name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()
         }
 
+    def _check_arrays(self) -> None:
+        """Before Orbax opens them all at once, and leaves behind what it began when one is lost."""
+        for name in self.manifest.get("tensors", {}):
+            if "://" not in self.params and not (array_path(self.directory / PARAMS, name) / "zarr.json").is_file():
+                raise ValueError(f"{name} has no array")
+
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A slice of a parameter."""
-        return self._array(name)[index].read().result()
+        """A slice of a parameter.
+
+        Raises:
+          UserError: a chunk is lost or damaged.
+        """
+        try:
+            return self._array(name)[index].read().result()
+        except ValueError as error:
+            raise UserError(f"{self.params}: {name} cannot be read ({error}): copy or convert the checkpoint again.") from error
+
+    def check_chunks(self) -> None:
+        """Refuse a directory on a disk that lacks files: some were not copied.
+
+        Raises:
+          UserError: names the first.
+        """
+        for name in self.manifest.get("tensors", {}):
+            for file in self.chunk_files(name) if "://" not in self.params else []:
+                if not file.is_file():
+                    raise UserError(f"{file}, a part of {name}, is missing: copy or convert the checkpoint again.")
 
     def chunk_files(self, name: str) -> list[Path]:
         """The file of every chunk of a parameter, in C order."""
@@ -69,8 +95,10 @@ def open_model_directory(directory: str | Path) -> ModelDirectory:
       UserError: it is none, it is unfinished, or a newer version made it.
     """
     directory = Path(directory)
-    read_manifest(directory)
+    manifest = read_manifest(directory)
     try:
-        return ModelDirectory(directory)
+        return ModelDirectory(directory, manifest)
+    except UserError:
+        raise
     except (ValueError, OSError) as error:
         raise UserError(f"{directory / PARAMS} cannot be read ({error}): convert the checkpoint again.") from error

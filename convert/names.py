@@ -247,7 +247,7 @@ def huggingface_name(row: Row, name: str, *, prefixed: bool, expert: int = 0) ->
     return stored if prefixed else stored.removeprefix("language_model.")
 
 
-def compare_names(directory: Path, found: Collection[str], expected: Collection[str]) -> None:
+def compare_names(directory: Path | str, found: Collection[str], expected: Collection[str]) -> None:
     """Refuse a directory that lacks a tensor or has one too many."""
     for names, what in ((set(expected) - set(found), "lacks"), (set(found) - set(expected), "has the unexpected")):
         if names:

@@ -1,4 +1,4 @@
-"""Orbax in our hands: its nested dicts against our dotted names, and arrays that can be read and written by slices."""
+"""Orbax in our hands: its nested dicts against our dotted names, saving and reading without its warnings."""
 
 from __future__ import annotations
 

@@ -5,22 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
 
 from maverick_jax.config import Config
-from maverick_jax.convert.names import Weight, find_places, weights
+from maverick_jax.convert.names import Weight, compare_names, find_places, weights
 from maverick_jax.convert.places import Index, Place, Shape, chunk_indices
 from maverick_jax.convert.writer import Leaf
 from maverick_jax.errors import UserError
 from maverick_jax.model.parameter import Sides
 from maverick_jax.model.quantized import COMPONENTS
-from maverick_jax.ops.quantize import FORMATS, Format, quantize, quantized_shapes, unpack
+from maverick_jax.ops.quantize import COLUMNS, FORMATS, Format, quantize, quantized_shapes, unpack
 
 PLAIN = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 TARGETS = (*PLAIN, *FORMATS)
+RECIPE = 1  # rises when the same weights become other values: an unfinished conversion of an older recipe is not continued
 Stored = Mapping[str, tuple[Shape, np.dtype]]
+NOTHING = Weight((), None, None)
+
+
+class Readable(Protocol):
+    """Parameters that can be read by slices: a `Source` or a `ModelDirectory`."""
+
+    def read(self, name: str, index: Index) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +76,30 @@ class Step:
         whole = tuple(slice(0, size) for size in shape[stack : len(shape) - len(outputs)])
         return (*index[:stack], *whole, *outputs)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the result may not stand for exactly the weight of the source."""
+        if self.target is None or isinstance(self.target, Format):
+            return self.target is not None
+        return self.target.itemsize < max(dtype.itemsize for _, dtype in self.inputs.values()) or self._is_half_to_half
+
+    @property
+    def _is_half_to_half(self) -> bool:
+        """float16 and bfloat16 are of one size, and neither holds the other."""
+        return {dtype.name for _, dtype in self.inputs.values()} == {"float16"} and self.target == PLAIN["bfloat16"]
+
+    @property
+    def held_between(self) -> int:
+        """Bytes of a whole slice that are held between its inputs and its outputs."""
+        size = math.prod(self.chunk)
+        if self.target is None or len(self.inputs) == 1:
+            return 0
+        return size * self.inputs[f"{self.weight}.scales"][1].itemsize
+
+    def read(self, source: Readable, index: Index) -> list[np.ndarray]:
+        """Slices of the inputs that belong to a slice of the weight."""
+        return [source.read(leaf, self.leaf_index(leaf, shape, index)) for leaf, (shape, _) in self.inputs.items()]
+
     def run(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """From slices of the inputs to slices of the outputs."""
         if self.target is None:
@@ -84,19 +117,26 @@ def multiply_out(values: np.ndarray, scales: np.ndarray, sides: Sides) -> np.nda
     stack = sides.stack
     if values.dtype == np.uint8:
         values = np.asarray(unpack(values, stack + sides.inputs - 1))
-    groups = values.astype(np.float32).reshape(*values.shape[:stack], scales.shape[stack], -1, *scales.shape[stack + 1 :])
-    groups *= np.expand_dims(scales.astype(np.float32), stack + 1)
-    return groups.astype(scales.dtype).reshape(values.shape)
+    out = np.empty(values.shape, scales.dtype)
+    for at in range(0, values.shape[-1], COLUMNS):  # float32 copies stay small
+        columns = (..., slice(at, at + COLUMNS))
+        part, factor = values[columns], np.expand_dims(scales[columns].astype(np.float32), stack + 1)
+        groups = part.astype(np.float32).reshape(*part.shape[:stack], scales.shape[stack], -1, *factor.shape[stack + 2 :])
+        groups *= factor
+        out[columns] = groups.reshape(part.shape)
+    return out
 
 
 def quantize_slice(weight: np.ndarray, form: Format, sides: Sides) -> list[np.ndarray]:
     """Values and scales of a slice that has all inputs."""
     stack, outputs = sides.stack, weight.shape[sides.stack + sides.inputs :]
     shapes = quantized_shapes(weight.shape, form, outputs=len(outputs), experts=bool(stack))
-    matrices = weight.reshape(math.prod(weight.shape[:stack]), -1, math.prod(outputs))
-    with np.errstate(invalid="ignore"):  # values that are not finite: whoever converts names the weight
-        pairs = [quantize(matrix, form) for matrix in matrices]
-    return [np.stack(arrays).reshape(shape) for arrays, shape in zip(zip(*pairs, strict=True), shapes, strict=True)]
+    values, scales = np.empty(shapes[0], form.values), np.empty(shapes[1], form.scales)
+    matrices = [array.reshape(math.prod(weight.shape[:stack]), -1, math.prod(outputs)) for array in (weight, values, scales)]
+    with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite: whoever converts names the weight
+        for matrix, values_KN, scales_GN in zip(*matrices, strict=True):
+            values_KN[...], scales_GN[...] = quantize(matrix, form)
+    return [values, scales]
 
 
 def plan_steps(config: Config, parameters: Stored, target: str | None, components: Collection[str] = ()) -> list[Step]:
@@ -108,17 +148,35 @@ def plan_steps(config: Config, parameters: Stored, target: str | None, component
       components: which weights a quantized target quantizes; the others stay as they are.
 
     Raises:
-      UserError: a target or a component that is not known.
+      UserError: a target or a component that is not known, or parameters that are not this model's.
     """
     if target is not None and target not in TARGETS:
         raise UserError(f"format {target!r} is unknown: choose one of {', '.join(TARGETS)}.")
     if unknown := [name for name in components if name not in COMPONENTS]:
         raise UserError(f"{unknown[0]!r} cannot be quantized: choose among {', '.join(COMPONENTS)}.")
     steps, places = [], find_places(config)
+    check_parameters(config, parameters)
     for name, weight in weights(config).items():
         inputs = {leaf: parameters[leaf] for leaf in (name, f"{name}.values", f"{name}.scales") if leaf in parameters}
         steps.append(_plan(name, weight, places[name][1], inputs, target, components))
     return steps
+
+
+def check_parameters(config: Config, parameters: Stored) -> None:
+    """Refuse parameters that are not those of the model, each plain or quantized."""
+    expected = weights(config)
+    found: dict[str, Shape] = {}
+    for name, (shape, dtype) in parameters.items():
+        weight, _, leaf = name.rpartition(".")
+        if leaf == "values" and f"{weight}.scales" in parameters and (sides := expected.get(weight, NOTHING).sides) is not None:
+            last = sum(sides) - 1
+            found[weight] = (*shape[:last], shape[last] * (1 + (dtype == np.uint8)), *shape[last + 1 :])
+        elif not (leaf == "scales" and f"{weight}.values" in parameters):
+            found[name] = shape
+    compare_names("the checkpoint", found, expected)
+    for name, weight in expected.items():
+        if found[name] != weight.shape:
+            raise UserError(f"{name} has shape {list(found[name])}, the model's config asks for {list(weight.shape)}.")
 
 
 def _plan(name: str, weight: Weight, place: Place, inputs: Stored, target: str | None, components: Collection[str]) -> Step:
@@ -132,7 +190,7 @@ def _plan(name: str, weight: Weight, place: Place, inputs: Stored, target: str |
         stored = {f"{name}.values": (values, become.values), f"{name}.scales": (scales, become.scales)}
     else:
         stored = {name: (weight.shape, become)}
-    chunk = place.chunk_shape(max(dtype.itemsize for _, dtype in stored.values()))
+    chunk = place.chunk_shape(next(iter(stored.values()))[1].itemsize)
     step = Step(name, weight.shape, inputs, {}, chunk, weight.sides, become)
     first = step.indices[0]
     leaves = {

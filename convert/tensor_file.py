@@ -55,7 +55,7 @@ def read_bytes(file: Path, offset: int, out: memoryview) -> None:
 
 def forget(file: Path, begin: int, end: int) -> None:
     """Let the system drop a part of a file from its cache: nobody reads it again soon."""
-    if hasattr(os, "posix_fadvise"):
+    if begin < end and hasattr(os, "posix_fadvise"):  # an end of 0 would be that of the file
         with _opened(file) as descriptor:
             os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 

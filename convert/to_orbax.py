@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -14,22 +14,19 @@ import numpy as np
 from tqdm import tqdm
 
 from maverick_jax.convert.building import building_together, local_path, require_space
-from maverick_jax.convert.companions import copy_companions, describe_weights
-from maverick_jax.convert.conversion import Conversion, plan_parts, share
+from maverick_jax.convert.companions import PARAMS, copy_companions, describe_weights
+from maverick_jax.convert.conversion import Conversion, choose_workers, plan_parts, share
 from maverick_jax.convert.digest import digest_chunks
 from maverick_jax.convert.human import human_bytes
 from maverick_jax.convert.journal import Journal
 from maverick_jax.convert.manifest import count_parameters, write_manifest
-from maverick_jax.convert.model_directory import PARAMS
 from maverick_jax.convert.places import Shape
 from maverick_jax.convert.recognize import open_source
 from maverick_jax.convert.source import Source
-from maverick_jax.convert.steps import PLAIN, Step, plan_steps
+from maverick_jax.convert.steps import PLAIN, RECIPE, Step, plan_steps
 from maverick_jax.convert.writer import Writer
 from maverick_jax.ops.quantize import FORMATS
 from maverick_jax.sharding import multihost
-
-WORKERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Summary:
     def as_text(self) -> str:
         """One line for people."""
         again = f", of which {human_bytes(self.resumed)} were there and are right" if self.resumed else ""
-        rate = human_bytes(self.bytes_written / self.seconds)
+        rate = human_bytes((self.bytes_written - self.resumed) / self.seconds)
         return (
             f"{self.kind}: {self.parameters:,} parameters in {self.tensors:,} tensors, {human_bytes(self.bytes_written)}{again}, "
             f"in {self.seconds:,.1f} s ({rate}/s)"
@@ -85,34 +82,34 @@ def convert(
       out: must not exist.
       target: bfloat16, float32, fp8, int8 or int4; None keeps every weight as it is stored, FP8 too.
       quantize: what fp8, int8 and int4 quantize: experts (the routed ones), shared, dense, attention.
-      workers: threads; None: `WORKERS`, or the machine's cores if they are fewer. Large slices use fewer (`conversion.IN_FLIGHT`).
+      workers: threads; None: `conversion.WORKERS`, or the machine's cores if they are fewer. Large slices use fewer.
       digests: note SHA-256 of the source's files and digests of all tensors, for `verify`.
       progress: show a bar with bytes, rate, time left and the current tensor on stderr.
 
     Raises:
       UserError: an incomplete or inconsistent source, an existing destination, no space, or another process at it.
     """
-    begin, out = time.monotonic(), local_path(out)
+    begin, out, workers = time.monotonic(), local_path(out), choose_workers(workers)
     source = open_source(source_dir)
     steps = plan_steps(source.config, source.parameters, target, quantize)
     process, count = multihost.process_index(), multihost.process_count()
-    with building_together(out) as partial:
-        journal = Journal(partial, _describe(source, target, quantize, digests), process)
+    task = _describe(source, target, quantize, digests)
+    multihost.check_same({"what is converted": json.dumps(task)})
+    with building_together(out) as partial, contextlib.closing(Journal(partial, task, process)) as journal:
         writer = Writer(partial / PARAMS, {name: leaf for step in steps for name, leaf in step.outputs.items()})
         conversion = Conversion(source, journal, writer, digests=digests)
         every = plan_parts(source, steps)
+        if process == 0:
+            require_space(partial, sum(part.bytes_written for part in every if not conversion.is_noted(part)))
         own = share(every, process, count)
-        require_space(partial, sum(part.bytes_written for part in own if not conversion.is_noted(part)))
         files = [file for number, file in enumerate(source.files) if number * count // len(source.files) == process]
-        with tqdm(
-            total=sum(part.bytes_read for part in own), unit="B", unit_scale=True, disable=not progress or process != 0, dynamic_ncols=True
-        ) as bar:
-            conversion.run(own, files, workers=workers or min(WORKERS, os.cpu_count() or 1), bar=bar)
-        journal.close()
+        total, disable = sum(part.bytes_read for part in own), not progress or process != 0
+        with tqdm(total=total, unit="B", unit_scale=True, disable=disable, dynamic_ncols=True) as bar:
+            conversion.run(own, files, workers=workers, bar=bar)
         multihost.exchange("converted")
+        journal.read()
         if process == 0:
             writer.close()
-            journal.read()
             _complete(partial, source, steps, journal, digests)
     if process == 0:
         journal.remove(out)
@@ -130,11 +127,13 @@ def convert(
 
 
 def _describe(source: Source, target: str | None, quantize: Collection[str], digests: bool) -> dict[str, Any]:
-    """What is converted into what: an unfinished directory goes on only with the same. Two fine-tunes differ in bytes and times alone."""
+    """What is converted into what: an unfinished directory goes on only with the same. Two fine-tunes differ in bytes and times alone,
+    so processes on several hosts must see one and the same checkpoint."""
     config = next(source.directory / name for name in ("config.json", "params.json") if (source.directory / name).is_file())
     stats = {file.name: file.stat() for file in (config, *source.files)}
     files = {name: {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns} for name, stat in stats.items()}
-    return {"target": target, "quantize": sorted(quantize), "digests": digests, "files": files}
+    components = sorted(quantize) if target in FORMATS else []
+    return {"recipe": RECIPE, "target": target, "quantize": components, "digests": digests, "files": files}
 
 
 def _complete(partial: Path, source: Source, steps: list[Step], journal: Journal, digests: bool) -> None:
@@ -157,7 +156,7 @@ def _complete(partial: Path, source: Source, steps: list[Step], journal: Journal
 def _entry(step: Step, name: str, source: Source, journal: Journal, digests: bool) -> dict[str, Any]:
     """What the manifest says of a tensor: what it was made from and how, with digests of both sides."""
     leaf = step.outputs[name]
-    entry: dict[str, Any] = {"shape": leaf.shape, "dtype": leaf.dtype.name, "transform": step.transform}
+    entry: dict[str, Any] = {"shape": leaf.shape, "dtype": leaf.dtype.name, "transform": step.transform, "rounds": step.rounds}
     pieces = [piece for parameter in step.inputs for piece in source.pieces[parameter]]
     if step.transform == "copy":
         pieces = source.pieces[name]

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from maverick_jax.config import Config
 from maverick_jax.convert import huggingface, names, safetensors
 from maverick_jax.convert.building import building, local_path, require_space
-from maverick_jax.convert.companions import copy_companions, describe_weights
+from maverick_jax.convert.companions import COMPANIONS, copy_companions, describe_weights
 from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
-from maverick_jax.convert.names import compare_names, find_places, huggingface_name, kind_of
+from maverick_jax.convert.names import find_places, huggingface_name, kind_of
 from maverick_jax.convert.places import Index, Place, Shape, chunk_indices
-from maverick_jax.convert.steps import PLAIN, plan_steps
+from maverick_jax.convert.steps import PLAIN, check_parameters, plan_steps
 from maverick_jax.errors import UserError
 from maverick_jax.ops.quantize import FORMATS
 
@@ -33,7 +33,7 @@ class Parameters(Protocol):
     def read(self, name: str, index: Index) -> np.ndarray: ...
 
 
-class Tensor(NamedTuple):
+class Layout(NamedTuple):
     """A tensor to write: `parts` are our parameters in it and where, one, or the gate and up of the experts."""
 
     shape: Shape
@@ -55,8 +55,7 @@ class MultipliedOut:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         step = self.steps[name]
-        inputs = [(leaf, step.leaf_index(leaf, shape, index)) for leaf, (shape, _) in step.inputs.items()]
-        return step.run([self.source.read(leaf, part) for leaf, part in inputs])[0]
+        return step.run(step.read(self.source, index))[0]
 
 
 def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = None, progress: bool = True) -> Path:
@@ -78,15 +77,18 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
     model_dir, hf_dir = Path(model_dir), local_path(hf_dir)
     stored = open_model_directory(model_dir)
     source: Parameters = stored
+    try:
+        check_parameters(stored.config, stored.parameters)
+    except UserError as error:
+        raise UserError(f"{model_dir}: {error}") from error
     if target is not None:
         if target not in PLAIN:
             raise UserError(f"format {target!r} is unknown: choose one of {', '.join(PLAIN)}, or none to keep what is stored.")
         source = MultipliedOut(stored, target)
     tensors = lay_out(source, stored.config, model_dir)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with building(hf_dir) as partial, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-        for stale in partial.glob("*.safetensors"):  # of an attempt that was interrupted
-            stale.unlink()
+    begun = ("*.safetensors", huggingface.INDEX, *COMPANIONS)
+    with building(hf_dir, afresh=begun) as partial, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         require_space(partial, total)
         shards = _split(tensors)
         for file, inside in shards.items():
@@ -106,28 +108,32 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
     return hf_dir
 
 
-def lay_out(source: Parameters, config: Config, directory: Path) -> dict[str, Tensor]:
+def lay_out(source: Parameters, config: Config, directory: Path) -> dict[str, Layout]:
     """Every tensor of the Hugging Face checkpoint, in the model's order."""
     places = find_places(config)
     wanted = [
         leaf for name in places for leaf in ((f"{name}.values", f"{name}.scales") if f"{name}.values" in source.parameters else (name,))
     ]
-    compare_names(directory, source.parameters, wanted)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Layout] = {}
     for name in wanted:
-        shape, dtype = source.parameters[name]
+        dtype = source.parameters[name][1]
         if name not in places:
             tensors |= _one_by_one(name, source, config, directory)
             continue
         stored, place = places[name]
-        if shape != place.shape:
-            raise UserError(f"{directory}: {name} has shape {list(shape)}, config.json asks for {list(place.shape)}.")
         parts = tensors[stored].parts if stored in tensors else {}
-        tensors[stored] = Tensor(place.stored_shape, dtype, {**parts, name: place})
+        if parts and tensors[stored].dtype != dtype:
+            raise UserError(
+                f"{directory}: {name} is {dtype}, what shares a tensor with it is {tensors[stored].dtype}: export with --format."
+            )
+        tensors[stored] = Layout(place.stored_shape, dtype, {**parts, name: place})
+    for stored, tensor in tensors.items():
+        if sum(math.prod(place.shape) for place in tensor.parts.values()) < math.prod(tensor.shape):
+            raise UserError(f"{directory} has only a part of {stored} in plain numbers: export with --format bfloat16.")
     return tensors
 
 
-def _one_by_one(name: str, source: Parameters, config: Config, directory: Path) -> dict[str, Tensor]:
+def _one_by_one(name: str, source: Parameters, config: Config, directory: Path) -> dict[str, Layout]:
     """Values or scales of the routed experts as the official FP8 checkpoint has them."""
     row = next((row for row in names.HUGGINGFACE_FP8 if row.ours == kind_of(name)), None)
     weight = name.rpartition(".")[0]
@@ -138,10 +144,10 @@ def _one_by_one(name: str, source: Parameters, config: Config, directory: Path) 
         )
     place = Place.of(row.axes, shape, row.stored_axes)
     stored = [huggingface_name(row, name, prefixed=config.vision is not None, expert=expert) for expert in range(shape[0])]
-    return {tensor: Tensor(place.stored_shape, dtype, {name: place.at(0, expert)}) for expert, tensor in enumerate(stored)}
+    return {tensor: Layout(place.stored_shape, dtype, {name: place.at(0, expert)}) for expert, tensor in enumerate(stored)}
 
 
-def _split(tensors: dict[str, Tensor]) -> dict[str, list[str]]:
+def _split(tensors: dict[str, Layout]) -> dict[str, list[str]]:
     """File name -> tensors, each file at most `SHARD` bytes or one tensor."""
     shards: list[list[str]] = []
     filled = SHARD
@@ -158,7 +164,7 @@ def _split(tensors: dict[str, Tensor]) -> dict[str, list[str]]:
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": inside for i, inside in enumerate(shards, 1)}
 
 
-def _blocks(source: Parameters, tensor: Tensor) -> Iterator[np.ndarray]:
+def _blocks(source: Parameters, tensor: Layout) -> Iterator[np.ndarray]:
     """A stored tensor's bytes from front to back, put together from its parts."""
     first = next(iter(tensor.parts.values()))
     for index in chunk_indices(first.shape, first.chunk_shape(tensor.dtype.itemsize)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ DTYPES = {
     "torch.float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
+NOTHING = re.compile(r"(?!)")  # matches no name
 
-def read_index(file: Path) -> dict[str, Tensor]:
+
+def read_index(file: Path, *, without: re.Pattern[str] = NOTHING) -> dict[str, Tensor]:
     """Every tensor of a file that `torch.save` wrote as a dict; entries that are no tensors are left out.
 
     torch loads tensors without data, which know their offsets in the file; the pickle may name tensors and buffers of bytes, and
     whatever else it names is refused before it runs.
+
+    Args:
+      without: names that are left out, whatever they are.
 
     Raises:
       UserError: torch is not installed; the file is truncated, not such a file, or holds anything but plain data.
@@ -46,7 +52,8 @@ def read_index(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is damaged or not a file of torch.save ({_first(error)}): fetch it again.") from error
     if not isinstance(entries, dict):
         raise UserError(f"{file} holds no dict of tensors: fetch it again.")
-    return {str(name): _locate(file, str(name), value) for name, value in entries.items() if isinstance(value, torch.Tensor)}
+    tensors = {str(name): value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+    return {name: _locate(file, name, value) for name, value in tensors.items() if not without.fullmatch(name)}
 
 
 def _locate(file: Path, name: str, tensor: Any) -> Tensor:
@@ -55,6 +62,8 @@ def _locate(file: Path, name: str, tensor: Any) -> Tensor:
     if not tensor.is_contiguous():
         raise UserError(f"{file}: {name} is not stored in C order: save it contiguous.")
     offset = tensor.untyped_storage()._checkpoint_offset
+    if offset is None:
+        raise UserError(f"{file} is in torch's format before 1.6, or has no data: load it and save it again with torch.save.")
     found = Tensor(file, tuple(tensor.shape), DTYPES[str(tensor.dtype)], offset + tensor.storage_offset() * tensor.element_size())
     if found.offset + found.nbytes > file.stat().st_size:
         raise UserError(f"{file} ends before {name} does: the download is incomplete; fetch this file again.")

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from maverick_jax.convert.companions import PARAMS
-from maverick_jax.convert.conversion import Part, do_parts, plan_parts
-from maverick_jax.convert.digest import FileDigest, digest_chunk, digest_chunks, digest_file
+from maverick_jax.convert.conversion import Part, choose_workers, do_parts, plan_parts
+from maverick_jax.convert.digest import FileDigest, digest_array, digest_chunk, digest_chunks, digest_file
 from maverick_jax.convert.human import human_bytes
 from maverick_jax.convert.manifest import read_manifest
 from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
@@ -22,8 +23,6 @@ from maverick_jax.convert.source import Source
 from maverick_jax.convert.steps import plan_steps
 from maverick_jax.convert.writer import array_path
 from maverick_jax.errors import UserError
-
-WORKERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +51,22 @@ class Report:
         return f"{self.tensors:,} digests of {human_bytes(self.bytes)}{again}, in {self.seconds:,.1f} s: {found}"
 
 
-def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, workers: int = WORKERS, progress: bool = True) -> Report:
+def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, workers: int | None = None, progress: bool = True) -> Report:
     """Take all digests of a model directory again, and with a source make every tensor again and compare.
 
     Args:
       model_dir: a finished model directory.
       source_dir: the checkpoint that it was made from.
-      workers: threads.
+      workers: threads; None: as many as `convert` takes.
       progress: show a bar on stderr.
 
     Raises:
       UserError: no finished model directory, no digests in it, or no checkpoint of this model.
     """
-    begin, directory = time.monotonic(), Path(model_dir)
+    begin, directory, workers = time.monotonic(), Path(model_dir), choose_workers(workers)
     manifest = read_manifest(directory)
     tensors = {name: entry for name, entry in manifest.get("tensors", {}).items() if "digest" in entry}
-    if not tensors and source_dir is None:
+    if not tensors and "tensors" in manifest and source_dir is None:
         raise UserError(f"{directory} was made without digests: compare it with its checkpoint, --against SRC.")
     problems = list(_changed_files(directory, manifest.get("files", {})))
     total, rederived = 0, 0
@@ -84,13 +83,8 @@ def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, worke
         if not problems:
             raise
         problems.append(str(error))
-    exact = not any(_rounds(entry) for entry in manifest.get("tensors", {}).values())
+    exact = not any(entry.get("rounds") for entry in manifest.get("tensors", {}).values())
     return Report(problems, len(tensors), total, rederived, exact, time.monotonic() - begin)
-
-
-def _rounds(entry: Mapping[str, Any]) -> bool:
-    """Whether a tensor's transform may have rounded values."""
-    return entry["transform"] in ("quantize", "requantize") or (entry["transform"] == "cast" and entry["dtype"] != "float32")
 
 
 def _bar(what: str, total: int, progress: bool) -> tqdm:
@@ -131,13 +125,13 @@ def _rederive(model: ModelDirectory, source: Source, manifest: Mapping[str, Any]
     differing: set[str] = set()
 
     def compare(part: Part) -> None:
-        made = part.step.run([source.read(name, index) for name, index in part.inputs])
+        made = part.step.run(part.step.read(source, part.index))
         for (name, index), values in zip(part.outputs, made, strict=True):
             try:
-                same = model.read(name, index).tobytes() == values.tobytes()
-            except ValueError:
-                same = False
-            if not same:
+                stored = model.read(name, index)
+            except UserError:
+                stored = None
+            if stored is None or digest_array(np.ascontiguousarray(values)) != digest_array(stored):
                 differing.add(name)
 
     parts = plan_parts(source, steps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from jax.typing import DTypeLike
 from maverick_jax.assets import mini_directory
 from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, open_model_directory, open_source, orbax, remote
 from maverick_jax.convert.building import building, local_path
-from maverick_jax.convert.companions import copy_companions
+from maverick_jax.convert.companions import COMPANIONS, copy_companions
 from maverick_jax.convert.manifest import write_manifest
 from maverick_jax.convert.names import compare_names
 from maverick_jax.convert.orbax import flatten, unflatten
@@ -48,8 +49,8 @@ def load(
     """A model whose every parameter is on its devices. No host holds more than its own devices need, plus one slice.
 
     Args:
-      path: model directory, Hugging Face directory, or a Hub id ("org/name") if `huggingface_hub` is installed; None is
-        the embedded mini model.
+      path: model directory (also `gs://bucket/model`), PyTorch checkpoint as it is (Hugging Face or Meta's), or a Hub id
+        ("org/name") if `huggingface_hub` is installed; None is the embedded mini model.
       mesh: from `make_mesh`; None is one device of this process.
       layout: name or table of the layout; None is `throughput`.
       dispatcher: "local", "all_to_all", "ragged" or one of your own; None: what mesh and layout call for.
@@ -94,7 +95,7 @@ def save(model: Llama4, path: str | Path, *, companions: str | Path | None = Non
     """
     path, companions = local_path(path), companions or model.directory
     arrays = {parameter_name(name): leaf[...] for name, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    with building(path) as partial:
+    with building(path, afresh=(f"{PARAMS}*", MANIFEST, *COMPANIONS)) as partial:
         if companions is not None:
             copy_companions(Path(companions), partial)
         config = dataclasses.replace(model.config, dtype=model.text.embedding.dtype.name)
@@ -112,9 +113,9 @@ def resolve(path: str | Path | None) -> Path:
     if "://" in str(path):
         return Path(remote.fetch(str(path).rstrip("/")).name)
     directory = Path(path)
-    if directory.is_dir():
+    if os.path.isdir(directory):  # unlike `is_dir` it knows no name that is too long
         return directory
-    if directory.exists():
+    if os.path.exists(directory):
         raise UserError(f"{directory} is a file: give the directory that holds config.json and the weights.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         try:
@@ -178,10 +179,11 @@ def _read_orbax(checkpoint: ModelDirectory, abstract: dict[str, jax.ShapeDtypeSt
     for name, leaf in abstract.items():
         if checkpoint.parameters[name][0] != leaf.shape:
             raise UserError(f"{directory}: {name} has shape {checkpoint.parameters[name][0]}, config.json asks for {leaf.shape}.")
+    checkpoint.check_chunks()
     try:
         with orbax.quiet():
             return flatten(ocp.load(checkpoint.params, unflatten(abstract)))
-    except (ValueError, OSError) as error:
+    except Exception as error:  # Orbax raises the bare class for an array that it cannot read
         raise UserError(f"{checkpoint.params} cannot be read ({error}): convert the checkpoint again.") from error
 
 

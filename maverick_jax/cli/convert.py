@@ -12,21 +12,16 @@ examples:
 
 import argparse
 
-from maverick_jax.cli.options import add_report_arguments, note, on_every_process
+from maverick_jax.cli.options import add_report_arguments, note, on_every_process, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="Hugging Face directory, or Meta's with .pth files and params.json")
     parser.add_argument("out", metavar="OUT", help="model directory to make")
     parser.add_argument("--format", metavar="F", help="bfloat16, float32, fp8, int8 or int4 (default: as stored, FP8 bit for bit)")
-    parser.add_argument(
-        "--quantize",
-        metavar="W,…",
-        default="experts",
-        help="what fp8, int8, int4 quantize: experts,shared,dense,attention (default: experts)",
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: 4, or the number of cores)")
-    parser.add_argument("--no-digests", action="store_true", help="take none: quicker, but `maverick verify` needs SRC then")
+    parser.add_argument("--quantize", metavar="W,…", help="what to quantize: experts, shared, dense, attention (default: experts)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: 4, or the number of cores)")
+    parser.add_argument("--no-digests", action="store_true", help="quicker; `verify` needs SRC then, and resuming looks at sizes only")
     parser.add_argument("--dry-run", action="store_true", help="say what would be read and written, free space and time; write nothing")
     add_report_arguments(parser)
 
@@ -39,10 +34,12 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.convert import convert
     from maverick_jax.convert.estimate import estimate
     from maverick_jax.errors import UserError
+    from maverick_jax.ops.quantize import FORMATS
 
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers is {args.workers}: at least one must work.")
-    options = {"target": args.format, "quantize": [name for name in args.quantize.split(",") if name]}
+    components = ["experts"] if args.quantize is None else [name for name in args.quantize.split(",") if name]
+    if args.quantize is not None and (args.format not in FORMATS or not components):
+        raise UserError(f"--quantize {args.quantize!r} takes --format {', '.join(FORMATS)}, and names of weights.")
+    options = {"target": args.format, "quantize": components}
     if args.dry_run:
         found = estimate(args.source, args.out, **options)
         print(json.dumps(found.as_dict()) if args.json else found.as_text())
@@ -50,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     progress = not (args.quiet or args.json)
     summary = convert(args.source, args.out, **options, workers=args.workers, digests=not args.no_digests, progress=progress)
     for name in summary.not_finite:
-        note(f"maverick: warning: {name} has values that are NaN or infinite, as the checkpoint has.")
+        note(f"maverick: warning: {name} has values that are NaN or infinite, in the checkpoint or after the change of format.")
     if progress:
         note(summary.as_text())
     print(json.dumps(dataclasses.asdict(summary)) if args.json else summary.out)

@@ -10,7 +10,7 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", nargs="?", help="model directory or Hugging Face directory (default: the mini model)")
+    parser.add_argument("directory", metavar="DIR", nargs="?", help="model directory or PyTorch checkpoint (default: the mini model)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

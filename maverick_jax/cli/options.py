@@ -19,10 +19,17 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", metavar="DIR", help="model directory, Hugging Face directory or Hub id (default: the mini model)")
+    parser.add_argument("-m", "--model", metavar="DIR", help="model directory, PyTorch checkpoint or Hub id (default: the mini model)")
     parser.add_argument("--mesh", metavar="AXES", help="such as data=1,expert=8,tensor=1 (default: all devices on expert)")
     parser.add_argument("--layout", metavar="NAME", help="throughput, latency or training (default: throughput)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights and activations (default: as stored)")
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

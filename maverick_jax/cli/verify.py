@@ -10,7 +10,7 @@ examples:
 
 import argparse
 
-from maverick_jax.cli.options import add_report_arguments, note, quiet_accelerator_search
+from maverick_jax.cli.options import add_report_arguments, note, positive, quiet_accelerator_search
 
 DIFFERENT = 1
 
@@ -18,7 +18,7 @@ DIFFERENT = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="OUT", help="model directory, from `maverick convert`")
     parser.add_argument("--against", metavar="SRC", help="the checkpoint that it was made from")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads (default: 4)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: 4, or the number of cores)")
     add_report_arguments(parser)
 
 
@@ -32,17 +32,17 @@ def run(args: argparse.Namespace) -> int:
     quiet_accelerator_search()
     progress = not (args.quiet or args.json)
     report = verify(args.model, args.against, workers=args.workers, progress=progress)
-    comparison = _compare(args.model, args.against, progress) if args.against and not report.problems else None
     problems = list(report.problems)
+    if not args.json:
+        print(report.as_text(), flush=True)
+    comparison = _compare(args.model, args.against, progress) if args.against and not problems else None
     if comparison and not comparison.agrees and report.exact:
         problems.append(f"{comparison.worst.stage} differs from transformers' by {comparison.worst.relative:.1e} of its size.")
     if args.json:
         forward = comparison and comparison.as_dict()
         print(json.dumps(dataclasses.asdict(report) | {"problems": problems, "against_transformers": forward}))
-    else:
-        print(report.as_text())
-        if comparison:
-            print(f"\n{comparison.as_table()}")
+    elif comparison:
+        print(f"\n{comparison.as_table()}")
     for problem in problems:
         print(f"maverick: {problem}", file=sys.stderr)
     return DIFFERENT if problems else 0
@@ -60,5 +60,10 @@ def _compare(model: str, source: str, progress: bool):
         note("not compared with transformers: pip install 'maverick-jax[torch]' transformers")
         return None
     from maverick_jax.convert.compare import compare
+    from maverick_jax.errors import UserError
 
-    return compare(model, source, progress=progress)
+    try:
+        return compare(model, source, progress=progress)
+    except UserError as error:
+        note(f"not compared with transformers: {error}")
+        return None

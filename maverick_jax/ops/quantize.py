@@ -126,7 +126,8 @@ def _quantize_groups(w_GkN: np.ndarray, form: Format) -> tuple[np.ndarray, np.nd
         scale_G1N = np.take_along_axis(w_GkN, index, axis=1) / -form.largest
     else:
         scale_G1N = np.abs(w_GkN).max(axis=1, keepdims=True) / form.largest
-    scale_G1N = np.where(scale_G1N == 0, np.float32(1), scale_G1N).astype(form.scales)
+    scale_G1N = scale_G1N.astype(form.scales)
+    scale_G1N = np.where(scale_G1N == 0, form.scales.type(1), scale_G1N)  # also where rounding made it zero
     scaled = w_GkN / scale_G1N.astype(np.float32)
     if form.values.kind == "V":  # float8: its own rounding
         return scale_G1N[:, 0], np.clip(scaled, -form.largest, form.largest).astype(form.values)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from maverick_jax.assets import mini_directory
+from maverick_jax.cli.main import MISTAKE
 from maverick_jax.errors import UserError
 
 
@@ -109,3 +110,18 @@ def test_an_unknown_command_lists_the_known(maverick):
     result = maverick("fly")
     assert result.status == 2
     assert "'generate'" in result.err
+
+
+@pytest.mark.parametrize("options", ["--quantize shared", "--format bfloat16 --quantize shared", "--format int8 --quantize ,"])
+def test_a_quantize_that_would_do_nothing_is_refused(maverick, tmp_path, options):
+    result = maverick("convert", mini_directory(), tmp_path / "out", *options.split())
+    assert result.status == MISTAKE
+    assert "takes --format fp8, int8, int4" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["convert", "verify"])
+def test_no_threads_are_too_few(maverick, tmp_path, command):
+    result = maverick(command, mini_directory(), *([tmp_path / "out"] if command == "convert" else []), "--workers", 0)
+    assert result.status == MISTAKE
+    assert "'0' is not a number of 1 or more" in result.err

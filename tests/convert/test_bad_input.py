@@ -210,8 +210,8 @@ def test_space_is_checked_beforehand(maverick, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     for make, directory in ((convert, maverick.source), (export, maverick.converted)):
         with refused(f"1,000 bytes free, {inspect(directory).bytes:,} are needed: free some"):
-            make(directory, tmp_path / "out", progress=False)
-        assert not (tmp_path / "out").exists()
+            make(directory, tmp_path / make.__name__, progress=False)
+        assert not (tmp_path / make.__name__).exists()
 
 
 @pytest.mark.parametrize(

@@ -94,3 +94,43 @@ def test_weights_of_another_config_are_refused(maverick, cases, tmp_path):
     shutil.copyfile(cases["scout"].converted / "config.json", directory / "config.json")
     with pytest.raises(UserError, match="belong to different models"):
         export(directory, tmp_path / "exported", progress=False)
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 1017}, {"num_hidden_layers": 3, "moe_layers": [1]}, {"num_hidden_layers": 5}])
+@pytest.mark.parametrize("target", [None, "bfloat16", "float32"])
+def test_a_config_that_does_not_fit_is_refused(maverick, tmp_path, change, target):
+    """A smaller one would leave weights out without a word."""
+    directory = shutil.copytree(maverick.converted, tmp_path / "model")
+    values = json.loads((directory / "config.json").read_text())
+    values["text_config"] |= change
+    (directory / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"model: .*(belong to different models|asks for)"):
+        export(directory, tmp_path / "exported", target=target, progress=False)
+    assert not list(tmp_path.glob("exported*"))
+
+
+def test_what_is_not_of_an_export_is_kept(maverick, tmp_path):
+    """The unfinished conversion of another model under the same name."""
+    (tmp_path / "exported.partial/params").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"exported\.partial holds params, which is of something else"):
+        export(maverick.converted, tmp_path / "exported", progress=False)
+    assert (tmp_path / "exported.partial/params").is_dir()
+
+
+def test_a_save_that_was_killed_is_no_obstacle(maverick, tmp_path):
+    (tmp_path / "saved.partial/params/state").mkdir(parents=True)
+    (tmp_path / "saved.partial/params.orbax-checkpoint-tmp-1").mkdir()
+    save(load(maverick.converted), tmp_path / "saved")
+    assert {file.name for file in (tmp_path / "saved").iterdir()} >= {"params", "manifest.json"}
+    assert not list((tmp_path / "saved").glob("*tmp*"))
+
+
+def test_a_directory_that_was_copied_in_part_is_named(maverick, tmp_path):
+    """By `load`, before Orbax says it in thousands of lines, and by `export`."""
+    directory = shutil.copytree(maverick.converted, tmp_path / "model")
+    file = next((directory / "params/state/text.norm/c").iterdir())
+    file.unlink()
+    with pytest.raises(UserError, match=r"a part of text\.norm, is missing: copy or convert"):
+        load(directory)
+    with pytest.raises(UserError, match=r"text\.norm cannot be read"):
+        export(directory, tmp_path / "exported", progress=False)

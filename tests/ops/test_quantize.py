@@ -93,3 +93,13 @@ def test_several_axes(name):
         flat = QuantizedArray(jnp.asarray(v), jnp.asarray(s))
         assert matrix_shape(flat) == (256, 5)
         assert_array_equal(matrix.reshape(256, 5), dequantize(flat))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_channel_that_is_almost_zero_stays_finite(form):
+    """Its scale rounds to zero in bfloat16, and nothing may be divided by that."""
+    weight = np.zeros((8, 2), np.float32)
+    weight[0, 0] = 1e-38
+    values, scales = quantize(weight, FORMATS[form])
+    assert np.isfinite(values.astype(np.float32)).all()
+    assert (scales.astype(np.float32) != 0).all()
