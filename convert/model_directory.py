@@ -62,15 +62,16 @@ class ModelDirectory:
             raise UserError(f"{self.params}: {name} cannot be read ({error}): copy or convert the checkpoint again.") from error
 
     def check_chunks(self) -> None:
-        """Refuse a directory on a disk that lacks files: some were not copied.
+        """Refuse a converted directory on a disk if files are missing or cut short: it was copied in part.
 
         Raises:
           UserError: names the first.
         """
-        for name in self.manifest.get("tensors", {}):
-            for file in self.chunk_files(name) if "://" not in self.params else []:
-                if not file.is_file():
-                    raise UserError(f"{file}, a part of {name}, is missing: copy or convert the checkpoint again.")
+        for name in self.manifest.get("tensors", {}) if "://" not in self.params else ():
+            size = math.prod(self._array(name).chunk_layout.read_chunk.shape) * self.parameters[name][1].itemsize
+            for file in self.chunk_files(name):
+                if not file.is_file() or file.stat().st_size != size:
+                    raise UserError(f"{file}, a part of {name}, is missing or cut short: copy or convert the checkpoint again.")
 
     def chunk_files(self, name: str) -> list[Path]:
         """The file of every chunk of a parameter, in C order."""

@@ -129,8 +129,9 @@ def test_a_directory_that_was_copied_in_part_is_named(maverick, tmp_path):
     """By `load`, before Orbax says it in thousands of lines, and by `export`."""
     directory = shutil.copytree(maverick.converted, tmp_path / "model")
     file = next((directory / "params/state/text.norm/c").iterdir())
-    file.unlink()
-    with pytest.raises(UserError, match=r"a part of text\.norm, is missing: copy or convert"):
-        load(directory)
-    with pytest.raises(UserError, match=r"text\.norm cannot be read"):
-        export(directory, tmp_path / "exported", progress=False)
+    for damage in (lambda: file.write_bytes(b"short"), file.unlink):
+        damage()
+        with pytest.raises(UserError, match=r"a part of text\.norm, is missing or cut short: copy or convert"):
+            load(directory)
+        with pytest.raises(UserError, match=r"text\.norm cannot be read"):
+            export(directory, tmp_path / "exported", progress=False)
