@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         source = Path(folder, "source")
-        experts = {"speed": 24, "memory": 128}[args.question]
+        experts = {"speed": 28, "memory": 128}[args.question]
         size = write_checkpoint(source, experts)
         print(f"{size / 1e9:.2f} GB: {experts} experts", flush=True)
         if args.question == "memory":
