@@ -91,10 +91,11 @@ class Step:
     @property
     def held_between(self) -> int:
         """Bytes of a whole slice that are held between its inputs and its outputs."""
-        size = math.prod(self.chunk)
-        if self.target is None or len(self.inputs) == 1:
+        if self.target is None:
             return 0
-        return size * self.inputs[f"{self.weight}.scales"][1].itemsize
+        multiplied_out = self.inputs[f"{self.weight}.scales"][1].itemsize if len(self.inputs) == 2 else 0
+        quantized = self.target.values.itemsize if isinstance(self.target, Format) else 0
+        return math.prod(self.chunk) * (multiplied_out + quantized)
 
     def read(self, source: Readable, index: Index) -> list[np.ndarray]:
         """Slices of the inputs that belong to a slice of the weight."""

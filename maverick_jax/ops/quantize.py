@@ -83,7 +83,7 @@ FORMATS = {
     "int8": Format(np.dtype(np.int8), np.dtype(np.float32), 127.0),
     "int4": Format(np.dtype(np.uint8), np.dtype(np.float32), 8.0, group=128),
 }
-COLUMNS = 1024  # quantized at once, so that float32 copies stay small beside the weight
+COLUMNS = 256  # quantized at once, so that float32 copies stay small beside the weight
 
 
 def quantized_shapes(shape: Shape, form: Format, *, outputs: int, experts: bool) -> tuple[Shape, Shape]:
