@@ -1,5 +1,6 @@
 """The official FP8 checkpoint of Hugging Face: kept bit for bit, given back bit for bit, multiplied out exactly."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from maverick_jax.checkpoint import load
 from maverick_jax.convert import convert, export, open_model_directory, open_source
+from maverick_jax.sharding import make_mesh
 from oracle import tiny_checkpoints
+from oracle.pair import TOLERANCE, logits, picture_prompt
 
 EXPERTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
@@ -140,6 +144,26 @@ def test_transformers_loads_the_exported_products_and_they_are_near_the_original
         # FP8 keeps 3 bits of mantissa down to 2^-6, then steps of 2^-9; bfloat16 rounds scales and products once more.
         bound = (original.abs() * 2**-4).maximum(original.abs().amax(1, keepdim=True) / 448 * 2**-10) * 1.02 + original.abs() * 2**-7
         assert ((tensor - original).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("variant", ["maverick", "scout"])
+def test_logits_are_those_of_the_multiplied_out_weights(fp8_cases, variant):
+    """transformers computes with the products that compressed-tensors gives; we with values and scales, from either directory, on one
+    device and with the experts over four."""
+    fp8 = fp8_cases[variant]
+    reference = copy.deepcopy(fp8.model)
+    for name, stack in reference.state_dict().items():
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            parts = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+            prefix = name.rpartition(".")[0]
+            for e, expert in enumerate(stack):
+                expert.copy_(torch.cat([multiplied_out(fp8.tensors, f"{prefix}.{e}.{part}.weight").T for part in parts], -1))
+    ids, tiles = picture_prompt()
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor(ids, dtype=torch.long), pixel_values=torch.tensor(tiles), use_cache=False).logits
+    mesh = make_mesh(expert=4, data=2)
+    for model in (load(fp8.source, dtype="float32"), load(fp8.converted, dtype="float32"), load(fp8.converted, dtype="float32", mesh=mesh)):
+        np.testing.assert_allclose(logits(model, ids, tiles), expected.numpy(), atol=TOLERANCE, rtol=0)
 
 
 def test_conversion_to_bfloat16_multiplies_out(fp8, tmp_path):
