@@ -7,8 +7,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from maverick_jax.convert.companions import PARAMS
 from maverick_jax.convert.huggingface import read_tensors
+from maverick_jax.convert.manifest import count_parameters
 from maverick_jax.convert.meta import FILES, SCALES
 from maverick_jax.convert.model_directory import open_model_directory
 from maverick_jax.convert.tensor_file import Tensor
@@ -34,7 +37,7 @@ class Inventory:
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(entry.shape) for entry in self.entries)
+        return count_parameters({entry.parameter: (entry.shape, np.dtype(entry.dtype)) for entry in self.entries})
 
     @property
     def bytes(self) -> int:

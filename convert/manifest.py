@@ -86,7 +86,7 @@ def count_parameters(parameters: Mapping[str, tuple[Shape, np.dtype]]) -> int:
     return sum(
         math.prod(shape) * (2 if name.endswith(".values") and dtype == np.uint8 else 1)
         for name, (shape, dtype) in parameters.items()
-        if not name.endswith(".scales")
+        if not name.endswith((".scales", "_scale"))  # ours and Hugging Face's
     )
 
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import platform
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     import jax
     from PIL import Image
 
-    from maverick_jax.assets import digits
+    from maverick_jax.assets import digits, mini_directory
     from maverick_jax.checkpoint import load
+    from maverick_jax.convert import convert
     from maverick_jax.errors import UserError
     from maverick_jax.inference.chat import Chat
     from maverick_jax.sharding import make_mesh, multihost
@@ -62,11 +60,10 @@ def run(args: argparse.Namespace) -> int:
 
     _heading("a PyTorch checkpoint becomes an Orbax one")
     out = Path(args.out) / "mini-maverick"
-    if multihost.is_first():
-        if (out / "manifest.json").is_file():  # an earlier demo's
-            shutil.rmtree(out)
-        _convert(out)
-    multihost.exchange("converted")  # the other processes load what the first has written
+    if multihost.is_first() and (out / "manifest.json").is_file():  # an earlier demo's
+        shutil.rmtree(out)
+    multihost.exchange("ready")
+    options.note(convert(mini_directory(), out, progress=multihost.is_first()).as_text())
     for path in sorted(out.iterdir()):
         print(f"{path}{'/' if path.is_dir() else ''}")
 
@@ -104,21 +101,6 @@ def run(args: argparse.Namespace) -> int:
         options.note("maverick: the answer is wrong.")
         return 1
     return 0
-
-
-def _convert(out: Path) -> None:
-    from maverick_jax.assets import mini_directory
-    from maverick_jax.convert import convert
-    from maverick_jax.errors import UserError
-    from maverick_jax.sharding import multihost
-
-    if multihost.process_count() == 1:
-        convert(mini_directory(), out)
-        return
-    # Orbax saves in all processes together; one that converts alone must not be part of the run.
-    command = [sys.executable, "-m", "maverick_jax.cli.main", "convert", str(mini_directory()), str(out)]
-    if subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL).returncode:
-        raise UserError("the mini model could not be converted: see the message above.")
 
 
 def _heading(text: str) -> None:

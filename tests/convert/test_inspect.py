@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from maverick_jax.convert import inspect, table
+from maverick_jax.convert import convert, inspect, table
 
 
 def test_both_kinds_of_directory_have_the_same_totals(case):
@@ -48,3 +48,9 @@ def test_weights_are_not_read(maverick, monkeypatch):
     monkeypatch.setattr(tensor_file.os, "preadv", lambda *_: pytest.fail("read weights"))
     monkeypatch.setattr(ModelDirectory, "read", lambda *_: pytest.fail("read weights"))
     table(maverick.source), table(maverick.converted)
+
+
+def test_quantized_weights_are_counted_as_weights(maverick, tmp_path):
+    """Two to a byte, and scales are none."""
+    convert(maverick.source, tmp_path / "model", target="int4", progress=False)
+    assert inspect(tmp_path / "model").parameters == inspect(maverick.source).parameters
