@@ -42,7 +42,12 @@ def digest_chunk(file: Path) -> str:
 
 def digest_chunks(chunks: Iterable[str]) -> str:
     """Of a tensor: XXH3 of the digests of its chunks' files in C order."""
-    return xxhash.xxh3_128_hexdigest("".join(chunks).encode())
+    return digest_text("".join(chunks))
+
+
+def digest_text(text: str) -> str:
+    """XXH3 (128 bits) of a text."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def digest_file(file: Path) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from maverick_jax.convert.building import building_together, local_path, require_space
 from maverick_jax.convert.companions import PARAMS, copy_companions, describe_weights
 from maverick_jax.convert.conversion import Conversion, choose_workers, plan_parts, share
-from maverick_jax.convert.digest import digest_chunks
+from maverick_jax.convert.digest import digest_chunks, digest_text
 from maverick_jax.convert.human import human_bytes
 from maverick_jax.convert.journal import Journal
 from maverick_jax.convert.manifest import count_parameters, write_manifest
@@ -94,7 +94,7 @@ def convert(
     steps = plan_steps(source.config, source.parameters, target, quantize)
     process, count = multihost.process_index(), multihost.process_count()
     task = _describe(source, target, quantize, digests)
-    multihost.check_same({"what is converted": json.dumps(task)})
+    multihost.check_same({"the checkpoint (files, sizes, times) or what becomes of it": digest_text(json.dumps(task))})
     with building_together(out) as partial, contextlib.closing(Journal(partial, task, process)) as journal:
         writer = Writer(partial / PARAMS, {name: leaf for step in steps for name, leaf in step.outputs.items()})
         conversion = Conversion(source, journal, writer, digests=digests)

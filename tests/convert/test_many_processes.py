@@ -1,6 +1,7 @@
 """Several processes convert one checkpoint: each its share, into one directory that all of them see."""
 
 import json
+import shutil
 
 from maverick_jax.cli.main import MISTAKE
 from maverick_jax.convert import convert
@@ -55,3 +56,14 @@ def test_what_a_killed_run_left_does_not_get_in(cases, tmp_path):
     (tmp_path / "out.partial" / f"{MARK}0123").touch()
     convert(cases["maverick"].source, tmp_path / "out", progress=False)
     assert not list((tmp_path / "out").glob(f"{MARK}*"))
+
+
+def test_copies_of_the_checkpoint_are_told_apart_before_work_begins(start, cases, tmp_path):
+    """Hosts with copies of their own cannot go on with each other's work: times differ, and perhaps more."""
+    for name in ("0", "1"):
+        shutil.copytree(cases["maverick"].source, tmp_path / name, copy_function=shutil.copyfile)
+    run = start([(*CONVERT, name, "out") for name in ("0", "1")])
+    assert run.statuses() == [MISTAKE, MISTAKE]
+    assert "the processes of this run differ. the checkpoint (files, sizes, times) or what becomes of it is" in run.one_line(0)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
