@@ -79,43 +79,34 @@ def building_together(out: Path) -> Iterator[Path]:
     Raises:
       UserError: as `building`; or a process does not see the directory that process 0 made.
     """
-    if multihost.process_count() == 1:
-        with building(out) as partial:
-            yield partial
-    elif multihost.is_first():
-        with building(out) as partial:
-            mark = partial / f"{MARK}{uuid.uuid4().hex}"
-            mark.touch()
-            multihost.exchange(mark.name)
-            missing = [process for process, sees in enumerate(multihost.exchange(True)) if not sees]
-            mark.unlink()
-            multihost.exchange("looked")  # only now does anyone ask what is in the directory
-            _refuse_unseen(partial, missing)
-            yield partial
-            multihost.exchange("written")
-        multihost.exchange("renamed")
-    else:
-        partial = partial_directory(out)
-        mark = multihost.exchange(None)[0]
-        sees = (partial / mark).exists()
-        missing = [process for process, one in enumerate(multihost.exchange(sees)) if not one]
-        multihost.exchange("looked")
-        _refuse_unseen(partial, missing)
+    with contextlib.ExitStack() as stack:
+        partial = stack.enter_context(building(out)) if multihost.is_first() else partial_directory(out)
+        if multihost.process_count() > 1:
+            _check_seen(partial)
         yield partial
         multihost.exchange("written")
-        multihost.exchange("renamed")
+    multihost.exchange("renamed")
+
+
+def _check_seen(partial: Path) -> None:
+    """Whether all processes see the directory that process 0 has made, by a mark in it."""
+    first, name = multihost.is_first(), f"{MARK}{uuid.uuid4().hex}"
+    if first:
+        (partial / name).touch()
+    mark = partial / multihost.exchange(name)[0]
+    missing = [process for process, sees in enumerate(multihost.exchange(mark.exists())) if not sees]
+    if first:
+        mark.unlink()
+    multihost.exchange("looked")  # only now does anyone ask what is in the directory
+    if missing:
+        raise UserError(
+            f"{roll_call.processes(missing)} cannot see {partial}, which process 0 made: give all processes one directory that they share."
+        )
 
 
 def partial_directory(out: Path) -> Path:
     """Where OUT is built."""
     return out.with_name(f"{out.name}.partial")
-
-
-def _refuse_unseen(partial: Path, missing: list[int]) -> None:
-    if missing:
-        raise UserError(
-            f"{roll_call.processes(missing)} cannot see {partial}, which process 0 made: give all processes one directory that they share."
-        )
 
 
 def require_space(directory: Path, needed: int) -> None:

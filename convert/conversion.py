@@ -49,11 +49,11 @@ class Part(NamedTuple):
 
     @property
     def inputs(self) -> list[tuple[str, Index]]:
-        return [(name, self.step.leaf_index(name, shape, self.index)) for name, (shape, _) in self.step.inputs.items()]
+        return self.step.input_slices(self.index)
 
     @property
     def outputs(self) -> list[tuple[str, Index]]:
-        return [(name, self.step.leaf_index(name, leaf.shape, self.index)) for name, leaf in self.step.outputs.items()]
+        return self.step.output_slices(self.index)
 
     @property
     def bytes_read(self) -> int:
@@ -69,8 +69,7 @@ def plan_parts(source: Source, steps: Iterable[Step]) -> list[Part]:
     parts = []
     for step in steps:
         for number, index in enumerate(step.indices):
-            inputs = [(name, step.leaf_index(name, shape, index)) for name, (shape, _) in step.inputs.items()]
-            spans = [span for name, some in inputs for span in source.spans(name, some)]
+            spans = [span for leaf, some in step.input_slices(index) for span in source.spans(leaf, some)]
             parts.append(Part(step, number, index, spans))
     return sorted(parts, key=lambda part: part.spans[0][:2])
 

@@ -27,6 +27,7 @@ class Journal:
       task: what is converted into what.
       chunks: (parameter, number of the slice) -> digest; None where none was taken.
       files: source file -> its digests.
+      not_finite: weights in which something is infinite or no number.
 
     Raises:
       UserError: the directory was begun from something else.

@@ -35,6 +35,7 @@ class ModelDirectory:
         self.params = str(directory / PARAMS)
         if (directory / PARAMS).is_file():
             self.params = (directory / PARAMS).read_text().strip()
+        self._arrays: dict[str, Any] = {}
         self._check_arrays()
         with quiet():
             leaves = flatten(ocp.metadata(self.params).metadata)
@@ -84,9 +85,12 @@ class ModelDirectory:
         return math.prod(shape) * dtype.itemsize
 
     def _array(self, name: str) -> Any:
+        """Opened once, for each opening reads the array's description."""
         import tensorstore
 
-        return tensorstore.open(array_spec(self.params, name), open=True).result()
+        if name not in self._arrays:
+            self._arrays[name] = tensorstore.open(array_spec(self.params, name), open=True).result()
+        return self._arrays[name]
 
 
 def open_model_directory(directory: str | Path) -> ModelDirectory:

@@ -97,9 +97,17 @@ class Step:
         quantized = self.target.values.itemsize if isinstance(self.target, Format) else 0
         return math.prod(self.chunk) * (multiplied_out + quantized)
 
+    def input_slices(self, index: Index) -> list[tuple[str, Index]]:
+        """The slices of the inputs that belong to a slice of the weight."""
+        return [(leaf, self.leaf_index(leaf, shape, index)) for leaf, (shape, _) in self.inputs.items()]
+
+    def output_slices(self, index: Index) -> list[tuple[str, Index]]:
+        """The slices of the outputs that belong to a slice of the weight."""
+        return [(name, self.leaf_index(name, leaf.shape, index)) for name, leaf in self.outputs.items()]
+
     def read(self, source: Readable, index: Index) -> list[np.ndarray]:
-        """Slices of the inputs that belong to a slice of the weight."""
-        return [source.read(leaf, self.leaf_index(leaf, shape, index)) for leaf, (shape, _) in self.inputs.items()]
+        """The inputs' values in a slice of the weight."""
+        return [source.read(leaf, part) for leaf, part in self.input_slices(index)]
 
     def run(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """From slices of the inputs to slices of the outputs."""

@@ -109,11 +109,9 @@ def _check_tensor(model: ModelDirectory, name: str, digest: str, bar: tqdm) -> s
         found.append(digest_chunk(file))
         bar.update(file.stat().st_size)
     bar.set_postfix_str(name, refresh=False)
-    return (
-        None
-        if digest_chunks(found) == digest
-        else f"{name} is not what was written: {array_path(model.directory / PARAMS, name)} has changed."
-    )
+    if digest_chunks(found) == digest:
+        return None
+    return f"{name} is not what was written: {array_path(model.directory / PARAMS, name)} has changed."
 
 
 def _rederive(model: ModelDirectory, source: Source, manifest: Mapping[str, Any], *, workers: int, progress: bool) -> list[str]:
