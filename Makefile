@@ -1,9 +1,10 @@
 # make demo    install into .venv, convert the embedded checkpoint, ask it about two pictures on 8 simulated devices
-# make test    install the test extra, run all tests
+# make test    install the test and torch extras, run all tests; EXTRAS=test leaves out what compares with PyTorch
 # make lint    ruff and pyright
 
 PYTHON ?= python3
 VENV   ?= .venv
+EXTRAS ?= test,torch
 BIN    := $(VENV)/bin
 
 .PHONY: demo test lint clean
@@ -28,7 +29,7 @@ $(VENV)/installed: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/installed-test: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	touch $(VENV)/installed $@
 
 clean:

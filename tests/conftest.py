@@ -9,12 +9,18 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from typing import TYPE_CHECKING
+
 import hypothesis
 import jax
 import pytest
 
-from oracle.pair import Pair, make_pair
 from processes import start as start
+
+if TYPE_CHECKING:
+    from oracle.pair import Pair
+
+NEEDS_TORCH = "compares with PyTorch, which is not installed: pip install '.[test,torch]'"
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -22,6 +28,35 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A module that imports PyTorch is skipped, and says so, where there is none."""
+    report = yield
+    if report.failed and "No module named 'torch'" in str(report.longrepr):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {NEEDS_TORCH}")
+    return report
+
+
+def _skip_without_torch():
+    """So is a test that imports it later, or whose fixture does."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            pytest.skip(NEEDS_TORCH)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from _skip_without_torch())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from _skip_without_torch())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,19 +76,25 @@ def shared_dir() -> Path:
     return directory
 
 
+def _pair(variant: str) -> "Pair":
+    from oracle.pair import make_pair
+
+    return make_pair(variant)
+
+
 @pytest.fixture(scope="session")
-def tiny_maverick() -> Pair:
+def tiny_maverick() -> "Pair":
     """Dense and MoE layers in turn, no QK norm, plain RoPE: transformers' float32 model and ours with its weights."""
-    return make_pair("maverick")
+    return _pair("maverick")
 
 
 @pytest.fixture(scope="session")
-def tiny_scout() -> Pair:
+def tiny_scout() -> "Pair":
     """MoE on every layer, QK norm, scaled RoPE: transformers' float32 model and ours with its weights."""
-    return make_pair("scout")
+    return _pair("scout")
 
 
 @pytest.fixture(params=["tiny_maverick", "tiny_scout"])
-def tiny(request) -> Pair:
+def tiny(request) -> "Pair":
     """Each of the two tiny models in turn."""
     return request.getfixturevalue(request.param)

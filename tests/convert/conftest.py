@@ -7,22 +7,22 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 
 from maverick_jax.convert import convert
 from maverick_jax.errors import UserError
-from oracle import tiny_checkpoints
-from oracle.meta_checkpoints import save_meta_checkpoint
+
+if TYPE_CHECKING:
+    import torch
 
 SMALL = {"text": {"num_hidden_layers": 4}, "vision": {"num_hidden_layers": 1}}
 VARIANTS = {
-    "maverick": lambda: tiny_checkpoints.make_config("maverick", **SMALL),
-    "scout": lambda: tiny_checkpoints.make_config("scout", **SMALL),
-    "text_only": lambda: tiny_checkpoints.make_config("maverick", **SMALL).text_config,
+    "maverick": lambda make_config: make_config("maverick", **SMALL),
+    "scout": lambda make_config: make_config("scout", **SMALL),
+    "text_only": lambda make_config: make_config("maverick", **SMALL).text_config,
 }
 WIDE = {  # every head and width divides among 8 ranks
     "text": {"num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8},
@@ -35,7 +35,9 @@ class Case:
     """A model of transformers, its checkpoint in shards, and our conversion of that."""
 
     def __init__(self, variant: str, directory: Path):
-        self.model = tiny_checkpoints.make_model(VARIANTS[variant]())
+        from oracle import tiny_checkpoints
+
+        self.model = tiny_checkpoints.make_model(VARIANTS[variant](tiny_checkpoints.make_config))
         self.source, self.converted = directory / "source", directory / "converted"
         with warnings.catch_warnings():  # torch's, about a buffer of transformers
             warnings.simplefilter("ignore")
@@ -97,13 +99,15 @@ def maverick(cases) -> Case:
 class Release(NamedTuple):
     """A model of transformers, its Hugging Face checkpoint, and our conversion of that."""
 
-    model: torch.nn.Module
+    model: "torch.nn.Module"
     huggingface: Path
     converted: Path
 
 
 @pytest.fixture(scope="session")
 def release(scratch_disk) -> Release:
+    from oracle import tiny_checkpoints
+
     model = tiny_checkpoints.make_model(tiny_checkpoints.make_config("maverick", **WIDE))
     found = Release(model, scratch_disk / "wide", scratch_disk / "wide-converted")
     with warnings.catch_warnings():  # torch's, about a buffer of transformers
@@ -116,6 +120,8 @@ def release(scratch_disk) -> Release:
 @pytest.fixture(scope="session")
 def two_ranks(release, scratch_disk) -> Path:
     """The same model in two of Meta's files."""
+    from oracle.meta_checkpoints import save_meta_checkpoint
+
     return save_meta_checkpoint(release.model, scratch_disk / "two-ranks", ranks=2)
 
 
