@@ -19,14 +19,18 @@ from jax import lax
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.cache import KVCache
+from maverick_jax.inference.checks import MAX_NEW_TOKENS, check_room, shown, stop_tokens, token_rows
 from maverick_jax.inference.clock import seconds_compiling
+from maverick_jax.inference.not_finite import explain
 from maverick_jax.inference.sampling import RowSampling, Sampling, sample
+from maverick_jax.inference.sizes import longest_piece, next_power_of_two, piece_size, round_up_context
 from maverick_jax.model import Llama4
+from maverick_jax.model.inputs import check_patches, tiles_of
 
-PIECE = 8192  # tokens of a prefill piece, all rows together: bounds what a layer computes at once
-SHORTEST_PIECE = 32
 TILES_AT_ONCE = 16  # pictures' tiles per call of the vision tower
 STEPS = 8  # tokens per decode call: text arrives in small portions, the host is asked rarely
+NO_TOKEN = -1  # behind the end of a row
+NOT_FINITE = -2  # in the place of a token whose logits are not finite
 
 
 def generate(
@@ -39,13 +43,13 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     stop_ids: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue a batch of prompts.
 
     Args:
-      prompts: token ids per row; rows may differ in length.
+      prompts: token ids per row, lists or arrays of whole numbers; rows may differ in length.
       tiles: [N, 3, S, S] float32, the tiles of all pictures of all rows, in order.
       max_new_tokens: at most so many tokens per row.
       temperature, top_k, top_p, min_p, seed: see `Sampling`.
@@ -55,14 +59,14 @@ def generate(
       The new tokens of every row, without the stop token.
 
     Raises:
-      UserError: an empty prompt, ids outside the vocabulary, no room in the context, tiles that do not fit the prompts.
+      UserError: an argument of another type or outside its range, an empty prompt, ids outside the vocabulary, no room in the
+        context, tiles that do not fit the prompts; logits that are not finite (it names the first layer that is not).
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    rows: list[list[int]] = [[] for _ in prompts]
-    for portion in Generation(model, prompts, tiles=tiles, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids):
-        for row, tokens in zip(rows, portion, strict=True):
-            row += tokens
-    return rows
+    run = Generation(model, prompts, tiles=tiles, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids)
+    for _ in run:
+        pass
+    return run.rows
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +77,7 @@ class DecodeState:
     Attributes:
       cache: keys and values of everything but `token_B`.
       token_B: [B] int32 the newest token of every row, not yet in the cache.
-      done_B: [B] bool rows that met a stop token.
+      done_B: [B] bool rows that met a stop token, or logits that are not finite.
       step: [] int32 tokens sampled per row.
       load_ME: [M, E] int32 tokens that each expert of each mixture has computed. In a prefill the last layer computes
         only the last token of every row.
@@ -89,10 +93,11 @@ class DecodeState:
 
 
 class Generation:
-    """A batch of prompts being continued: iterate to get each row's new tokens as they come.
+    """A batch of prompts being continued: iterate, once, to get each row's new tokens as they come.
 
-    After the iteration `seconds` holds the times of prefill and decode, `load_ME` [MoE layers, experts] how many tokens
-    went to which expert (see `DecodeState`) and `dropped` how many found no room. Arguments and errors as for `generate`.
+    After the iteration `rows` holds them all, `seconds` the times of prefill and decode, `load_ME` [MoE layers, experts] how
+    many tokens went to which expert (see `DecodeState`) and `dropped` how many found no room. Arguments and errors as for
+    `generate`.
     """
 
     def __init__(
@@ -105,18 +110,23 @@ class Generation:
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] | None = None,
     ):
+        if not isinstance(model, Llama4):
+            raise UserError(f"model is {shown(model)}: open it with maverick_jax.load.")
+        config = model.config
         self.model = model
-        self.prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-        self.max_new_tokens = max_new_tokens
-        self.stop_ids = np.asarray(model.config.eos_token_id if stop_ids is None else stop_ids, np.int32).reshape(-1)
-        self._check(tiles)
-        self.tiles = tiles
-        self.rows = RowSampling.repeat(sampling or Sampling(), len(prompts))
+        self.max_new_tokens = MAX_NEW_TOKENS.check("max_new_tokens", max_new_tokens)
+        self.stop_ids = np.array(config.eos_token_id, np.int32) if stop_ids is None else stop_tokens(stop_ids, config.text.vocab_size)
+        self.prompts = token_rows(prompts, config.text.vocab_size)
+        check_room(self.prompts, self.max_new_tokens, config.text)
+        self.tiles = None if tiles is None else tiles_of(tiles, config.vision)
+        check_patches(np.concatenate([[], *self.prompts]) == config.image_token_index, self.tiles, config.vision)
+        self.sampling = RowSampling.repeat(sampling or Sampling(), len(self.prompts))
+        self.rows: list[list[int]] = [[] for _ in self.prompts]
         self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
         self.new_tokens = self.first_tokens = 0
-        moe_layers = len(model.config.text.moe_layers)
-        self.load_ME = np.zeros((moe_layers, model.config.text.num_local_experts), np.int32)
+        self.load_ME = np.zeros((len(config.text.moe_layers), config.text.num_local_experts), np.int32)
         self.dropped = 0
+        self._iterated = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -129,19 +139,25 @@ class Generation:
         return decoded / self.seconds["decode"] if decoded > 0 else 0.0
 
     def __iter__(self) -> Iterator[list[list[int]]]:
+        if self._iterated:  # `rows`, `seconds` and the loads are those of one run
+            raise UserError("this Generation has been iterated before: its tokens are in `rows`; make another one to run again.")
+        self._iterated = True
+        return self._portions()
+
+    def _portions(self) -> Iterator[list[list[int]]]:
         if not self.prompts:
             return
         graphdef, weights = nnx.split(self.model)
         with self._timed("prefill"):
             cache, last_BD, load_ME, dropped = self._prefill(graphdef, weights)
-            state, first_B = _start(graphdef, weights, cache, last_BD, load_ME, dropped, self.rows, self.stop_ids)
+            state, first_B = _start(graphdef, weights, cache, last_BD, load_ME, dropped, self.sampling, self.stop_ids)
             portion = self._portion(np.asarray(first_B)[:, None], state)
         self.first_tokens = self.new_tokens
         yield portion
         left = self.max_new_tokens - 1
         while left > 0 and not np.asarray(state.done_B).all():
             with self._timed("decode"):
-                state, tokens_BS = _decode(graphdef, weights, state, self.rows, self.stop_ids, np.int32(min(STEPS, left)))
+                state, tokens_BS = _decode(graphdef, weights, state, self.sampling, self.stop_ids, np.int32(min(STEPS, left)))
                 portion = self._portion(np.asarray(tokens_BS), state)  # reads the tokens: no two calls are ever in flight
             left -= STEPS
             yield portion
@@ -158,9 +174,19 @@ class Generation:
         """The tokens that count: neither padding behind a row's end nor the stop token itself."""
         stop = set(self.stop_ids.tolist())
         portion = [[t for t in row if t >= 0 and t not in stop] for row in tokens_BS.tolist()]
+        for row, tokens in zip(self.rows, portion, strict=True):
+            row += tokens
         self.new_tokens += sum(map(len, portion))
+        for row in np.flatnonzero((tokens_BS == NOT_FINITE).any(axis=1)):
+            raise UserError(f"the logits of prompt {row} are not finite after {len(self.rows[row])} new tokens: {self._explain(row)}")
         self.load_ME, self.dropped = np.asarray(state.load_ME), int(state.dropped)
         return portion
+
+    def _explain(self, row: int) -> str:
+        graphdef, weights = nnx.split(self.model)
+        features, index = self._features(graphdef, weights)
+        new = np.array(self.rows[row], np.int32)
+        return explain(self.model, np.append(self.prompts[row], new), np.append(index[row], np.zeros_like(new)), features, self.tiles)
 
     def _prefill(self, graphdef, weights):
         lengths = np.array([len(prompt) for prompt in self.prompts])
@@ -187,7 +213,7 @@ class Generation:
         """Image features [I, D] (None without pictures), padded to a few sizes, and which feature each prompt token takes."""
         counts = np.cumsum(np.concatenate([prompt == self.model.config.image_token_index for prompt in self.prompts])) - 1
         index = np.split(np.maximum(counts, 0).astype(np.int32), np.cumsum([len(p) for p in self.prompts])[:-1])
-        if self.tiles is None or len(self.tiles) == 0:
+        if self.tiles is None:
             return None, index
         features = []
         for start in range(0, len(self.tiles), TILES_AT_ONCE):
@@ -197,52 +223,6 @@ class Generation:
             features.append(_encode_tiles(graphdef, weights, padded))
         missing = next_power_of_two(len(features)) - len(features)
         return jnp.concatenate(features + [jnp.zeros_like(features[0])] * missing), index
-
-    def _check(self, tiles):
-        config = self.model.config
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: ask for at least 1.")
-        patches = 0
-        for row, prompt in enumerate(self.prompts):
-            if prompt.size == 0:
-                raise UserError(f"prompt {row} is empty: give at least one token.")
-            if prompt.min() < 0 or prompt.max() >= config.text.vocab_size:
-                raise UserError(f"prompt {row} has token ids outside 0..{config.text.vocab_size - 1}: is it from another tokenizer?")
-            if len(prompt) + self.max_new_tokens > config.text.max_position_embeddings:
-                raise UserError(
-                    f"prompt {row} has {len(prompt)} tokens and up to {self.max_new_tokens} are asked for, but the context holds "
-                    f"{config.text.max_position_embeddings}: shorten the prompt or lower max_new_tokens."
-                )
-            patches += int((prompt == config.image_token_index).sum())
-        features = 0
-        if tiles is not None and len(tiles):
-            if config.vision is None:
-                raise UserError("this checkpoint has no vision tower: it takes text only.")
-            features = len(tiles) * config.vision.tokens_per_tile
-        if patches != features:
-            raise UserError(
-                f"the prompts have {patches} <|patch|> tokens, the tiles make {features} image features: pass every picture's tiles."
-            )
-
-
-def next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def longest_piece(rows: int) -> int:
-    """Tokens that each of so many rows reads at once in a prefill."""
-    return max(SHORTEST_PIECE, PIECE // next_power_of_two(rows))
-
-
-def piece_size(tokens: int) -> int:
-    """Padded length of a prefill piece: one of a few powers of two, so that few programs are compiled."""
-    return max(SHORTEST_PIECE, next_power_of_two(tokens))
-
-
-def round_up_context(tokens: int) -> int:
-    """Cache length: at most an eighth more than asked for, from a list that grows with the logarithm."""
-    step = max(64, next_power_of_two(tokens) // 16)
-    return -(-tokens // step) * step
 
 
 _new_cache = jax.jit(KVCache.create, static_argnums=(0, 1, 2, 3, 4))
@@ -266,14 +246,14 @@ def _prefill_piece(graphdef, weights, cache, ids_BT, lengths_B, features, index_
 def _start(graphdef, weights, cache, last_BD, load_ME, dropped, rows, stop_ids):
     """Sample every row's first token from the prefill's last hidden states."""
     model = nnx.merge(graphdef, weights)
-    token_B = sample(model.logits(last_BD), rows, jnp.int32(0))
-    state = DecodeState(cache, token_B, _is_stop(token_B, stop_ids), jnp.int32(1), jnp.asarray(load_ME), jnp.asarray(dropped))
+    token_B = _choose(model.logits(last_BD), rows, jnp.int32(0))
+    state = DecodeState(cache, token_B, _ends(token_B, stop_ids), jnp.int32(1), jnp.asarray(load_ME), jnp.asarray(dropped))
     return _readable(state, token_B, model.constrain)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(graphdef, weights, state: DecodeState, rows: RowSampling, stop_ids, steps):
-    """Up to `steps` (at most STEPS) tokens per row. Returns the state and [B, STEPS] tokens, -1 where there is none."""
+    """Up to `steps` (at most STEPS) tokens per row. Returns the state and [B, STEPS] tokens, or NO_TOKEN, NOT_FINITE."""
     model = nnx.merge(graphdef, weights)
 
     def more(carry):
@@ -283,13 +263,13 @@ def _decode(graphdef, weights, state: DecodeState, rows: RowSampling, stop_ids, 
     def one_token(carry):
         i, state, tokens_BS = carry
         x_B1D, cache, stats = model.hidden(model.embed(state.token_B[:, None]), 1 - state.done_B.astype(jnp.int32), state.cache)
-        token_B = sample(model.logits(x_B1D[:, 0]), rows, state.step)
-        tokens_BS = lax.dynamic_update_slice(tokens_BS, jnp.where(state.done_B, -1, token_B)[:, None], (0, i))
+        token_B = _choose(model.logits(x_B1D[:, 0]), rows, state.step)
+        tokens_BS = lax.dynamic_update_slice(tokens_BS, jnp.where(state.done_B, NO_TOKEN, token_B)[:, None], (0, i))
         load_ME, dropped = _add_stats(state.load_ME, state.dropped, stats)
-        done_B = state.done_B | _is_stop(token_B, stop_ids)
+        done_B = state.done_B | _ends(token_B, stop_ids)
         return i + 1, DecodeState(cache, token_B, done_B, state.step + 1, load_ME, dropped), tokens_BS
 
-    none = jnp.full((state.token_B.shape[0], STEPS), -1, jnp.int32)
+    none = jnp.full((state.token_B.shape[0], STEPS), NO_TOKEN, jnp.int32)
     _, state, tokens_BS = lax.while_loop(more, one_token, (jnp.int32(0), state, none))
     return _readable(state, tokens_BS, model.constrain)
 
@@ -300,8 +280,13 @@ def _readable(state: DecodeState, tokens, constrain) -> tuple[DecodeState, jax.A
     return dataclasses.replace(state, done_B=done_B, load_ME=load_ME, dropped=dropped), tokens
 
 
-def _is_stop(token_B, stop_ids):
-    return (token_B[:, None] == stop_ids[None, :]).any(axis=1)
+def _choose(logits_BV, rows, step):
+    """[B] int32 tokens. What is not finite is told apart here, where it costs the host no question of its own."""
+    return jnp.where(jnp.isfinite(logits_BV).all(axis=-1), sample(logits_BV, rows, step), NOT_FINITE)
+
+
+def _ends(token_B, stop_ids):
+    return (token_B[:, None] == stop_ids[None, :]).any(axis=1) | (token_B == NOT_FINITE)
 
 
 def _add_stats(load_ME, dropped, stats):

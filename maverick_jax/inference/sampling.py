@@ -6,6 +6,7 @@ Shape suffixes: B batch, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,15 @@ import numpy as np
 from jax import lax
 
 from maverick_jax.errors import UserError
+from maverick_jax.inference.checks import Range, listed, real, whole
+
+RANGES = {
+    "temperature": Range(real, 0.0, float(np.finfo(np.float32).max), "a finite number, 0 (greedy) or more"),
+    "top_k": Range(whole, 1, float("inf"), "a whole number, 1 or more"),
+    "top_p": Range(real, np.nextafter(0.0, 1.0), 1.0, "a number above 0 and at most 1"),
+    "min_p": Range(real, 0.0, 1.0, "a number between 0 and 1"),
+}
+SEED = Range(whole, 0, 2**32 - 1, "a whole number between 0 and 2^32 - 1, or a list of them, one per prompt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,32 +31,38 @@ class Sampling:
 
     Attributes:
       temperature: 0 takes the most likely token.
-      top_k: keep the k most likely tokens (None: all).
+      top_k: keep the k most likely tokens (None: all). Of equally likely ones the lower ids come first.
       top_p: then keep the most likely ones that together reach this probability (None: all).
       min_p: then keep those at least this fraction as likely as the most likely one (None: all).
-      seed: same seed, same prompts, same tokens.
+      seed: one per row, or one number s for all: then row i has seed s + i (modulo 2^32). What a row draws follows from its
+        own seed, wherever it stands and whatever stands beside it.
 
     Raises:
-      UserError: a value outside its range.
+      UserError: a value of another type or outside its range.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    seed: int = 0
+    seed: int | Sequence[int] = 0
 
     def __post_init__(self):
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
-        _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "1 or more")
-        _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            if value is not None or name == "temperature":
+                object.__setattr__(self, name, allowed.check(name, value))
+        seeds = None if whole(self.seed) is not None else listed(self.seed)
+        read = SEED.check("seed", self.seed) if seeds is None else tuple(SEED.check(f"seed {i}", s) for i, s in enumerate(seeds))
+        object.__setattr__(self, "seed", read)
 
-
-def _require(good: bool, name: str, value: float | None, expected: str) -> None:
-    if not good:
-        raise UserError(f"{name} is {value}: it must be {expected}.")
+    def seeds(self, batch: int) -> np.ndarray:
+        """[B] uint32."""
+        if isinstance(self.seed, int):
+            return (np.uint64(self.seed) + np.arange(batch, dtype=np.uint64)).astype(np.uint32)
+        if len(self.seed) != batch:
+            raise UserError(f"seed has {len(self.seed)} numbers for {batch} prompts: give one per prompt, or a single one.")
+        return np.array(self.seed, np.uint32)
 
 
 @jax.tree_util.register_dataclass
@@ -62,14 +78,16 @@ class RowSampling:
 
     @classmethod
     def repeat(cls, sampling: Sampling, batch: int) -> RowSampling:
-        """The same settings for every row; each row draws its own numbers."""
+        """The same settings for every row, each with its own seed."""
         no_limit = np.iinfo(np.int32).max
+        # What comes before the last tokens may add up to a little more than 1.
+        all_tokens = sampling.top_p is None or sampling.top_p == 1
         return cls(
             np.full(batch, sampling.temperature, np.float32),
-            np.full(batch, sampling.top_k or no_limit, np.int32),
-            np.full(batch, 1.0 if sampling.top_p is None else sampling.top_p, np.float32),
+            np.full(batch, min(sampling.top_k or no_limit, no_limit), np.int32),
+            np.full(batch, np.inf if all_tokens else sampling.top_p, np.float32),
             np.full(batch, sampling.min_p or 0.0, np.float32),
-            (np.uint64(sampling.seed) + np.arange(batch, dtype=np.uint64) * np.uint64(0x9E3779B1)).astype(np.uint32),
+            sampling.seeds(batch),
         )
 
 
@@ -79,7 +97,7 @@ def sample(logits_BV: jax.Array, rows: RowSampling, step: jax.Array) -> jax.Arra
 
     def draw():
         scaled = logits_BV / jnp.maximum(rows.temperature_B, 1e-6)[:, None]
-        kept = jnp.where(scaled >= _threshold(scaled, rows)[:, None], scaled, -jnp.inf)
+        kept = jnp.where(_kept(scaled, rows), scaled, -jnp.inf)
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(jnp.asarray(rows.seed_B))
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
         return jnp.where(rows.temperature_B > 0, drawn, greedy_B)
@@ -87,13 +105,19 @@ def sample(logits_BV: jax.Array, rows: RowSampling, step: jax.Array) -> jax.Arra
     return lax.cond(jnp.any(rows.temperature_B > 0), draw, lambda: greedy_B)
 
 
-def _threshold(scaled_BV, rows):
-    """[B] lowest logit that top-k, then top-p, then min-p keep. Each keeps a prefix of the sorted row, at least one token."""
+def _kept(scaled_BV, rows):
+    """[B, V] bool: the tokens that top-k, then top-p, then min-p keep.
+
+    Each keeps a prefix of the row sorted from the most likely on, at least one token.
+    """
     sorted_BV = -jnp.sort(-scaled_BV, axis=-1)
     rank = jnp.arange(sorted_BV.shape[1])[None, :]
     top_k = rank < rows.top_k_B[:, None]
     probability = jax.nn.softmax(jnp.where(top_k, sorted_BV, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     kept = top_k & (before < rows.top_p_B[:, None]) & (probability >= rows.min_p_B[:, None] * probability[:, :1])
-    last = jnp.maximum(kept.sum(axis=-1) - 1, 0)
-    return jnp.take_along_axis(sorted_BV, last[:, None], axis=-1)[:, 0]
+    count_B1 = jnp.maximum(kept.sum(axis=-1, keepdims=True), 1)
+    last_B1 = jnp.take_along_axis(sorted_BV, count_B1 - 1, axis=-1)
+    # Of tokens as likely as the last one, those with the lowest ids: a stable sort puts them first.
+    above, tied = scaled_BV > last_B1, scaled_BV == last_B1
+    return above | (tied & (jnp.cumsum(tied, axis=-1) <= count_B1 - above.sum(axis=-1, keepdims=True)))

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
+from maverick_jax.model import inputs
 from maverick_jax.model.attention import Piece
+from maverick_jax.model.inputs import Array
 from maverick_jax.model.parameter import weight
 from maverick_jax.model.text import RESIDUAL, Text
 from maverick_jax.model.vision import Vision
@@ -26,9 +27,6 @@ from maverick_jax.sharding.dispatch import Dispatcher, Local, Stats
 
 if TYPE_CHECKING:
     from maverick_jax.inference.cache import KVCache
-
-
-Array = jax.Array | np.ndarray
 
 
 def identity(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -88,11 +86,21 @@ class Llama4(nnx.Module):
           [B, T, V] float32; with a cache a pair (logits, cache).
 
         Raises:
-          UserError: tiles and `<|patch|>` tokens disagree, or the cache is too short (both checked outside jit).
+          UserError: shapes or dtypes are others; and, where values are known (outside jit), ids outside the vocabulary, tiles
+            and `<|patch|>` tokens that disagree, a cache without room.
         """
+        token_ids = inputs.token_ids_of(token_ids)
+        B, T = token_ids.shape
+        lengths = np.full(B, T, np.int32) if lengths is None else inputs.lengths_of(lengths, B, T)
+        tiles = None if tiles is None else inputs.tiles_of(tiles, self.config.vision)
+        real = np.arange(T, dtype=np.int32)[None, :] < lengths[:, None]
+        inputs.check_vocabulary(token_ids, real, self.config.text.vocab_size)
+        token_ids = token_ids.astype(jnp.int32)
+        is_patch = (token_ids == self.config.image_token_index) & real  # what padding holds is nobody's
+        inputs.check_patches(is_patch, tiles, self.config.vision)
+        if cache is not None:
+            inputs.check_cache(cache, self.config.text, lengths)
         features = None if tiles is None else self.encode_tiles(tiles)
-        self._check(token_ids, features, cache)
-        is_patch = token_ids == self.config.image_token_index
         index = jnp.cumsum(is_patch.reshape(-1)).reshape(is_patch.shape) - 1
         x, cache, _ = self.hidden(self.embed(token_ids, features, index), lengths, cache)
         return self.logits(x) if cache is None else (self.logits(x), cache)
@@ -129,25 +137,6 @@ class Llama4(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] normed hidden states -> [..., V] float32."""
         return linear_float32(x, self.text.unembedding[...])
-
-    def _check(self, token_ids, features, cache):
-        if isinstance(token_ids, Tracer):
-            return
-        # NumPy, because under jit even the comparison of ids that are known at compile time is traced.
-        patches = int((np.asarray(token_ids) == self.config.image_token_index).sum())
-        given = 0 if features is None else features.shape[0]
-        if patches != given:
-            raise UserError(
-                f"the prompt has {patches} <|patch|> tokens, the tiles make {given} image features: pass every picture's tiles."
-            )
-        if cache is None or isinstance(cache.lengths_B, Tracer):
-            return
-        held, added = int(np.asarray(cache.lengths_B).max()), token_ids.shape[1]
-        if held + added > cache.max_length:
-            raise UserError(
-                f"the cache has room for {cache.max_length} tokens; {held} are in it and {added} are added: "
-                "create it with a larger max_length."
-            )
 
 
 def look_up(table_VD: jax.Array, ids_BT: Array) -> jax.Array:

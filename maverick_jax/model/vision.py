@@ -95,7 +95,10 @@ class Adapter(nnx.Module):
 
 
 class Vision(nnx.Module):
-    """Tiles to features: patches, class token last, positions, encoder, pixel shuffle, adapter."""
+    """Tiles to features: patches, class token last, positions, encoder, pixel shuffle, adapter.
+
+    `embed`, the layers and `adapt` are separate steps, so that each can be looked at.
+    """
 
     def __init__(self, config: VisionConfig, *, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
         D = config.hidden_size
@@ -112,13 +115,21 @@ class Vision(nnx.Module):
 
     def __call__(self, tiles_N3SS: jax.Array) -> jax.Array:
         """[N, 3, S, S] float32 pixels in -1..1 -> [N, tokens_per_tile, projector_output_dim] in the weights' dtype."""
+        x_NPD = self.embed(tiles_N3SS)
+        for layer in self.layers:
+            x_NPD = self.constrain(layer(x_NPD), ("tiles", None, None))
+        return self.adapt(x_NPD)
+
+    def embed(self, tiles_N3SS: jax.Array) -> jax.Array:
+        """[N, 3, S, S] -> [N, P, D]: what the first layer sees."""
         x_NPD = linear(unfold(tiles_N3SS, self.config.patch_size).astype(self.patch_embedding.dtype), self.patch_embedding[...])
         N, _, D = x_NPD.shape
         class_token = jnp.broadcast_to(self.class_embedding[...][None, None], (N, 1, D))
         x_NPD = jnp.concatenate([x_NPD, class_token], axis=1) + self.position_embedding[...][None]
-        x_NPD = self.constrain(self.pre_norm(x_NPD), ("tiles", None, None))
-        for layer in self.layers:
-            x_NPD = self.constrain(layer(x_NPD), ("tiles", None, None))
+        return self.constrain(self.pre_norm(x_NPD), ("tiles", None, None))
+
+    def adapt(self, x_NPD: jax.Array) -> jax.Array:
+        """What the last layer gives, without the class token -> [N, tokens_per_tile, projector_output_dim]."""
         return self.adapter(pixel_shuffle(self.post_norm(x_NPD)[:, :-1], self.config.grid, self.config.shuffle))
 
 

@@ -11,7 +11,7 @@ import jax
 
 from maverick_jax.config import TextConfig
 from maverick_jax.inference.cache import KVCache
-from maverick_jax.inference.generate import longest_piece
+from maverick_jax.inference.sizes import longest_piece
 from maverick_jax.ops.attention import MOST_SCORES
 from maverick_jax.plan.case import Case
 from maverick_jax.plan.weights import DENSE, SHARED, itemsize

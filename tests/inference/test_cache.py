@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maverick_jax.config import Config
+from maverick_jax.inference import generate as generation
 from maverick_jax.inference.cache import KVCache
+from maverick_jax.inference.sampling import RowSampling, Sampling
+from maverick_jax.model import get_abstract_model
 from maverick_jax.model.attention import Piece
 from maverick_jax.ops.attention import Keys, write_slots
-from maverick_jax.plan.programs import Programs
-from maverick_jax.sharding import THROUGHPUT, make_mesh
 
 CHUNK, ROOM = 8, 32
 
@@ -87,11 +89,19 @@ def test_pieces_of_any_lengths_leave_the_keys_in_reach(append, pieces, single):
         cache = cache.advanced(tuple(layers), jnp.asarray(start))
 
 
-def test_a_decode_step_copies_no_buffer():
-    """New keys go into the donated buffers in place; one copy per layer would double what a step writes, or worse."""
+def test_decoding_copies_no_buffer():
+    """New keys go into the donated buffers in place, in the very program that `generate` runs, token after token: one copy per
+    layer would double what a step writes, or worse."""
     context = 4096
     sizes = dict(hidden_size=64, intermediate_size_mlp=64, head_dim=64, vocab_size=128, attention_chunk_size=context)
-    text = dataclasses.replace(small_config(), **sizes)
-    compiled = Programs(Config(text=text), make_mesh(), THROUGHPUT, dtype="float32").decode(2, context).lower().compile()
+    config = Config(text=dataclasses.replace(small_config(), **sizes))
+    graphdef, weights = nnx.split(get_abstract_model(config, dtype="float32"))
+    cache = jax.eval_shape(lambda: KVCache.create(config.text, 2, context, jnp.float32))
+    cache = dataclasses.replace(cache, layers=tuple(dataclasses.replace(layer, fresh=False) for layer in cache.layers))
+    int_B, scalar = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    load_ME = jax.ShapeDtypeStruct((0, config.text.num_local_experts), jnp.int32)
+    state = generation.DecodeState(cache, int_B, jax.ShapeDtypeStruct((2,), jnp.bool), scalar, load_ME, scalar)
+    sampling, stop_ids = RowSampling.repeat(Sampling(), 2), np.zeros(3, np.int32)
+    compiled = generation._decode.lower(graphdef, weights, state, sampling, stop_ids, np.int32(generation.STEPS)).compile()
     one_buffer = 2 * context * 64 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < one_buffer

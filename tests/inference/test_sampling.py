@@ -1,12 +1,15 @@
 """Sampling: the tokens that top-k, top-p and min-p leave are exactly those of their definitions, and draws follow the model."""
 
+import re
+import reprlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.sampling import RowSampling, Sampling, sample
+from maverick_jax.inference.sampling import RowSampling, Sampling, _kept, sample
 
 ROWS = 4000
 PROBABILITIES = np.array([0.02, 0.3, 0.1, 0.05, 0.25, 0.08, 0.2], np.float32)
@@ -89,18 +92,77 @@ def test_rows_have_their_own_settings():
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "settings, expected",
     [
-        *(dict(temperature=value) for value in (-0.1, float("nan"))),
-        dict(top_k=0),
-        *(dict(top_p=value) for value in (0.0, 1.1)),
-        *(dict(min_p=value) for value in (-0.1, 1.5)),
-        *(dict(seed=value) for value in (-1, 2**32)),
+        (dict(top_k=1), {2}),
+        (dict(top_k=2), {2, 1}),
+        (dict(top_k=3), {2, 1, 3}),
+        (dict(top_p=0.35), {2, 1}),  # 0.3, then three of 0.2
+        (dict(top_p=0.65), {2, 1, 3}),
+        (dict(min_p=0.6), {2, 1, 3, 4}),
+        (dict(top_k=3, top_p=0.75, min_p=0.6), {2, 1, 3}),
+        (dict(), {0, 1, 2, 3, 4}),
     ],
     ids=str,
+)
+def test_of_equal_tokens_the_first_are_kept(settings, expected):
+    """A threshold alone would keep three tokens where two were asked for; in the sorted row the lower ids come first."""
+    logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.2, 0.2], jnp.float32))
+    rows = RowSampling.repeat(Sampling(temperature=1.0, **settings), 500)
+    assert set(np.asarray(draw(jnp.broadcast_to(logits, (500, 5)), rows, jnp.int32(0))).tolist()) == expected
+
+
+def test_tokens_that_are_all_equal():
+    """The first k of a row without any order, whatever k, in every row of a batch alike."""
+    rows = RowSampling.repeat(Sampling(temperature=1.0, top_k=3), 400)
+    assert set(np.asarray(draw(jnp.zeros((400, 9)), rows, jnp.int32(0))).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("top_p", [None, 1, 1.0])
+def test_without_top_p_the_least_likely_token_stays(top_p):
+    """Summed in float32, what comes before the last tokens can reach 1, and they would be cut off."""
+    logits = jnp.asarray(np.linspace(0, -30, 5000, dtype=np.float32))[None]
+    rows = RowSampling.repeat(Sampling(temperature=1.0, top_p=top_p), 1)
+    assert _kept(logits, rows).all()
+    assert not _kept(logits, RowSampling.repeat(Sampling(temperature=1.0, top_p=0.9999999), 1)).all()
+
+
+@pytest.mark.parametrize("top_k", [7, 2**31 - 1, 2**31, 2**40, 10**30])
+def test_more_than_there_are_is_all(top_k):
+    """A top-k beyond the vocabulary keeps everything, though int32 does not hold it."""
+    assert set(drawn(temperature=2.0, top_k=top_k)) == set(range(7))
+
+
+NUMBERS = ("1", None, [1.0], 1j, True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(dict(temperature=value) for value in (-0.1, float("nan"), float("inf"), 1e300, 10**400, *NUMBERS)),
+        *(dict(top_k=value) for value in (0, -1, 2.7, 2.0, float("nan"), "1", [1], True)),
+        *(dict(top_p=value) for value in (0.0, -1, 1.1, float("nan"), "1", [1.0], True)),
+        *(dict(min_p=value) for value in (-0.1, 1.5, float("nan"), "1", True)),
+        *(dict(seed=value) for value in (-1, 2**32, 1.0, "1", None, True, float("nan"))),
+    ],
+    ids=lambda settings: str(settings)[:40],
 )
 def test_settings_outside_their_range_are_refused(settings):
     """The message names the setting and its value."""
     ((name, value),) = settings.items()
-    with pytest.raises(UserError, match=f"{name} is {value}"):
+    with pytest.raises(UserError, match=re.escape(f"{name} is {reprlib.repr(value)}: it must be ")):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("seed, place", [([-1], 0), ([0, 2**32], 1), ([0, 1.5], 1), ([[1]], 0), (np.array([0.5]), 0)], ids=str)
+def test_a_wrong_seed_among_many(seed, place):
+    """It is found by its place."""
+    with pytest.raises(UserError, match=f"seed {place} is "):
+        Sampling(seed=seed)
+
+
+def test_numbers_of_numpy_and_jax_are_numbers():
+    """What comes out of an array is as good as a Python number, and is one afterwards."""
+    sampling = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), top_p=jnp.float32(0.5), min_p=np.float16(0.5), seed=jnp.int32(7))
+    assert sampling == Sampling(temperature=0.5, top_k=3, top_p=0.5, min_p=0.5, seed=7)
+    assert [type(value) for value in vars(sampling).values()] == [float, int, float, float, int]
