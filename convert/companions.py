@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+
+from maverick_jax.json_file import read_json
 
 PARAMS = "params"  # of a model directory: an Orbax checkpoint of its own
 COMPANIONS = (  # what a checkpoint has beside its weights
@@ -59,7 +60,7 @@ def describe_weights(file: Path, *, dtype: str | None, fp8: bool) -> None:
       dtype: of weights and activations; None leaves what it says.
       fp8: whether there are FP8 weights.
     """
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     before = json.dumps(values)
     for part in (values, values.get("text_config"), values.get("vision_config")):
         for name in ("dtype", "torch_dtype"):
