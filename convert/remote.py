@@ -16,6 +16,8 @@ from maverick_jax.errors import UserError
 if TYPE_CHECKING:
     from etils import epath
 
+STORE = "gs://"
+
 
 @functools.cache
 def fetch(url: str) -> tempfile.TemporaryDirectory:
@@ -26,8 +28,8 @@ def fetch(url: str) -> tempfile.TemporaryDirectory:
     """
     from etils import epath
 
-    if not url.startswith("gs://"):
-        raise UserError(f"{url}: of object stores only gs:// is supported.")
+    if not url.startswith(STORE):
+        raise UserError(f"{url}: of object stores only {STORE} is supported.")
     local = tempfile.TemporaryDirectory(prefix="maverick-")
     try:
         _copy(epath.Path(url), epath.Path(local.name))
