@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from maverick_jax.assets import mini_directory
-from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, open_model_directory, open_source, orbax, remote
+from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, hub, open_model_directory, open_source, orbax, remote
 from maverick_jax.convert.building import building, local_path
 from maverick_jax.convert.companions import COMPANIONS, copy_companions, find_companions
 from maverick_jax.convert.manifest import write_manifest
@@ -119,17 +118,8 @@ def resolve(path: str | Path | None) -> Path:
         return directory
     if os.path.exists(directory):
         raise UserError(f"{directory} is a file: give the directory that holds config.json and the weights.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        try:
-            from huggingface_hub import snapshot_download
-        except ImportError:
-            raise UserError(
-                f"{path} is no directory here; to fetch it from the Hugging Face Hub, pip install 'maverick-jax[hub]'."
-            ) from None
-        try:
-            return Path(snapshot_download(str(path)))
-        except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
-            raise UserError(f"{path} is no directory here and could not be fetched from the Hugging Face Hub: {error}") from error
+    if hub.is_id(str(path)):
+        return hub.download(str(path))
     raise UserError(f"{directory} does not exist.")
 
 
