@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
-from typing import Any
+
+from maverick_jax.errors import UserError
+from maverick_jax.json_file import read_json
 
 PARAMS = "params"  # of a model directory: an Orbax checkpoint of its own
 COMPANIONS = (  # what a checkpoint has beside its weights
@@ -19,6 +22,7 @@ COMPANIONS = (  # what a checkpoint has beside its weights
     "LICENSE*",
     "USE_POLICY*",
 )
+MAX_COMPANION = 256 << 20  # bytes; Llama 4's tokenizer has 28 million
 FP8_METHOD = {"quant_method": "compressed-tensors", "format": "float-quantized"}
 FP8_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 FP8_CONFIG = {  # what the official checkpoint says: static weights, activations quantized per token as they come
@@ -44,12 +48,40 @@ FP8_CONFIG = {  # what the official checkpoint says: static weights, activations
 }
 
 
+def find_companions(directory: Path) -> list[Path]:
+    """The config, tokenizer, template and licence files of a directory; folders and pipes of such names are none.
+
+    A link is followed to what lies in the directory itself, and from a snapshot in the Hugging Face Hub's cache to that cache's blobs. To
+    any other place it could be a stranger's choice among the files of this machine, and would end in a directory that is published.
+
+    Raises:
+      UserError: a link that leads elsewhere or nowhere, or a file too large for what its name says.
+    """
+    home = Path(os.path.realpath(directory))
+    roots = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    found = []
+    for file in sorted({file for pattern in COMPANIONS for file in directory.glob(pattern)}):
+        if file.is_dir():
+            continue
+        target = Path(os.path.realpath(file))
+        if file.is_symlink() and not any(target.is_relative_to(root) for root in roots):
+            raise UserError(f"{file} is a link to {target}, outside the checkpoint: put the file itself in its place, or remove the link.")
+        if file.is_symlink() and not target.exists():
+            raise UserError(f"{file} is a link that leads nowhere or in a circle: fetch the file again, or remove the link.")
+        if not file.is_file():
+            continue
+        if (size := file.stat().st_size) > MAX_COMPANION:
+            raise UserError(f"{file} has {size:,} bytes, more than the {MAX_COMPANION:,} of any such file: fetch it again, or remove it.")
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{file} cannot be read (Permission denied): give yourself the right to, or remove it.")
+        found.append(file)
+    return found
+
+
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copy what is there of config, tokenizer, template and licence files."""
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, destination / file.name)
+    """Copy what is there of config, tokenizer, template and licence files, as `find_companions` has them."""
+    for file in find_companions(source):
+        shutil.copyfile(file, destination / file.name)
 
 
 def describe_weights(file: Path, *, dtype: str | None, fp8: bool) -> None:
@@ -59,7 +91,7 @@ def describe_weights(file: Path, *, dtype: str | None, fp8: bool) -> None:
       dtype: of weights and activations; None leaves what it says.
       fp8: whether there are FP8 weights.
     """
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     before = json.dumps(values)
     for part in (values, values.get("text_config"), values.get("vision_config")):
         for name in ("dtype", "torch_dtype"):

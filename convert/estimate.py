@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from maverick_jax.convert.building import local_path, refuse_existing
+from maverick_jax.convert.companions import find_companions
 from maverick_jax.convert.human import human_bytes
 from maverick_jax.convert.manifest import count_parameters
 from maverick_jax.convert.recognize import open_source
@@ -80,6 +81,7 @@ def estimate(source_dir: str | Path, out: str | Path, *, target: str | None = No
     """
     source, out = open_source(source_dir), local_path(out)
     refuse_existing(out)
+    find_companions(source.directory)
     steps = plan_steps(source.config, source.parameters, target, quantize)
     leaves = {name: (leaf.shape, leaf.dtype) for step in steps for name, leaf in step.outputs.items()}
     place = next(parent for parent in out.absolute().parents if parent.is_dir())

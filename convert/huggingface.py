@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from maverick_jax.config import Config
 from maverick_jax.convert import names, safetensors
@@ -15,6 +13,7 @@ from maverick_jax.convert.places import Place, Shape
 from maverick_jax.convert.source import Piece, Source
 from maverick_jax.convert.tensor_file import Tensor
 from maverick_jax.errors import UserError
+from maverick_jax.json_file import read_json
 from maverick_jax.ops.quantize import FORMATS
 
 SINGLE = "model.safetensors"
@@ -135,14 +134,3 @@ def _check_fp8(directory: Path, tensors: dict[str, Tensor], values: set[str], qu
             raise UserError(f"{tensor.file}: {name} is FP8; of Hugging Face checkpoints only the routed experts may be: {INSTEAD}")
         if f"{name}_scale" not in tensors:
             raise UserError(f"{directory} has FP8 values {name} but no {name}_scale: fetch the checkpoint again.")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}): fetch it again.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds no JSON object: fetch it again.")
-    return values

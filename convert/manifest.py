@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,18 @@ from maverick_jax.convert.digest import digest_file
 from maverick_jax.convert.journal import NAME
 from maverick_jax.convert.places import Shape
 from maverick_jax.errors import UserError
+from maverick_jax.json_file import read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+ANY = "any name"
+FORM: dict[str, Any] = {  # of what is read again; the rest is for people
+    "files": {ANY: str},
+    "quantize": [str],
+    "source": {ANY: {"sha256": str}},
+    "target": str,
+    "tensors": {ANY: {"shape": [int], "dtype": str, "rounds": bool, "digest": str}},
+}
 LIBRARIES = ("jax", "orbax-checkpoint", "tensorstore", "numpy", "xxhash")
 
 
@@ -57,17 +66,47 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} does not exist.")
     if not file.is_file():
         raise UserError(f"{directory} is not a finished model directory: it has no {MANIFEST}. Make one with `maverick convert`.")
-    try:
-        manifest = json.loads(file.read_text())
-        version = manifest["format"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}): convert the checkpoint again.") from error
+    manifest = read_json(file, advice="convert the checkpoint again")
+    version = manifest.get("format")
     if version != FORMAT:
         raise UserError(f"{directory} has format {version}, this version reads format {FORMAT}: install a newer maverick-jax.")
     own = manifest.pop("sha256", None)
     if own is not None and own != _digest(manifest):
         raise UserError(f"{file} is damaged (its own digest is another): convert the checkpoint again.")
+    if wrong := _find_wrong(manifest):  # only now: this is of somebody's making, and no accident
+        raise UserError(f"{file} is damaged ({wrong} is not what it should be): convert the checkpoint again.")
     return manifest
+
+
+def _find_wrong(manifest: dict[str, Any]) -> str | None:
+    """The first entry of another type than `FORM` says, or with a name that leads out of the directory."""
+    if wrong := next(_misfits(manifest, FORM, "it"), None):
+        return wrong
+    tensors = manifest.get("tensors", {})
+    for name in (*tensors, *manifest.get("files", {})):
+        if ".." in Path(name).parts or Path(name).is_absolute() or not name.isprintable() or (name in tensors and "/" in name):
+            return f"the name {name!a}"
+    for name, entry in tensors.items():
+        sources = entry.get("from")
+        if not isinstance(sources, dict if "digest" in entry else list) or not {"shape", "dtype"} <= entry.keys():
+            return f"tensors.{name}"
+        if isinstance(sources, dict) and not all(isinstance(digest, str) for digest in sources.values()):
+            return f"tensors.{name}.from"
+    return None
+
+
+def _misfits(value: Any, form: Any, where: str) -> Iterator[str]:
+    """What is of another type, by its place."""
+    kind = form if isinstance(form, type) else type(form)
+    if type(value) is not kind:
+        yield where
+    elif isinstance(form, list):
+        for at, item in enumerate(value):
+            yield from _misfits(item, form[0], f"{where}[{at}]")
+    elif isinstance(form, dict):
+        for name, item in value.items():
+            if (inner := form.get(name, form.get(ANY))) is not None:
+                yield from _misfits(item, inner, name if where == "it" else f"{where}.{name}")
 
 
 def list_files(directory: Path, *, chunks: bool) -> list[str]:

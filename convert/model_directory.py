@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,16 @@ import numpy as np
 
 from maverick_jax.config import Config
 from maverick_jax.convert.companions import PARAMS
-from maverick_jax.convert.manifest import read_manifest
+from maverick_jax.convert.manifest import MANIFEST, read_manifest
 from maverick_jax.convert.orbax import flatten, quiet
 from maverick_jax.convert.places import Index, Shape
+from maverick_jax.convert.remote import STORE
 from maverick_jax.convert.writer import array_path, array_spec
 from maverick_jax.errors import UserError
+from maverick_jax.json_file import read_json
+
+LONGEST_ADDRESS = 2000
+SAME = (("shape", "shape"), ("data_type", "dtype"))  # Zarr's names and the manifest's
 
 
 class ModelDirectory:
@@ -32,11 +37,9 @@ class ModelDirectory:
         from orbax.checkpoint import v1 as ocp
 
         self.directory, self.manifest, self.config = directory, manifest, Config.from_directory(directory)
-        self.params = str(directory / PARAMS)
-        if (directory / PARAMS).is_file():
-            self.params = (directory / PARAMS).read_text().strip()
+        self.params = _address(directory / PARAMS) if (directory / PARAMS).is_file() else str(directory / PARAMS)
         self._arrays: dict[str, Any] = {}
-        self._check_arrays()
+        self._check_descriptions()
         with quiet():
             leaves = flatten(ocp.metadata(self.params).metadata)
         if lost := [name for name, leaf in leaves.items() if leaf is None]:
@@ -44,12 +47,25 @@ class ModelDirectory:
         self.parameters: dict[str, tuple[Shape, np.dtype]] = {
             name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()
         }
+        if astray := sorted(manifest.get("tensors", self.parameters).keys() ^ self.parameters.keys()):
+            raise ValueError(f"{astray[0]} is in {MANIFEST} or there, and not in both")
 
-    def _check_arrays(self) -> None:
-        """Before Orbax opens them all at once, and leaves behind what it began when one is lost."""
-        for name in self.manifest.get("tensors", {}):
-            if "://" not in self.params and not (array_path(self.directory / PARAMS, name) / "zarr.json").is_file():
+    def _check_descriptions(self) -> None:
+        """Before Orbax opens all arrays at once, and leaves behind what it began when one is lost or damaged."""
+        if "://" in self.params:
+            return
+        folder, advice = self.directory / PARAMS, "convert the checkpoint again"
+        for file in (folder / "_CHECKPOINT_METADATA", array_path(folder, "_METADATA")):
+            read_json(file, advice=advice)
+        tensors = self.manifest.get("tensors", {})
+        for name in tensors.keys() | {file.parent.name for file in array_path(folder, "*").parent.glob("*/zarr.json")}:
+            file = array_path(folder, name) / "zarr.json"
+            if not file.is_file():
                 raise ValueError(f"{name} has no array")
+            found = read_json(file, advice=advice)
+            if name in tensors and any(found.get(theirs) != tensors[name][ours] for theirs, ours in SAME):
+                raise UserError(f"{file} is damaged ({MANIFEST} has another shape or dtype): {advice}.")
+            self._array(name)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a parameter.
@@ -57,10 +73,11 @@ class ModelDirectory:
         Raises:
           UserError: a chunk is lost or damaged.
         """
+        array = self._array(name)
         try:
-            return self._array(name)[index].read().result()
+            return array[index].read().result()
         except ValueError as error:
-            raise UserError(f"{self.params}: {name} cannot be read ({error}): copy or convert the checkpoint again.") from error
+            raise self._unreadable(name, error) from error
 
     def check_chunks(self) -> None:
         """Refuse a converted directory on a disk if files are missing or cut short: it was copied in part.
@@ -74,11 +91,11 @@ class ModelDirectory:
                 if not file.is_file() or file.stat().st_size != size:
                     raise UserError(f"{file}, a part of {name}, is missing or cut short: copy or convert the checkpoint again.")
 
-    def chunk_files(self, name: str) -> list[Path]:
-        """The file of every chunk of a parameter, in C order."""
+    def chunk_files(self, name: str) -> Iterator[Path]:
+        """The file of every chunk of a parameter, in C order; one by one, for a stranger may have said that there are a billion."""
         shape, chunk = self.parameters[name][0], self._array(name).chunk_layout.read_chunk.shape
-        cells = itertools.product(*(range(-(-size // step)) for size, step in zip(shape, chunk, strict=True)))
-        return [array_path(self.directory / PARAMS, name).joinpath("c", *map(str, cell)) for cell in cells]
+        counts = [-(-size // step) for size, step in zip(shape, chunk, strict=True)]
+        return (array_path(self.directory / PARAMS, name).joinpath("c", *map(str, cell)) for cell in _cells(counts))
 
     def nbytes(self, name: str) -> int:
         shape, dtype = self.parameters[name]
@@ -89,8 +106,33 @@ class ModelDirectory:
         import tensorstore
 
         if name not in self._arrays:
-            self._arrays[name] = tensorstore.open(array_spec(self.params, name), open=True).result()
+            try:
+                self._arrays[name] = tensorstore.open(array_spec(self.params, name), open=True).result()
+            except ValueError as error:
+                raise self._unreadable(name, error) from error
         return self._arrays[name]
+
+    def _unreadable(self, name: str, error: ValueError) -> UserError:
+        return UserError(f"{self.params}: {name} cannot be read ({error}): copy or convert the checkpoint again.")
+
+
+def _cells(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All indices of a grid, in C order; unlike `itertools.product` it makes none before it is asked for."""
+    if not counts:
+        yield ()
+        return
+    for first in range(counts[0]):
+        for rest in _cells(counts[1:]):
+            yield first, *rest
+
+
+def _address(file: Path) -> str:
+    """What a file in the place of the folder of weights says, where they are."""
+    with open(file, "rb") as stream:
+        address = stream.read(LONGEST_ADDRESS + 1).decode(errors="replace").strip()
+    if not address.startswith(STORE) or len(address) > LONGEST_ADDRESS or not address.isprintable():
+        raise UserError(f"{file} is a file and holds no address {STORE}…: copy or convert the checkpoint again.")
+    return address
 
 
 def open_model_directory(directory: str | Path) -> ModelDirectory:
@@ -105,5 +147,5 @@ def open_model_directory(directory: str | Path) -> ModelDirectory:
         return ModelDirectory(directory, manifest)
     except UserError:
         raise
-    except (ValueError, OSError) as error:
+    except Exception as error:  # Orbax meets bytes that it does not expect with many kinds
         raise UserError(f"{directory / PARAMS} cannot be read ({error}): convert the checkpoint again.") from error

@@ -9,12 +9,14 @@ import functools
 import tempfile
 from typing import TYPE_CHECKING
 
-from maverick_jax.convert.companions import COMPANIONS, PARAMS
+from maverick_jax.convert.companions import COMPANIONS, MAX_COMPANION, PARAMS
 from maverick_jax.convert.manifest import MANIFEST
 from maverick_jax.errors import UserError
 
 if TYPE_CHECKING:
     from etils import epath
+
+STORE = "gs://"
 
 
 @functools.cache
@@ -26,8 +28,8 @@ def fetch(url: str) -> tempfile.TemporaryDirectory:
     """
     from etils import epath
 
-    if not url.startswith("gs://"):
-        raise UserError(f"{url}: of object stores only gs:// is supported.")
+    if not url.startswith(STORE):
+        raise UserError(f"{url}: of object stores only {STORE} is supported.")
     local = tempfile.TemporaryDirectory(prefix="maverick-")
     try:
         _copy(epath.Path(url), epath.Path(local.name))
@@ -45,5 +47,7 @@ def _copy(source: epath.Path, destination: epath.Path) -> None:
         raise UserError(f"{source} is not a finished model directory: it has no {MANIFEST}. Copy one there that `maverick convert` made.")
     for file in source.iterdir():
         if file.name == MANIFEST or any(file.match(pattern) for pattern in COMPANIONS):
+            if (size := file.stat().length) > MAX_COMPANION:
+                raise UserError(f"{file} has {size:,} bytes, more than the {MAX_COMPANION:,} of any such file: copy the directory again.")
             (destination / file.name).write_bytes(file.read_bytes())
     (destination / PARAMS).write_text(str(source / PARAMS))

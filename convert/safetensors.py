@@ -19,6 +19,7 @@ import numpy as np
 
 from maverick_jax.convert.tensor_file import Tensor
 from maverick_jax.errors import UserError
+from maverick_jax.json_file import MAX_BYTES, parse_json
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -27,7 +28,7 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 LARGEST, MOST_AXES = 1 << 63, 8
-MAX_HEADER = 100_000_000  # bytes; the limit of the library
+LIBRARY_LIMIT = 100_000_000  # bytes of a header; what says it has more is another kind of file
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
@@ -40,15 +41,17 @@ def read_header(file: Path) -> dict[str, Tensor]:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= MAX_HEADER:
+            if not 2 <= length <= LIBRARY_LIMIT:
                 raise UserError(f"{file} is not a safetensors file: fetch it again.")
+            if length > MAX_BYTES:
+                raise UserError(f"{file} has a header of {length:,} bytes, more than the {MAX_BYTES:,} of 100,000 tensors: fetch it again.")
             if missing := max(0, 8 + length - size):
                 raise UserError(f"{file} ends {missing} bytes before its header does: the download is incomplete; fetch this file again.")
             text = stream.read(length)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     try:
-        entries = json.loads(text, object_pairs_hook=_without_duplicates)
+        entries = parse_json(text, pairs=_without_duplicates)
         entries.pop("__metadata__", None)
         tensors = {name: _parse(file, name, entry, 8 + length) for name, entry in entries.items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -71,6 +74,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse(file: Path, name: str, entry: Mapping[str, Any], start: int) -> Tensor:
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{file}: {name} has dtype {entry['dtype']}; {', '.join(DTYPES)} are supported.")
+    if not name.isprintable():
+        raise ValueError(f"{name!a} is no name of a tensor")
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if len(shape) > MOST_AXES or any(type(n) is not int or not 0 <= n < LARGEST for n in (*shape, begin, end)):

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maverick_jax.convert.building import building_together, local_path, require_space
-from maverick_jax.convert.companions import PARAMS, copy_companions, describe_weights
+from maverick_jax.convert.companions import PARAMS, copy_companions, describe_weights, find_companions
 from maverick_jax.convert.conversion import Conversion, choose_workers, plan_parts, share
 from maverick_jax.convert.digest import digest_chunks, digest_text
 from maverick_jax.convert.human import human_bytes
@@ -91,6 +91,7 @@ def convert(
     """
     begin, out, workers = time.monotonic(), local_path(out), choose_workers(workers)
     source = open_source(source_dir)
+    find_companions(source.directory)  # refused now, and not when all weights are written
     steps = plan_steps(source.config, source.parameters, target, quantize)
     process, count = multihost.process_index(), multihost.process_count()
     task = _describe(source, target, quantize, digests)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from maverick_jax.config import Config
 from maverick_jax.convert import huggingface, names, safetensors
 from maverick_jax.convert.building import building, local_path, require_space
-from maverick_jax.convert.companions import COMPANIONS, copy_companions, describe_weights
+from maverick_jax.convert.companions import COMPANIONS, copy_companions, describe_weights, find_companions
 from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
 from maverick_jax.convert.names import find_places, huggingface_name, kind_of
 from maverick_jax.convert.places import Index, Place, Shape, chunk_indices
@@ -76,6 +76,7 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
     """
     model_dir, hf_dir = Path(model_dir), local_path(hf_dir)
     stored = open_model_directory(model_dir)
+    find_companions(model_dir)  # refused now, and not when all weights are written
     source: Parameters = stored
     try:
         check_parameters(stored.config, stored.parameters)

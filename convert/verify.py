@@ -93,10 +93,14 @@ def _bar(what: str, total: int, progress: bool) -> tqdm:
 
 def _changed_files(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
     for name, digest in files.items():
-        if not (directory / name).is_file():
-            yield f"{directory / name} is missing."
-        elif digest_file(directory / name) != digest:
-            yield f"{directory / name} is not what was written."
+        file = directory / name
+        try:
+            if not file.is_file():
+                yield f"{file} is missing."
+            elif digest_file(file) != digest:
+                yield f"{file} is not what was written."
+        except OSError as error:
+            yield f"{file} cannot be read: {error.strerror}."
 
 
 def _check_tensor(model: ModelDirectory, name: str, digest: str, bar: tqdm) -> str | None:

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from maverick_jax.assets import mini_directory
-from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, open_model_directory, open_source, orbax, remote
+from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, hub, open_model_directory, open_source, orbax, remote
 from maverick_jax.convert.building import building, local_path
-from maverick_jax.convert.companions import COMPANIONS, copy_companions
+from maverick_jax.convert.companions import COMPANIONS, copy_companions, find_companions
 from maverick_jax.convert.manifest import write_manifest
 from maverick_jax.convert.names import compare_names
 from maverick_jax.convert.orbax import flatten, unflatten
@@ -94,6 +93,8 @@ def save(model: Llama4, path: str | Path, *, companions: str | Path | None = Non
       UserError: `path` exists, or there is no space left.
     """
     path, companions = local_path(path), companions or model.directory
+    if companions is not None:
+        find_companions(Path(companions))  # refused now, and not when all weights are written
     arrays = {parameter_name(name): leaf[...] for name, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     with building(path, afresh=(f"{PARAMS}*", MANIFEST, *COMPANIONS)) as partial:
         if companions is not None:
@@ -117,17 +118,8 @@ def resolve(path: str | Path | None) -> Path:
         return directory
     if os.path.exists(directory):
         raise UserError(f"{directory} is a file: give the directory that holds config.json and the weights.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        try:
-            from huggingface_hub import snapshot_download
-        except ImportError:
-            raise UserError(
-                f"{path} is no directory here; to fetch it from the Hugging Face Hub, pip install 'maverick-jax[hub]'."
-            ) from None
-        try:
-            return Path(snapshot_download(str(path)))
-        except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
-            raise UserError(f"{path} is no directory here and could not be fetched from the Hugging Face Hub: {error}") from error
+    if hub.is_id(str(path)):
+        return hub.download(str(path))
     raise UserError(f"{directory} does not exist.")
 
 
@@ -139,7 +131,7 @@ def identity(directory: Path) -> dict[str, str]:
       their bytes; of a model directory the manifest, which holds digests of all.
     """
     parts = {"config.json": ("config.json", "params.json"), "the tokenizer": ("tokenizer*", "chat_template*", "generation_config.json")}
-    small = {name: sorted(file for pattern in patterns for file in directory.glob(pattern)) for name, patterns in parts.items()}
+    small = {name: sorted(f for pattern in patterns for f in directory.glob(pattern) if f.is_file()) for name, patterns in parts.items()}
     digests = {name: hashlib.sha256(b"".join(file.read_bytes() for file in files)) for name, files in small.items()}
     if (directory / MANIFEST).is_file():
         digests["the checkpoint"] = hashlib.sha256((directory / MANIFEST).read_bytes())

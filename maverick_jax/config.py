@@ -7,11 +7,11 @@ releases spell in several ways (RoPE, NoPE layers, MoE layers) is resolved here,
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from maverick_jax.errors import UserError
+from maverick_jax.json_file import read_json
 
 NOPE_INTERVAL = 4  # every fourth layer attends globally and has no rotary embedding
 
@@ -147,12 +147,7 @@ class Config:
         for name, read in (("config.json", cls.from_huggingface), ("params.json", cls.from_meta)):
             file = directory / name
             if file.is_file():
-                try:
-                    values = json.loads(file.read_text(encoding="utf-8"))
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{file} is not valid JSON ({error}): fetch it again.") from error
-                if not isinstance(values, dict):
-                    raise UserError(f"{file} holds no JSON object: fetch it again.")
+                values = read_json(file)
                 try:
                     config = read(values)
                 except UserError as error:
@@ -186,10 +181,7 @@ class Config:
         """Stop ids of `generation_config.json` win: fine-tunes change them there."""
         if not file.is_file():
             return self
-        try:
-            stop = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-            raise UserError(f"{file} is not valid JSON ({error}): fetch it again or remove it.") from error
+        stop = read_json(file, advice="fetch it again or remove it").get("eos_token_id")
         if stop is None:
             return self
         return dataclasses.replace(self, eos_token_id=tuple(stop) if isinstance(stop, list) else (stop,))

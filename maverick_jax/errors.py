@@ -1,5 +1,7 @@
 """The one exception for what a user can cause and mend."""
 
+LONGEST = 2000  # characters; the cure is at the end
+
 
 class UserError(ValueError):
     """Something a user can mend: says what was found, where, what was expected and what to do.
@@ -8,4 +10,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # it may quote a library's message of several lines
+        text = " ".join(message.splitlines())  # it may quote a library's message of several lines
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+        # It may quote a name from a stranger's file, which shall not move the cursor of a terminal.
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import stat
 import warnings
 from pathlib import Path
 
@@ -18,22 +20,30 @@ from maverick_jax.errors import UserError
 
 MAX_SIDE = 32_768  # pixels
 MAX_PIXELS = 100_000_000  # a compressed file of a few kilobytes can unfold to gigabytes
+MAX_FILE = 256 << 20  # bytes; a picture of that many pixels takes less in every format, uncompressed ones of 8 bits included
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # each decoder is one more that meets what strangers send
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+FULL_RANGES = (1, 255, 65535)  # what stands for white in files of numbers; 1 for fractions only
 WHITE = (255, 255, 255, 255)
 
 Picture = str | os.PathLike | bytes | Image.Image
 
 
 def load_picture(source: Picture) -> Image.Image:
-    """An upright RGB picture from a file, from a file's bytes, or from any PIL picture; transparent parts become white.
+    """An upright RGB picture from a file, from a file's bytes, or from any PIL picture: transparent parts become white, of several
+    frames it is the first.
+
+    A picture of 16 bits (mode `I;16`) is white at 65535. One of 32 bits (`I`, `F`) does not say where: at the least of 255 and 65535, and
+    before them 1 for fractions, that no value exceeds; beyond them at its largest value. Negative values are black.
 
     Raises:
-      UserError: no such file, not a picture, or one too large to decode safely.
+      UserError: no such file, not a picture in one of `FORMATS`, or one too large to decode safely.
     """
     name = f"picture {source}" if isinstance(source, (str, os.PathLike)) else "picture"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below are stricter
-            picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(_read(source)))
+            warnings.simplefilter("ignore")  # of what is odd and can be read; the limits below are stricter than those warned of
+            picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(_read(source)), formats=FORMATS)
             width, height = picture.size
             if not 0 < max(width, height) <= MAX_SIDE or not 0 < width * height <= MAX_PIXELS:
                 raise UserError(
@@ -47,14 +57,23 @@ def load_picture(source: Picture) -> Image.Image:
         raise UserError(f"{name} unfolds to too many pixels ({error}): scale it down first.") from error
     except Exception as error:  # decoders raise whatever a broken file makes them stumble over
         what = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{name} cannot be read as a picture ({what}): give a PNG, JPEG, WebP or similar file.") from error
+        raise UserError(f"{name} cannot be read as a picture ({what}): give a PNG, JPEG, WebP, GIF, BMP or TIFF file.") from error
 
 
 def _read(source: str | os.PathLike | bytes) -> bytes:
     if isinstance(source, bytes):
         return source
+    if ADDRESS.match(str(source)):
+        raise UserError(f"picture {source} is an address, which is not fetched: give a file, or its bytes.")
+    file = Path(source)
     try:
-        data = Path(source).read_bytes()
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):  # to read a pipe or a device may take for ever
+            raise UserError(f"picture {source} is not a file: check the path.")
+        if found.st_size > MAX_FILE:
+            raise UserError(f"picture {source} has {found.st_size:,} bytes, more than {MAX_FILE:,}: scale it down first.")
+        with file.open("rb") as stream:
+            data = stream.read(found.st_size)
     except OSError as error:
         raise UserError(f"picture {source} cannot be read ({error.strerror}): check the path.") from error
     if not data:
@@ -63,12 +82,23 @@ def _read(source: str | os.PathLike | bytes) -> bytes:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion clips at 255
-        picture = Image.fromarray((np.asarray(picture, np.int32) >> 8).clip(0, 255).astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+    if picture.mode[0] in "IF":  # PIL's own conversion clips at 255
+        picture = Image.fromarray(_to_8_bits(np.asarray(picture), sixteen=picture.mode.startswith("I;16")))
+    if picture.mode == "La":  # which PIL converts to LA and to nothing else
+        picture = picture.convert("LA")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture)
     return picture.convert("RGB")
+
+
+def _to_8_bits(pixels: np.ndarray, *, sixteen: bool) -> np.ndarray:
+    """[H, W] uint8, rounded, of integers or fractions in a range as `load_picture` has it."""
+    largest = np.max(pixels, where=np.isfinite(pixels), initial=0)
+    ranges = FULL_RANGES[-1:] if sixteen else FULL_RANGES[pixels.dtype.kind != "f" :]
+    white = next((value for value in ranges if largest <= value), largest)
+    scaled = np.nan_to_num(pixels.astype(np.float32) * (255 / np.float32(white)), nan=0, posinf=255, neginf=0)
+    return np.rint(scaled).clip(0, 255).astype(np.uint8)
 
 
 def tile_image(picture: Picture, vision: VisionConfig) -> tuple[np.ndarray, tuple[int, int]]:

@@ -252,7 +252,9 @@ def test_two_converters_do_not_share_a_destination(maverick, tmp_path, refused):
     convert(maverick.source, tmp_path / "out", progress=False)
 
 
-@pytest.mark.parametrize("manifest,message", [("{", "manifest.json is damaged"), ('{"format": 99}', "has format 99, this version reads")])
+@pytest.mark.parametrize(
+    "manifest,message", [("{", "manifest.json is not valid JSON"), ('{"format": 99}', "has format 99, this version reads")]
+)
 def test_a_manifest_from_elsewhere_is_refused(maverick, tmp_path, manifest, message, refused):
     directory = shutil.copytree(maverick.converted, tmp_path / "model")
     (directory / "manifest.json").write_text(manifest)

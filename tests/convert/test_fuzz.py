@@ -21,7 +21,7 @@ from maverick_jax.convert import safetensors, torch_file
 from maverick_jax.convert.huggingface import INDEX, read_tensors
 from maverick_jax.errors import UserError
 
-SEEDS, HEADERS, INDEXES, PICKLES = range(10), 1200, 300, 150  # of each seed
+SEEDS, HEADERS, INDEXES, PICKLES = range(10), 1200, 300, 200  # of each seed
 MEMORY = 1 << 20  # bytes beyond the file's size: JSON's objects, and the message
 SECONDS = 2.0  # for one file of a few kilobytes, on a machine that does other things too
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
@@ -255,42 +255,43 @@ def pickled(module_path) -> bytes:
 
 
 def damaged_archive(chance: random.Random, content: bytes) -> bytes:
-    """Bytes of the archive changed, or those of the pickle in it, whose checksum is then right again."""
+    """Bytes of the archive changed, or those of the pickle in it, whose checksum is then right again, or some records compressed."""
     if chance.random() < 0.5:
         return mutate_bytes(chance, content)
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(out, "w") as changed:
         for name in archive.namelist():
             entry = archive.read(name)
-            changed.writestr(name, mutate_bytes(chance, entry) if name.endswith("data.pkl") else entry)
+            method = chance.choice([zipfile.ZIP_STORED] * 20 + [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+            changed.writestr(name, mutate_bytes(chance, entry) if name.endswith("data.pkl") else entry, method)
     return out.getvalue()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_damaged_pickle_is_refused_or_all_its_tensors_are_in_the_file(tmp_path, pickled, seed):
-    """torch checks little of what it reads, and raises whatever comes up."""
-    chance, file = random.Random(seed), tmp_path / "consolidated.00.pth"
+    """A pickle is a program, and an archive says twice where everything is: neither is believed."""
+    chance, file, read = random.Random(seed), tmp_path / "consolidated.00.pth", 0
     for number in range(PICKLES):
         content = damaged_archive(chance, pickled)
         file.write_bytes(content)
         try:
-            tensors = torch_file.read_index(file)
-        except UserError as error:
-            assert_one_line(error)
+            tensors = read_or_refuse(lambda: torch_file.read_index(file), len(content))
         except BaseException as error:
             raise AssertionError(f"file {number} of seed {seed}: {content!r}") from error
-        else:
+        if tensors is not None:
+            read += 1
             assert all(0 <= tensor.offset <= tensor.offset + tensor.nbytes <= len(content) for tensor in tensors.values())
+    assert 0 < read < PICKLES
 
 
 def test_many_names_and_one_of_them_twice(tmp_path):
     """To look for it must not take the square of their number: the largest header that is allowed has millions."""
     entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-    text = "{" + ",".join(f'"{i}":{entry}' for i in [*range(30_000), 29_999]) + "}"
+    text = "{" + ",".join(f'"{i}":{entry}' for i in [*range(10_000), 9_999]) + "}"
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text.encode())
     begin = time.process_time()
-    with pytest.raises(UserError, match="29999 appears twice"):
+    with pytest.raises(UserError, match="9999 appears twice"):
         safetensors.read_header(file)
     assert time.process_time() - begin < SECONDS
 

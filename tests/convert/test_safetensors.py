@@ -1,12 +1,15 @@
 """Reading slices of safetensors files, against numpy, the library, and another table of names."""
 
 import json
+import re
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from maverick_jax.convert import open_source, safetensors, tensor_file
 from maverick_jax.errors import UserError
+from maverick_jax.json_file import MAX_BYTES
 from oracle.port import convert as expected_parameter
 
 
@@ -144,3 +147,58 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
     file.write_bytes(bytes(10))
     with pytest.raises(UserError, match=r"model\.safetensors became shorter"):
         tensor_file.read_box(file, 0, (6,), (slice(0, 6),), np.empty(6, np.float32))
+
+
+BOMBS = {  # what fills a header, and what is said of it
+    "lists": (b'{"a":[' + b"[]," * 5_000_000 + b"0]}", "values, more than the 1,000,000 that there may be"),
+    "nested lists": (b'{"a":[' + b"[[[[[[]]]]]]," * 1_000_000 + b"0]}", "values, more than the 1,000,000 that there may be"),
+    "tensors": (
+        b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[],"data_offsets":[0,0]}' % i for i in range(200_000)) + b"}",
+        "values, more than the 1,000,000 that there may be",
+    ),
+    "spaces": (b"{" + b" " * 89_999_998 + b"}", "has a header of 90,000,000 bytes, more than the 16,777,216 of 100,000 tensors"),
+    "a name": (b'{"' + b"x" * 10_000_000 + b'":{"dtype":"F32"}}', "has a damaged header ('shape'): fetch it again."),
+    "digits": (b'{"a":' + b"9" * 10_000_000 + b"}", "has a damaged header (Exceeds the limit"),
+    "depth": (b"[" * 900_000, "has a damaged header (maximum recursion depth exceeded"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_header_takes_no_more_memory_than_its_size(tmp_path, bomb):
+    """One of 90 MB took 28 seconds and 1.7 GB before it was refused."""
+    text, message = BOMBS[bomb]
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            safetensors.read_header(file)
+        assert tracemalloc.get_traced_memory()[1] < 4 * min(len(text), MAX_BYTES) + (1 << 20)
+    finally:
+        tracemalloc.stop()
+    assert len(str(error.value)) < 3000
+
+
+def test_the_largest_header_that_a_release_could_have_is_read(tmp_path):
+    """All 19,445 tensors of Maverick's FP8 checkpoint in one file, twice over."""
+    entries = {
+        f"language_model.model.layers.{i}.feed_forward.experts.{i % 128}.gate_proj.weight_scale": {
+            "dtype": "F8_E4M3",
+            "shape": [8192, 0],
+            "data_offsets": [0, 0],
+        }
+        for i in range(2 * 19_445)
+    }
+    text = json.dumps(entries).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    assert len(safetensors.read_header(tmp_path / "model.safetensors")) == 2 * 19_445
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "\ud800", "a\u202eb"])
+def test_a_name_that_no_terminal_shows_is_refused(tmp_path, name):
+    """`inspect` prints names: one that is half a character ended it with a traceback."""
+    text = json.dumps({name: ENTRY}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(24))
+    with pytest.raises(UserError, match="is no name of a tensor") as error:
+        safetensors.read_header(tmp_path / "model.safetensors")
+    assert str(error.value).isprintable()

@@ -1,6 +1,7 @@
 """Pictures are cut into the same tiles as by the reference processors."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from maverick_jax.config import VisionConfig
 from maverick_jax.errors import UserError
 from maverick_jax.prompt import load_picture, tile_image
-from maverick_jax.prompt.images import choose_canvas
+from maverick_jax.prompt.images import MAX_FILE, choose_canvas
 
 VISION = VisionConfig()
 PIXELS = 0.02  # normalised units: the Hugging Face processor rounds to bfloat16 (spec section 3.1)
@@ -64,11 +65,12 @@ def torch_resized(picture: Image.Image, height: int, width: int) -> np.ndarray:
     return resized[0].numpy() / 127.5 - 1
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "LA", "CMYK", "1"])
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "LA", "La", "RGBa", "CMYK", "1", "YCbCr", "HSV", "RGBX", "PA"])
 def test_every_mode_becomes_rgb(mode):
     """A picture in another mode is seen as its RGB conversion; alpha that hides nothing changes nothing."""
-    picture = waves(60, 40).convert(mode)
-    tiles, _ = tile_image(picture, VISION)
+    over = {"La": "LA", "LA": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode, mode)  # PIL converts to and from some modes by others only
+    picture = waves(60, 40).convert(over)
+    tiles, _ = tile_image(picture.convert(mode), VISION)
     expected, _ = tile_image(picture.convert("RGB"), VISION)
     np.testing.assert_array_equal(tiles, expected)
 
@@ -81,9 +83,75 @@ def test_transparent_parts_become_white():
     assert np.asarray(load_picture(palette)).min() == 255
 
 
-def test_sixteen_bit_greyscale_is_scaled_not_clipped():
-    picture = Image.fromarray(np.full((4, 4), 32768, np.uint16))
-    assert np.asarray(load_picture(picture)).max() == 128
+def file_of(picture: Image.Image, form: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+GREY = np.array([[0, 0.2, 0.6, 1.0]])
+GREY_SEEN = [0, 51, 153, 255]
+NUMBERS = {  # pixels and what is seen; the mode that PIL gives them
+    "16 bits": ((GREY * 65535).astype(np.uint16), GREY_SEEN, "I;16"),
+    "16 bits, dark": (np.array([[0, 255, 257, 4095]], np.uint16), [0, 1, 1, 16], "I;16"),
+    "16 bits, the other byte order": ((GREY * 65535).astype(">u2"), GREY_SEEN, "I;16B"),
+    "32 bits, 0 to 255": (np.rint(GREY * 255).astype(np.int32), GREY_SEEN, "I"),
+    "32 bits, 0 to 1": (np.array([[0, 1, 0, 1]], np.int32), [0, 1, 0, 1], "I"),
+    "32 bits, 0 to 65535": (np.rint(GREY * 65535).astype(np.int32), GREY_SEEN, "I"),
+    "32 bits, 0 to 256": (np.array([[0, 255, 256, 128]], np.int32), [0, 1, 1, 0], "I"),
+    "32 bits, 0 to a million": ((GREY * 1_000_000).astype(np.int32), GREY_SEEN, "I"),
+    "32 bits, all of them": ((GREY * (2**31 - 1)).astype(np.int32), GREY_SEEN, "I"),
+    "32 bits, negative": (np.array([[-(2**31), -1, 0, 255]], np.int32), [0, 0, 0, 255], "I"),
+    "fractions, 0 to 1": (GREY.astype(np.float32), GREY_SEEN, "F"),
+    "fractions, 0 to 255": ((GREY * 255).astype(np.float32), GREY_SEEN, "F"),
+    "fractions, 0 to 65535": ((GREY * 65535).astype(np.float32), GREY_SEEN, "F"),
+    "fractions, 0 to a million": ((GREY * 1_000_000).astype(np.float32), GREY_SEEN, "F"),
+    "fractions that are no numbers": (np.array([[np.nan, np.inf, -np.inf, 0.2]], np.float32), [0, 255, 0, 51], "F"),
+    "nothing but no numbers": (np.array([[np.nan, -np.inf, np.nan, -np.inf]], np.float32), [0, 0, 0, 0], "F"),
+    "all black": (np.zeros((1, 4), np.int32), [0, 0, 0, 0], "I"),
+    "all below black": (np.full((1, 4), -3, np.float32), [0, 0, 0, 0], "F"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_are_scaled_by_their_range_not_clipped(case):
+    """Scans and pictures from arrays became black (32 bits of 0 to 255) or white (clipped)."""
+    pixels, seen, mode = NUMBERS[case]
+    for picture in (Image.fromarray(pixels), file_of(Image.fromarray(pixels), "TIFF")):
+        if isinstance(picture, Image.Image):
+            assert picture.mode == mode
+        assert np.asarray(load_picture(picture))[0].tolist() == [[value] * 3 for value in seen]
+    if mode == "I;16":
+        assert np.asarray(load_picture(file_of(Image.fromarray(pixels), "PNG")))[0, :, 0].tolist() == seen
+
+
+def test_colours_of_lab_are_those_of_rgb():
+    """A TIFF of a print shop; not refused, and not with its axes taken for red, green and blue."""
+    lab = Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (255, 128, 128)])  # white
+    assert np.asarray(load_picture(lab)).min() > 250
+    assert np.asarray(load_picture(file_of(lab, "TIFF"))).min() > 250
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_format_is_read(form):
+    picture = waves(600, 400).resize((60, 40)).quantize(8).convert("RGB")
+    seen = np.asarray(load_picture(file_of(picture, form, **({"lossless": True} if form == "WEBP" else {}))), np.int32)
+    assert np.abs(seen - np.asarray(picture, np.int32)).mean() < (20 if form == "JPEG" else 1e-9)
+
+
+@pytest.mark.parametrize("form", ["ICO", "PPM", "TGA", "PCX", "EPS", "PDF", "ICNS", "SGI", "JPEG2000"])
+def test_other_formats_are_not_decoded(form):
+    """Every decoder is one more that meets what strangers send, and EPS starts a program."""
+    content = file_of(waves(64, 64), form)
+    with pytest.raises(UserError, match=r"its format is unknown\): give a PNG, JPEG, WebP, GIF, BMP or TIFF file\."):
+        load_picture(content)
+
+
+def test_of_several_frames_the_first_is_seen():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    for form in ("GIF", "WEBP", "PNG", "TIFF"):
+        content = file_of(frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {}))
+        assert np.asarray(load_picture(content))[4, 4].tolist() == [255, 0, 0]
 
 
 def test_a_photograph_stands_upright():
@@ -121,3 +189,40 @@ def test_bad_pictures_are_one_clear_line(tmp_path):
         assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match=r"absent\.png cannot be read \(No such file"):
         tile_image(tmp_path / "absent.png", VISION)
+
+
+def test_what_is_no_file_is_refused_unread(tmp_path):
+    """A device gives bytes for ever, a pipe none, and an address is no path."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "large.png").touch()
+    os.truncate(tmp_path / "large.png", MAX_FILE + 1)
+    for source, message in {
+        "/dev/zero": "picture /dev/zero is not a file: check the path.",
+        tmp_path / "pipe.png": "pipe.png is not a file: check the path.",
+        tmp_path: "is not a file: check the path.",
+        tmp_path / "large.png": "large.png has 268,435,457 bytes, more than 268,435,456: scale it down first.",
+        "https://example.com/dog.png": "picture https://example.com/dog.png is an address, which is not fetched: give a file, or its",
+        "file:///dog.png": "picture file:///dog.png is an address, which is not fetched",
+        "data:image/png;base64," + "A" * 1_000_000: "is an address, which is not fetched: give a file, or its bytes.",
+        "x" * 300: "cannot be read (File name too long)",
+        "a\0b": "null",
+    }.items():
+        with pytest.raises(UserError) as error:
+            load_picture(source)
+        assert message in str(error.value)
+        assert len(str(error.value)) < 3000
+        assert str(error.value).isprintable()
+
+
+def test_what_is_odd_and_can_be_read_is_read():
+    """Pillow warns; a warning is several lines for the user, and where warnings are errors the picture is lost."""
+    content = bytearray(file_of(waves(60, 40), "TIFF"))
+    content += b"\0" * 10
+    palette = waves(60, 40).quantize(4)
+    palette.info["transparency"] = bytes([255, 255, 255, 255])
+    assert load_picture(bytes(content)).size == (60, 40)
+    assert load_picture(file_of(palette, "PNG", transparency=bytes([255] * 4))).size == (60, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    broken = file_of(waves(60, 40), "JPEG", exif=exif.tobytes()[:-9])
+    assert load_picture(broken).size == (60, 40)
