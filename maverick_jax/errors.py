@@ -8,4 +8,5 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # it may quote a library's message of several lines
+        line = " ".join(message.splitlines())  # it may quote a library's message of several lines, or a stranger's file
+        super().__init__("".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line))
