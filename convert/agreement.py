@@ -48,13 +48,13 @@ def compare_layers(
         if count and not found:
             compare_names(directory, names, [f"{begin.format(i=i)}*" for i in range(min(count, SHOWN))], spell=spell)
         if count and count != len(found):
-            raise UserError(f"{directory} has {len(found):,} {part} layers{_gap(found, 'layer')}, the config asks for {count:,}: {CURE}")
+            raise UserError(f"{directory} has {_count(found, f'{part} layer')}, the config asks for {count:,}: {CURE}")
 
 
 def compare_experts(directory: Path | str, config: Config, found: set[int]) -> None:
     """Refuse a config with another number of experts than the files have, one by one."""
     if len(found) != (count := config.text.num_local_experts):
-        raise UserError(f"{directory} has {len(found):,} routed experts{_gap(found, 'expert')}, the config asks for {count:,}: {CURE}")
+        raise UserError(f"{directory} has {_count(found, 'routed expert')}, the config asks for {count:,}: {CURE}")
 
 
 def numbers(begin: str, names: Iterable[str]) -> set[int]:
@@ -63,6 +63,7 @@ def numbers(begin: str, names: Iterable[str]) -> set[int]:
     return {int(match[1]) for name in names if (match := pattern.match(name))}
 
 
-def _gap(found: set[int], what: str) -> str:
+def _count(found: set[int], what: str) -> str:
+    """How many there are, and the first that is missing among them."""
     lost = next(i for i in range(len(found) + 1) if i not in found)
-    return f", but no {what} {lost}" if lost < len(found) else ""
+    return f"{len(found):,} {what}{'s' * (len(found) != 1)}" + (f", but no {what} {lost}" if lost < len(found) else "")

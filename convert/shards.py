@@ -92,10 +92,11 @@ def _complete_shards(directory: Path) -> list[str]:
     if not sets:
         raise UserError(f"{directory} is not a Hugging Face checkpoint: it has neither {SINGLE} nor {INDEX}.")
     (((name, total), found),) = sets.items()
-    wanted = range(1, int(total) + 1)
+    count = int(total)
+    wanted = range(1, count + 1)
     if (lost := next((n for n in wanted if n not in found), None)) is not None:
         file = f"{name}-{lost:0{len(total)}}-of-{total}.safetensors"
-        raise UserError(f"{directory} has no {INDEX} and {len(found)} of {len(wanted)} shards, without {file}: fetch what is missing.")
+        raise UserError(f"{directory} has no {INDEX} and {len(found)} of {count} shards, without {file}: fetch what is missing.")
     return [found[n] for n in wanted]
 
 

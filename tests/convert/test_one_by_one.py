@@ -166,7 +166,7 @@ DAMAGED = {
     "one expert too many": (one_too_many, "source has 9 routed experts, the config asks for 8: config and weights belong to different"),
     "an expert is missing everywhere": (
         lambda tensors: {name: tensor for name, tensor in tensors.items() if ".experts.5." not in name},
-        "source has 7 routed experts, but no expert 5, the config asks for 8: ",
+        "source has 7 routed experts, but no routed expert 5, the config asks for 8: ",
     ),
     "one in another dtype": (
         lambda tensors: tensors | {EXPERT.format(3): tensors[EXPERT.format(3)].float()},
