@@ -20,6 +20,7 @@ from maverick_jax.errors import UserError
 
 LAYERS = ("language_model.model.layers.{i}.", "vision_model.model.layers.{i}.")
 EXPERT = re.compile(rf"language_model\.model\.layers\.{agreement.NUMBER}\.feed_forward\.experts\.{agreement.NUMBER}\.")
+ADAPTER = re.compile(r"\.lora_(embedding_)?[AB]\.")
 UNEMBEDDING = "language_model.lm_head.weight"
 
 
@@ -54,6 +55,8 @@ def open_huggingface(directory: Path, config: Config) -> Source:
 def read_names(directory: Path) -> Spelling:
     """Every tensor of a directory by the names of our tables; no weights are read."""
     tensors = read_tensors(directory)
+    if adapter := next(filter(ADAPTER.search, tensors), ""):
+        raise UserError(f"{directory} holds an adapter beside the weights that it changes ({adapter}): merge it into them first.")
     spelling = read_spelling(directory, tensors)
     others = left_out(directory, tensors)
     notes = [f"left out, for they are no part of the model: {agreement.some_of(others)}."] if others else []

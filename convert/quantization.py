@@ -88,5 +88,5 @@ def check_scales(directory: Path, spelling: Spelling, values: Collection[str]) -
             )
         elif inputs in spelling.tensors:
             raise UserError(
-                f"{name} is FP8 and has a fixed scale of its inputs, {spelling.spell(inputs)}, which is not supported: {INSTEAD}"
+                f"{name} is FP8 with a fixed scale of its inputs, {spelling.spell(inputs)}, which is not supported: {INSTEAD}"
             )

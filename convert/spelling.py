@@ -1,6 +1,7 @@
 """The names of a checkpoint as other tools write them: what they put before all of them, and tensors that are no weights.
 
-What stands before the name of the embedding stands before all names; nothing is guessed for a single tensor.
+What stands before the name of the embedding (or, where an unembedding serves as both, of the last norm) stands before all names;
+nothing is guessed for a single tensor.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from maverick_jax.convert.agreement import some_of
@@ -18,13 +19,14 @@ from maverick_jax.ops.quantize import FORMATS
 
 Begins = Mapping[str, str]
 
-# The embedding's name -> how names begin there, and how they begin in our tables, which have transformers' whole model.
+# What the embedding's name begins with -> how all names begin, and how they begin in our tables, which have the whole model's.
 HUGGINGFACE: Mapping[str, Begins] = {
-    "language_model.model.embed_tokens.weight": {},
-    "model.embed_tokens.weight": {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},  # Llama4ForCausalLM
-    "embed_tokens.weight": {"": "language_model.model."},  # Llama4TextModel
+    "language_model.model.": {},
+    "model.": {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},  # Llama4ForCausalLM
+    "": {"": "language_model.model."},  # Llama4TextModel
 }
-META: Mapping[str, Begins] = {"tok_embeddings.weight": {}}
+META: Mapping[str, Begins] = {"": {}}
+MARKS = ("embed_tokens.weight", "tok_embeddings.weight", "norm.weight")
 # A word of torch's wherever a module was wrapped: compiled, sharded, or computed again in the backward pass.
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What changes nothing: scales of an 8-bit cache, which ours is not, and buffers that are computed from the config.
@@ -58,17 +60,17 @@ class Spelling:
         return self.stored.get(name, f"{self.before}{theirs}{name.removeprefix(ours)}")
 
 
-def read_spelling(directory: Path, tensors: Mapping[str, Tensor], embeddings: Mapping[str, Begins] = HUGGINGFACE) -> Spelling:
+def read_spelling(directory: Path, tensors: Mapping[str, Tensor], ways: Mapping[str, Begins] = HUGGINGFACE) -> Spelling:
     """Find out how the names of a checkpoint are spelled.
 
     Args:
-      embeddings: the names that an embedding may have behind what stands before it, the longest first.
+      ways: in which names may begin behind what stands before all of them, the longest first.
 
     Raises:
       UserError: these are several models, or two names are one tensor's.
     """
     bare = {name: WRAPPERS.sub("", name) for name in tensors}
-    before, begins = _find_beginning(directory, bare.values(), embeddings)
+    before, begins = _find_beginning(directory, bare.values(), ways)
     stored: dict[str, str] = {}
     for name, short in bare.items():
         ours = _as_in_table(short.removeprefix(before), begins) if short.startswith(before) else short
@@ -80,14 +82,13 @@ def read_spelling(directory: Path, tensors: Mapping[str, Tensor], embeddings: Ma
     return Spelling(kept, stored, (*_note_words(before, bare), *_note_leftovers(left.values())), before, begins)
 
 
-def _find_beginning(directory: Path, names: Iterable[str], embeddings: Mapping[str, Begins]) -> tuple[str, Begins]:
+def _find_beginning(directory: Path, names: Collection[str], ways: Mapping[str, Begins]) -> tuple[str, Begins]:
     """What stands before all names, and how they begin behind it."""
+    ends = ([name.removesuffix(mark) for name in names if f".{name}".endswith(f".{mark}")] for mark in MARKS)
     found: dict[str, Begins] = {}
-    for name in names:
-        for embedding, begins in embeddings.items():
-            if f".{name}".endswith(f".{embedding}"):
-                found.setdefault(name.removesuffix(embedding), begins)
-                break
+    for head in sorted(next(filter(None, ends), []), key=len, reverse=True):
+        way = next(way for way in ways if f".{head}".endswith(f".{way}"))
+        found.setdefault(head.removesuffix(way), ways[way])
     if "" in found or not found:  # with a model that has nothing before its names, another one's names are simply too many
         return "", found.get("", {})
     if len(found) > 1:

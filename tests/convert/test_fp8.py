@@ -246,6 +246,10 @@ DAMAGED = {
         lambda s: change_tensors(s, lambda tensors: tensors.update({GATE: tensors[GATE].to(torch.bfloat16)})),
         f"model.safetensors: {GATE} is bfloat16 and has {GATE}_scale beside it, as FP8 values have: use the bfloat16 checkpoint",
     ),
+    "fixed scales of the inputs": (
+        lambda s: change_tensors(s, lambda tensors: tensors.update({GATE.replace(".weight", ".input_scale"): torch.ones(1)})),
+        f"model.safetensors: {GATE} is FP8 with a fixed scale of its inputs, ....input_scale, which is not supported: use the bfloat16",
+    ),
     "scales per tensor": (
         lambda s: change_config(s, lambda values: weights_of(values).update(strategy="tensor")),
         "config.json: compressed-tensors with strategy 'tensor' is not supported: use the bfloat16 checkpoint or the official FP8 one.",

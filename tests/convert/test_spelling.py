@@ -192,6 +192,29 @@ def test_llama4_text_model_alone_has_no_unembedding(cases, tmp_path, refused):
         open_source(source)
 
 
+def test_an_adapter_that_is_not_merged_is_named(maverick, tmp_path, refused):
+    """The whole state of a model of peft: its base weights alone would be the model before the training."""
+
+    def wrap(name):
+        return "base_model.model." + name.replace("q_proj.weight", "q_proj.base_layer.weight")
+
+    tensors = {wrap(name): tensor for name, tensor in load_tensors(maverick.source).items()}
+    lora = f"base_model.model.{QUERY}".replace(".weight", ".lora_A.default.weight")
+    source = replace_tensors(copy(maverick, tmp_path / "source"), tensors | {lora: torch.ones(8, 160)})
+    for use in (open_source, inspect):
+        with refused(f"source holds an adapter beside the weights that it changes ({lora}): merge it into them first."):
+            use(source)
+
+
+def test_without_an_embedding_the_last_norm_tells(cases, tmp_path, refused):
+    """Else every name of the model would be one too many."""
+    case = cases["text_only"]
+    tensors = {f"module.{name}": tensor for name, tensor in load_tensors(case.source).items() if "embed" not in name}
+    source = replace_tensors(copy(case, tmp_path / "source"), tensors)
+    with refused("source lacks module.model.embed_tokens.weight: config and weights belong to different models"):
+        open_source(source)
+
+
 def test_up_to_three_names_of_either_side_are_shown(maverick, tmp_path, refused):
     rename = {".q_proj.": ".query.", ".k_proj.": ".key."}
 
