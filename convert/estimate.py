@@ -35,6 +35,7 @@ class Estimate:
       free: bytes on the disk of the destination.
       read_rate, write_rate: bytes per second, measured; writing includes the sync.
       seconds: one after the other, which is what one disk for both does.
+      notes: of the source.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Estimate:
     free: int
     read_rate: float
     write_rate: float
+    notes: tuple[str, ...]
 
     @property
     def seconds(self) -> float:
@@ -97,6 +99,7 @@ def estimate(source_dir: str | Path, out: str | Path, *, target: str | None = No
         free=shutil.disk_usage(place).free,
         read_rate=_read_rate(source),
         write_rate=_write_rate(place),
+        notes=source.notes,
     )
 
 

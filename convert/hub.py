@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from maverick_jax.convert.companions import COMPANIONS, PARAMS
-from maverick_jax.convert.huggingface import INDEX
 from maverick_jax.convert.manifest import MANIFEST
 from maverick_jax.convert.meta import FILES, SCALES
+from maverick_jax.convert.shards import INDEX
 from maverick_jax.errors import UserError
 from maverick_jax.json_file import read_json
 

@@ -1,136 +1,86 @@
-"""A Hugging Face directory as a source: bfloat16 (or another plain dtype), or the official FP8 checkpoint."""
+"""A Hugging Face directory as a source: plain weights, routed experts stacked or one by one, or the official FP8 checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from maverick_jax.config import Config
-from maverick_jax.convert import names, safetensors
-from maverick_jax.convert.companions import FP8_METHOD, FP8_WEIGHTS
-from maverick_jax.convert.names import compare_names, huggingface_name, kind_of
+from maverick_jax.convert import agreement, names
+from maverick_jax.convert.names import Row, huggingface_name, layer_of
 from maverick_jax.convert.places import Place, Shape
+from maverick_jax.convert.quantization import FP8, check_scales
+from maverick_jax.convert.shards import left_out, read_tensors
 from maverick_jax.convert.source import Piece, Source
+from maverick_jax.convert.spelling import Spelling, read_spelling
 from maverick_jax.convert.tensor_file import Tensor
 from maverick_jax.errors import UserError
-from maverick_jax.json_file import read_json
-from maverick_jax.ops.quantize import FORMATS
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-FP8 = FORMATS["fp8"].values
-INSTEAD = "use the bfloat16 checkpoint or the official FP8 one."
+LAYERS = ("language_model.model.layers.{i}.", "vision_model.model.layers.{i}.")
+EXPERT = re.compile(rf"language_model\.model\.layers\.{agreement.NUMBER}\.feed_forward\.experts\.{agreement.NUMBER}\.")
+ADAPTER = re.compile(r"\.lora_(embedding_)?[AB]\.")
+UNEMBEDDING = "language_model.lm_head.weight"
 
 
 def open_huggingface(directory: Path, config: Config) -> Source:
     """Open a Hugging Face checkpoint and check, from the headers alone, that it is whole and that it is `config`'s.
 
     Raises:
-      UserError: quantized in a way we cannot read; a file, tensor or byte is missing; a tensor is unexpected or misshapen.
+      UserError: a file, tensor or byte is missing; a tensor is unexpected or misshapen, or FP8 where it must not be.
     """
-    quantized = _is_fp8(directory)
+    spelling = read_names(directory)
+    tensors = spelling.tensors
+    agreement.compare_layers(directory, config, tensors, LAYERS, spell=spelling.spell)
+    apart = _find_apart(directory, config, tensors)
+    pieces: dict[str, list[Piece]] = {}
+    expected, values = set(), set()
+    for name, weight in names.weights(config).items():
+        for leaf, row, shape, experts in _leaves(name, weight.shape, tensors, apart):
+            place = Place.of(row.axes, shape, row.stored_axes)
+            stored = {e: huggingface_name(row, name, expert=e) for e in experts}
+            expected |= set(stored.values())
+            if leaf.endswith(".values"):
+                values |= set(stored.values())
+            pieces[leaf] = [Piece(spelling.stored[t], tensors[t], place.at(0, e)) for e, t in stored.items() if t in tensors]
+    check_scales(directory, spelling, values)
+    if expected ^ tensors.keys() == {UNEMBEDDING}:
+        raise UserError(f"{directory} has no unembedding (lm_head.weight): Llama4TextModel alone has none; save the model around it.")
+    agreement.compare_names(directory, tensors, expected, spell=spelling.spell)
+    kind = "Hugging Face FP8" if values else "Hugging Face, experts one by one" if apart else "Hugging Face"
+    return Source(directory, kind, config, pieces, spelling.notes)
+
+
+def read_names(directory: Path) -> Spelling:
+    """Every tensor of a directory by the names of our tables; no weights are read."""
     tensors = read_tensors(directory)
-    prefixed = any(name.startswith("language_model.") for name in tensors)
-    pieces, missing = {}, []
-    for name, (shape, _, _) in names.weights(config).items():
-        for ours, row, leaf_shape, experts in _leaves(name, shape, tensors, prefixed):
-            stored = {e: huggingface_name(row, ours, prefixed=prefixed, expert=e) for e in experts}
-            missing += [tensor for tensor in stored.values() if tensor not in tensors]
-            place = Place.of(row.axes, leaf_shape, row.stored_axes)
-            pieces[ours] = [Piece(t, tensors[t], place.at(0, e)) for e, t in stored.items() if t in tensors]
-    _check_fp8(directory, tensors, {piece.stored for name in pieces if name.endswith(".values") for piece in pieces[name]}, quantized)
-    compare_names(directory, tensors, [*missing, *(piece.stored for parts in pieces.values() for piece in parts)])
-    return Source(directory, "Hugging Face FP8" if quantized else "Hugging Face", config, pieces)
+    if adapter := next(filter(ADAPTER.search, tensors), ""):
+        raise UserError(f"{directory} holds an adapter beside the weights that it changes ({adapter}): merge it into them first.")
+    spelling = read_spelling(directory, tensors)
+    others = left_out(directory, tensors)
+    notes = [f"left out, for they are no part of the model: {agreement.some_of(others)}."] if others else []
+    return dataclasses.replace(spelling, notes=(*spelling.notes, *notes))
 
 
-def _leaves(name: str, shape: Shape, tensors: dict[str, Tensor], prefixed: bool) -> Iterator[tuple[str, names.Row, Shape, range]]:
-    """Our leaves of a weight: itself, or values and scales where the experts are stored one by one."""
-    plain = names.plain_row(name)
-    quantized = [row for row in names.HUGGINGFACE_FP8 if row.ours.startswith(f"{kind_of(name)}.")]
-    if not any(huggingface_name(row, name, prefixed=prefixed) in tensors for row in quantized):
+def _find_apart(directory: Path, config: Config, tensors: Collection[str]) -> set[str]:
+    """The layers whose routed experts are stored one by one."""
+    found = [match for name in tensors if (match := EXPERT.match(name))]
+    if found:
+        agreement.compare_experts(directory, config, {int(match[2]) for match in found})
+    return {match[1] for match in found}
+
+
+def _leaves(name: str, shape: Shape, tensors: dict[str, Tensor], apart: set[str]) -> Iterator[tuple[str, Row, Shape, range]]:
+    """Our leaves of a weight with their rows, shapes and stored parts: itself, or values and scales where experts one by one are FP8."""
+    plain, row, scales = names.plain_row(name), names.one_by_one_row(name), names.one_by_one_row(f"{name}.scales")
+    if row is None or scales is None or layer_of(name) not in apart or huggingface_name(plain, name) in tensors:
         yield name, plain, shape, range(1)
         return
-    for row in quantized:
-        leaf = row.ours.rpartition(".")[2]
-        yield f"{name}.{leaf}", row, shape if leaf == "values" else (shape[0], 1, shape[2]), range(shape[0])
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory, from one file or from the shards of an index; no weights are read."""
-    if (directory / SINGLE).is_file():
-        return safetensors.read_header(directory / SINGLE)
-    if (directory / INDEX).is_file():
-        return _read_shards(directory / INDEX)
-    if any(directory.glob("*.safetensors")):
-        raise UserError(f"{directory} has safetensors files but no {INDEX}: fetch it too.")
-    raise UserError(f"{directory} is not a Hugging Face checkpoint: it has neither {SINGLE} nor {INDEX}.")
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(f, str) and f and Path(f).name == f for f in where.values()):
-        raise UserError(f"{index} has no weight_map from tensors to files beside it: fetch it again.")
-    files = sorted(set(where.values()))
-    missing = [file for file in files if not _is_file(index.parent / file)]
-    if missing:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise UserError(f"{index} names {missing[0]}{more}, which is not there: fetch what is missing.")
-    tensors: dict[str, Tensor] = {}
-    listed: dict[str, set[str]] = {}
-    for name, file in where.items():
-        listed.setdefault(file, set()).add(name)
-    for file in files:
-        found = safetensors.read_header(index.parent / file)
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise UserError(f"{twice[0]} is in {tensors[twice[0]].file.name} and in {index.parent / file}: fetch both again.")
-        if astray := sorted(listed[file] ^ found.keys()):
-            has, lists = ("lacks", "lists") if astray[0] in listed[file] else ("has", "does not list")
-            raise UserError(f"{index.parent / file} {has} {astray[0]}, which {INDEX} {lists} there: fetch both again.")
-        tensors |= found
-    return tensors
-
-
-def _is_file(file: Path) -> bool:
-    """Whether there is such a file; links that lead in a circle or names too long for the system are none."""
-    try:
-        return file.is_file()
-    except (OSError, ValueError, RuntimeError):
-        return False
-
-
-def _is_fp8(directory: Path) -> bool:
-    """Whether the directory is quantized as the official FP8 checkpoint is; any other way is refused by its name."""
-    file = directory / "config.json"
-    found = read_json(file).get("quantization_config")
-    if found is None:
-        if (directory / "hf_quant_config.json").is_file():
-            raise UserError(f"{directory / 'hf_quant_config.json'}: quantized by NVIDIA ModelOpt, which is not supported: {INSTEAD}")
-        return False
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    if method != FP8_METHOD["quant_method"]:
-        detail = f" ({found['quant_algo']})" if isinstance(found, dict) and found.get("quant_algo") else ""
-        raise UserError(f"{file}: quant_method {method!r}{detail} is not supported: {INSTEAD}")
-    groups = found.get("config_groups")
-    weights = [group.get("weights") if isinstance(group, dict) else None for group in (groups.values() if isinstance(groups, dict) else [])]
-    weights = [some if isinstance(some, dict) else {} for some in weights or [None]]
-    wrong = {"format": found.get("format")} if found.get("format") != FP8_METHOD["format"] else {}
-    wrong |= {name: some.get(name) for some in weights for name, value in FP8_WEIGHTS.items() if some.get(name) != value}
-    if wrong:
-        text = ", ".join(f"{name} {value!r}" for name, value in wrong.items())
-        raise UserError(f"{file}: compressed-tensors with {text} is not supported: {INSTEAD}")
-    return True
-
-
-def _check_fp8(directory: Path, tensors: dict[str, Tensor], values: set[str], quantized: bool) -> None:
-    """FP8 tensors are routed experts with a scale beside them, and the config knows of them."""
-    for name, tensor in tensors.items():
-        if tensor.dtype != FP8 and name in values:
-            raise UserError(f"{tensor.file}: {name} is {tensor.dtype}, but experts that are stored one by one must be FP8: {INSTEAD}")
-        if tensor.dtype != FP8:
-            continue
-        if not quantized:
-            raise UserError(f"{tensor.file}: {name} is FP8, but config.json has no quantization_config: {INSTEAD}")
-        if name not in values:
-            raise UserError(f"{tensor.file}: {name} is FP8; of Hugging Face checkpoints only the routed experts may be: {INSTEAD}")
-        if f"{name}_scale" not in tensors:
-            raise UserError(f"{directory} has FP8 values {name} but no {name}_scale: fetch the checkpoint again.")
+    experts = range(shape[0])
+    stored = [tensors[t].dtype for e in experts if (t := huggingface_name(row, name, expert=e)) in tensors]
+    if FP8 not in stored:
+        yield name, row, shape, experts
+        return
+    yield f"{name}.values", row, shape, experts
+    yield f"{name}.scales", scales, (shape[0], 1, shape[2]), experts

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from maverick_jax.convert.agreement import NUMBER
 from maverick_jax.convert.companions import PARAMS
-from maverick_jax.convert.huggingface import read_tensors
+from maverick_jax.convert.foreign import refuse_foreign
+from maverick_jax.convert.huggingface import read_names
 from maverick_jax.convert.manifest import count_parameters
 from maverick_jax.convert.meta import FILES, SCALES
 from maverick_jax.convert.model_directory import open_model_directory
+from maverick_jax.convert.shards import check_names
 from maverick_jax.convert.tensor_file import Tensor
 from maverick_jax.convert.torch_file import read_index
-from maverick_jax.errors import UserError
 
 
 class Entry(NamedTuple):
@@ -30,10 +33,15 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inventory:
-    """Every tensor of a directory and the totals."""
+    """Every weight of a directory and the totals.
+
+    Attributes:
+      notes: what its owner may want to know, a sentence each, such as what was passed over.
+    """
 
     directory: str
     entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -46,7 +54,13 @@ class Inventory:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         entries = [entry._asdict() for entry in self.entries]
-        return {"directory": self.directory, "parameters": self.parameters, "bytes": self.bytes, "tensors": entries}
+        return {
+            "directory": self.directory,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "notes": list(self.notes),
+            "tensors": entries,
+        }
 
     def as_table(self) -> str:
         """Aligned columns, a line per tensor, and the totals."""
@@ -66,21 +80,30 @@ def inspect(directory: str | Path) -> Inventory:
       UserError: it is neither, or it is incomplete.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory} does not exist.")
+    notes: tuple[str, ...] = ()
     if (directory / PARAMS).exists():
         found = open_model_directory(directory).parameters
     else:
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in _stored(directory).items()}
+        refuse_foreign(directory)
+        tensors, notes = _stored(directory)
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     entries = (Entry(name, shape, dtype.name, math.prod(shape) * dtype.itemsize) for name, (shape, dtype) in found.items())
-    return Inventory(str(directory), tuple(sorted(entries, key=_by_layer)))
+    return Inventory(str(directory), tuple(sorted(entries, key=_by_layer)), notes)
 
 
-def _stored(directory: Path) -> dict[str, Tensor]:
+def _stored(directory: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors by their own names, and notes."""
     files = sorted([*directory.glob(FILES), *directory.glob(SCALES)])
     if files and not any(directory.glob("*.safetensors")):
-        return {f"{file.stem}.{name}": tensor for file in files for name, tensor in read_index(file).items()}
-    return read_tensors(directory)
+        return {f"{file.stem}.{name}": tensor for file in files for name, tensor in _read_index(file).items()}, ()
+    spelling = read_names(directory)
+    return {spelling.stored[name]: tensor for name, tensor in spelling.tensors.items()}, spelling.notes
+
+
+def _read_index(file: Path) -> dict[str, Tensor]:
+    tensors = read_index(file)
+    check_names(file, tensors)
+    return tensors
 
 
 def table(directory: str | Path) -> str:
@@ -90,4 +113,4 @@ def table(directory: str | Path) -> str:
 
 def _by_layer(entry: Entry) -> list[tuple[int, str]]:
     """Layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in entry.parameter.split(".")]
+    return [(int(part), "") if re.fullmatch(NUMBER, part) else (-1, part) for part in entry.parameter.split(".")]

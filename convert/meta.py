@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 from maverick_jax.config import Config
-from maverick_jax.convert import names, torch_file
+from maverick_jax.convert import agreement, names, torch_file
 from maverick_jax.convert.names import Row, kind_of, layer_of
 from maverick_jax.convert.places import Place, Shape
+from maverick_jax.convert.shards import check_names
 from maverick_jax.convert.source import Piece, Source
+from maverick_jax.convert.spelling import META, Spelling, read_spelling
 from maverick_jax.convert.tensor_file import Tensor
 from maverick_jax.errors import UserError
 from maverick_jax.ops.quantize import FORMATS
@@ -23,6 +25,7 @@ WIDTHS = {  # the weight that shows it on its first axis
     "intermediate_size": "text.layers.{i}.feed_forward.shared.gate",
 }
 EMBEDDING = "tok_embeddings.weight"
+LAYERS = ("layers.{i}.", "vision_embeddings.vision_encoder.transformer.resblocks.{i}.")
 NO_WEIGHTS = re.compile(r"(.*\.)?(_extra_state|rope\.freqs|(global|running)_gate_stats_3E|expert_activation_DE)")  # of training and caches
 
 
@@ -34,7 +37,8 @@ def open_meta(directory: Path, config: Config) -> Source:
     Raises:
       UserError: torch is not installed, a rank is missing, a file holds code, or tensors and `params.json` disagree.
     """
-    ranks = [torch_file.read_index(file, without=NO_WEIGHTS) for file in _files(directory, FILES)]
+    spellings = [read_file_names(file) for file in _files(directory, FILES)]
+    ranks, spelling = [some.tensors for some in spellings], spellings[0]
     if ranks[0].keys() != ranks[-1].keys() or any(rank.keys() != ranks[0].keys() for rank in ranks):
         odd = sorted(set.union(*map(set, ranks)) - set.intersection(*map(set, ranks)))
         raise UserError(f"{directory}: {odd[0]} is in some of the {len(ranks)} {FILES} and not in all: fetch them again.")
@@ -43,19 +47,32 @@ def open_meta(directory: Path, config: Config) -> Source:
     scales = [torch_file.read_index(file) for file in _files(directory, SCALES)] if any(directory.glob(SCALES)) else []
     if scales and len(scales) != len(ranks):
         raise UserError(f"{directory} has {len(ranks)} files {FILES} but {len(scales)} files {SCALES}: fetch what is missing.")
+    agreement.compare_layers(directory, config, ranks[0], LAYERS, spell=spelling.spell)
     config = _with_widths(config, ranks)
-    pieces, used, fp8 = {}, set(), False
+    pieces, expected, fp8 = {}, set(), False
     for name, (shape, _, _) in names.weights(config).items():
-        row = _choose(directory, name, ranks[0], config)
+        row = _choose(name, ranks[0])
         stored = row.stored.format(i=layer_of(name))
-        used.add(stored)
+        expected.add(stored)
+        if stored not in ranks[0]:
+            continue
         quantized = ranks[0][stored].dtype == FP8
         fp8 |= quantized
         pieces[f"{name}.values" if quantized else name] = _pieces(row, stored, shape, ranks, config)
         if quantized:
             pieces[f"{name}.scales"] = _scales(directory, name, shape, scales, config)
-    names.compare_names(directory, ranks[0], used)
-    return Source(directory, f"Meta {'FP8 ' if fp8 else ''}.pth, {len(ranks)} ranks", config, pieces)
+    agreement.compare_names(directory, ranks[0], expected, spell=spelling.spell)
+    pieces = {
+        leaf: [piece._replace(stored=spelling.stored.get(piece.stored, piece.stored)) for piece in parts] for leaf, parts in pieces.items()
+    }
+    return Source(directory, f"Meta {'FP8 ' if fp8 else ''}.pth, {len(ranks)} ranks", config, pieces, spelling.notes)
+
+
+def read_file_names(file: Path) -> Spelling:
+    """The tensors of a file by the names of our tables, without those of training and caches; no weights are read."""
+    tensors = torch_file.read_index(file, without=NO_WEIGHTS)
+    check_names(file, tensors)
+    return read_spelling(file, tensors, META)
 
 
 def _files(directory: Path, pattern: str) -> list[Path]:
@@ -63,8 +80,8 @@ def _files(directory: Path, pattern: str) -> list[Path]:
     numbers = {int(found[-1]): file for file in directory.glob(pattern) if (found := re.findall(r"\d+", file.name))}
     if not numbers:
         raise UserError(f"{directory} has no files {pattern}: fetch them under the names that they were released with.")
-    if missing := [n for n in range(max(numbers) + 1) if n not in numbers]:
-        raise UserError(f"{directory} lacks the file of rank {missing[0]} ({pattern}): fetch it too.")
+    if (missing := next(n for n in range(len(numbers) + 1) if n not in numbers)) < len(numbers):
+        raise UserError(f"{directory} lacks the file of rank {missing} ({pattern}): fetch it too.")
     return [numbers[n] for n in sorted(numbers)]
 
 
@@ -81,13 +98,10 @@ def _with_widths(config: Config, ranks: list[dict[str, Tensor]]) -> Config:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, **widths), dtype=(*dtypes, config.dtype)[0])
 
 
-def _choose(directory: Path, name: str, tensors: dict[str, Tensor], config: Config) -> Row:
-    """The row, among the spellings of a weight, whose tensor is there."""
+def _choose(name: str, tensors: dict[str, Tensor]) -> Row:
+    """The row, among the spellings of a weight, whose tensor is there; where there is none, the first."""
     rows = [row for row in names.META if row.ours == kind_of(name)]
-    for row in rows:
-        if row.stored.format(i=layer_of(name)) in tensors:
-            return row
-    raise UserError(f"{directory} lacks {rows[0].stored.format(i=layer_of(name))}: params.json and weights belong to different models.")
+    return next((row for row in rows if row.stored.format(i=layer_of(name)) in tensors), rows[0])
 
 
 def _pieces(row: Row, stored: str, shape: Shape, ranks: list[dict[str, Tensor]], config: Config) -> list[Piece]:

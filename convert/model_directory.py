@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from maverick_jax.config import Config
+from maverick_jax.convert.agreement import compare_layers
 from maverick_jax.convert.companions import PARAMS
+from maverick_jax.convert.foreign import refuse_foreign
 from maverick_jax.convert.manifest import MANIFEST, read_manifest
 from maverick_jax.convert.orbax import flatten, quiet
 from maverick_jax.convert.places import Index, Shape
@@ -22,6 +24,8 @@ from maverick_jax.json_file import read_json
 LONGEST_ADDRESS = 2000
 SAME = (("shape", "shape"), ("data_type", "dtype"))  # Zarr's names and the manifest's
 
+LAYERS = ("text.layers.{i}.", "vision.layers.{i}.")
+
 
 class ModelDirectory:
     """The parameters of a model directory; the same face as `Source`.
@@ -31,7 +35,10 @@ class ModelDirectory:
       config: the model's.
       params: where the Orbax checkpoint is, a folder or an address.
       parameters: our name -> (shape, dtype).
+      notes: as a source's; there is nothing to tell.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
         from orbax.checkpoint import v1 as ocp
@@ -47,6 +54,7 @@ class ModelDirectory:
         self.parameters: dict[str, tuple[Shape, np.dtype]] = {
             name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()
         }
+        compare_layers(directory, self.config, self.parameters, LAYERS)
         if astray := sorted(manifest.get("tensors", self.parameters).keys() ^ self.parameters.keys()):
             raise ValueError(f"{astray[0]} is in {MANIFEST} or there, and not in both")
 
@@ -142,10 +150,21 @@ def open_model_directory(directory: str | Path) -> ModelDirectory:
       UserError: it is none, it is unfinished, or a newer version made it.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
+    manifest = recognize_manifest(directory)
     try:
         return ModelDirectory(directory, manifest)
     except UserError:
         raise
     except Exception as error:  # Orbax meets bytes that it does not expect with many kinds
         raise UserError(f"{directory / PARAMS} cannot be read ({error}): convert the checkpoint again.") from error
+
+
+def recognize_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of what should be a finished model directory.
+
+    Raises:
+      UserError: it is none, and what it is instead if that can be seen.
+    """
+    if not (directory / MANIFEST).is_file():
+        refuse_foreign(directory)
+    return read_manifest(directory)

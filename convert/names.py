@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection
-from pathlib import Path
 from typing import NamedTuple
 
 from flax import nnx
 
 from maverick_jax.config import Config
 from maverick_jax.convert.places import Place, Shape
-from maverick_jax.errors import UserError
 from maverick_jax.model import get_abstract_model, parameter_name
 from maverick_jax.model.parameter import Sides
 from maverick_jax.model.quantized import component
@@ -167,14 +164,15 @@ _META = (
         ("projector",                  "B D",   "vision_projection.weight",                     "D B",          "D"),
     )),
 )
-# The official FP8 checkpoint has the routed experts one by one, each with a scale per output channel.
-_HUGGINGFACE_FP8 = (
+# Routed experts one by one, as they are before they are stacked: in the official FP8 checkpoint, where each has a scale per output
+# channel (the first row of a part then holds its values), and plain from compressors and trainers that take every matrix by itself.
+_ONE_BY_ONE = (
     ("text.layers.{i}.feed_forward.experts.", "language_model.model.layers.{i}.feed_forward.experts.{e}.", (
-        ("gate.values",                "E D F", "gate_proj.weight",                             "F D"),
+        ("gate",                       "E D F", "gate_proj.weight",                             "F D"),
         ("gate.scales",                "E G F", "gate_proj.weight_scale",                       "F G"),
-        ("up.values",                  "E D F", "up_proj.weight",                               "F D"),
+        ("up",                         "E D F", "up_proj.weight",                               "F D"),
         ("up.scales",                  "E G F", "up_proj.weight_scale",                         "F G"),
-        ("down.values",                "E F D", "down_proj.weight",                             "D F"),
+        ("down",                       "E F D", "down_proj.weight",                             "D F"),
         ("down.scales",                "E G D", "down_proj.weight_scale",                       "D G"),
     )),
 )
@@ -193,8 +191,8 @@ def _rows(sections) -> tuple[Row, ...]:
     return tuple(Row(ours + name, axes, theirs + stored, *rest) for ours, theirs, rows in sections for name, axes, stored, *rest in rows)
 
 
-HUGGINGFACE, HUGGINGFACE_FP8, META, META_FP8 = map(_rows, (_HUGGINGFACE, _HUGGINGFACE_FP8, _META, _META_FP8))
-_BY_OURS = {row.ours: row for row in HUGGINGFACE}
+HUGGINGFACE, ONE_BY_ONE, META, META_FP8 = map(_rows, (_HUGGINGFACE, _ONE_BY_ONE, _META, _META_FP8))
+_BY_OURS, _EXPERTS = ({row.ours: row for row in rows} for rows in (HUGGINGFACE, ONE_BY_ONE))
 
 
 def kind_of(name: str) -> str:
@@ -237,7 +235,12 @@ def plain_row(name: str) -> Row:
     return _BY_OURS[kind_of(name)]
 
 
-def huggingface_name(row: Row, name: str, *, prefixed: bool, expert: int = 0) -> str:
+def one_by_one_row(leaf: str) -> Row | None:
+    """The row of an expert stack, or of its values or scales, where the experts are stored one by one; None for other weights."""
+    return _EXPERTS.get(kind_of(leaf).removesuffix(".values"))
+
+
+def huggingface_name(row: Row, name: str, *, prefixed: bool = True, expert: int = 0) -> str:
     """Hugging Face's name of the tensor of `row` that belongs to our parameter.
 
     Args:
@@ -245,11 +248,3 @@ def huggingface_name(row: Row, name: str, *, prefixed: bool, expert: int = 0) ->
     """
     stored = row.stored.format(i=layer_of(name), e=expert)
     return stored if prefixed else stored.removeprefix("language_model.")
-
-
-def compare_names(directory: Path | str, found: Collection[str], expected: Collection[str]) -> None:
-    """Refuse a directory that lacks a tensor or has one too many."""
-    for names, what in ((set(expected) - set(found), "lacks"), (set(found) - set(expected), "has the unexpected")):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(f"{directory} {what} {some}: config.json and weights belong to different models.")

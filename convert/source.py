@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +32,11 @@ class Source:
       config: the model's.
       pieces: our name -> where its parts are.
       parameters: our name -> (shape, dtype as stored), in the model's order.
+      notes: what its owner may want to know, a sentence each, such as what was passed over.
     """
 
-    def __init__(self, directory: Path, kind: str, config: Config, pieces: Mapping[str, list[Piece]]):
-        self.directory, self.kind, self.config, self.pieces = directory, kind, config, dict(pieces)
+    def __init__(self, directory: Path, kind: str, config: Config, pieces: Mapping[str, list[Piece]], notes: Sequence[str] = ()):
+        self.directory, self.kind, self.config, self.pieces, self.notes = directory, kind, config, dict(pieces), tuple(notes)
         for name, parts in self.pieces.items():
             _check(name, parts)
         self.parameters: dict[str, tuple[Shape, np.dtype]] = {

@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from maverick_jax.config import Config
-from maverick_jax.convert.names import Weight, compare_names, find_places, weights
+from maverick_jax.convert.agreement import compare_names
+from maverick_jax.convert.names import Weight, find_places, weights
 from maverick_jax.convert.places import Index, Place, Shape, chunk_indices
 from maverick_jax.convert.writer import Leaf
 from maverick_jax.errors import UserError

@@ -40,6 +40,7 @@ class Summary:
       resumed: bytes of the result that an earlier attempt had written and this process has checked.
       seconds: of this attempt.
       not_finite: weights with NaN or infinite values.
+      notes: of the source, a sentence each, such as what was passed over.
     """
 
     out: str
@@ -51,6 +52,7 @@ class Summary:
     resumed: int
     seconds: float
     not_finite: list[str]
+    notes: tuple[str, ...]
 
     def as_text(self) -> str:
         """One line for people."""
@@ -124,6 +126,7 @@ def convert(
         resumed=conversion.resumed,
         seconds=time.monotonic() - begin,
         not_finite=sorted(journal.not_finite),
+        notes=source.notes,
     )
 
 

@@ -12,12 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from maverick_jax.config import Config
-from maverick_jax.convert import huggingface, names, safetensors
+from maverick_jax.convert import names, safetensors
 from maverick_jax.convert.building import building, local_path, require_space
 from maverick_jax.convert.companions import COMPANIONS, copy_companions, describe_weights, find_companions
 from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
-from maverick_jax.convert.names import find_places, huggingface_name, kind_of
+from maverick_jax.convert.names import find_places, huggingface_name
 from maverick_jax.convert.places import Index, Place, Shape, chunk_indices
+from maverick_jax.convert.shards import INDEX, SINGLE
 from maverick_jax.convert.steps import PLAIN, check_parameters, plan_steps
 from maverick_jax.errors import UserError
 from maverick_jax.ops.quantize import FORMATS
@@ -88,7 +89,7 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
         source = MultipliedOut(stored, target)
     tensors = lay_out(source, stored.config, model_dir)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    begun = ("*.safetensors", huggingface.INDEX, *COMPANIONS)
+    begun = ("*.safetensors", INDEX, *COMPANIONS)
     with building(hf_dir, afresh=begun) as partial, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         require_space(partial, total)
         shards = _split(tensors)
@@ -102,7 +103,7 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
                         bar.update(block.nbytes)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, inside in shards.items() for name in inside}}
-            (partial / huggingface.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         copy_companions(model_dir, partial)
         fp8 = any(tensor.dtype == FORMATS["fp8"].values for tensor in tensors.values())
         describe_weights(partial / "config.json", dtype=target, fp8=fp8)
@@ -136,7 +137,7 @@ def lay_out(source: Parameters, config: Config, directory: Path) -> dict[str, La
 
 def _one_by_one(name: str, source: Parameters, config: Config, directory: Path) -> dict[str, Layout]:
     """Values or scales of the routed experts as the official FP8 checkpoint has them."""
-    row = next((row for row in names.HUGGINGFACE_FP8 if row.ours == kind_of(name)), None)
+    row = names.one_by_one_row(name)
     weight = name.rpartition(".")[0]
     shape, dtype = source.parameters[name]
     if row is None or source.parameters[f"{weight}.values"][1] != FORMATS["fp8"].values or source.parameters[f"{weight}.scales"][0][1] != 1:
@@ -161,7 +162,7 @@ def _split(tensors: dict[str, Layout]) -> dict[str, list[str]]:
     # Wide dtypes first, as the library does: every tensor begins on a multiple of its item size.
     shards = [sorted(inside, key=lambda name: -tensors[name].dtype.itemsize) for inside in shards]
     if len(shards) == 1:
-        return {huggingface.SINGLE: shards[0]}
+        return {SINGLE: shards[0]}
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": inside for i, inside in enumerate(shards, 1)}
 
 

@@ -16,8 +16,7 @@ from maverick_jax.convert.companions import PARAMS
 from maverick_jax.convert.conversion import Part, choose_workers, do_parts, plan_parts
 from maverick_jax.convert.digest import FileDigest, digest_array, digest_chunk, digest_chunks, digest_file
 from maverick_jax.convert.human import human_bytes
-from maverick_jax.convert.manifest import read_manifest
-from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
+from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory, recognize_manifest
 from maverick_jax.convert.recognize import open_source
 from maverick_jax.convert.source import Source
 from maverick_jax.convert.steps import plan_steps
@@ -35,6 +34,7 @@ class Report:
       rederived: tensors that were made from the source once more and compared.
       exact: the weights are the checkpoint's own, nothing was rounded.
       seconds: that it took.
+      notes: of the source.
     """
 
     problems: list[str]
@@ -43,6 +43,7 @@ class Report:
     rederived: int
     exact: bool
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def as_text(self) -> str:
         """One line for people."""
@@ -64,10 +65,11 @@ def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, worke
       UserError: no finished model directory, no digests in it, or no checkpoint of this model.
     """
     begin, directory, workers = time.monotonic(), Path(model_dir), choose_workers(workers)
-    manifest = read_manifest(directory)
+    manifest = recognize_manifest(directory)
     tensors = {name: entry for name, entry in manifest.get("tensors", {}).items() if "digest" in entry}
     if not tensors and "tensors" in manifest and source_dir is None:
         raise UserError(f"{directory} was made without digests: compare it with its checkpoint, --against SRC.")
+    source = None if source_dir is None else open_source(source_dir)  # before all the reading: it may be none
     problems = list(_changed_files(directory, manifest.get("files", {})))
     total, rederived = 0, 0
     try:
@@ -75,8 +77,7 @@ def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, worke
         total = sum(model.nbytes(name) for name in tensors if name in model.parameters)
         with _bar("digests", total, progress) as bar, ThreadPoolExecutor(workers) as pool:
             problems += filter(None, pool.map(lambda name: _check_tensor(model, name, tensors[name]["digest"], bar), tensors))
-        if source_dir is not None:
-            source = open_source(source_dir)
+        if source is not None:
             rederived = len(model.parameters)
             problems += _rederive(model, source, manifest, workers=workers, progress=progress)
     except UserError as error:
@@ -84,7 +85,8 @@ def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, worke
             raise
         problems.append(str(error))
     exact = not any(entry.get("rounds") for entry in manifest.get("tensors", {}).values())
-    return Report(problems, len(tensors), total, rederived, exact, time.monotonic() - begin)
+    notes = source.notes if source else ()
+    return Report(problems, len(tensors), total, rederived, exact, time.monotonic() - begin, notes)
 
 
 def _bar(what: str, total: int, progress: bool) -> tqdm:

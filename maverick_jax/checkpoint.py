@@ -23,10 +23,11 @@ from jax.typing import DTypeLike
 
 from maverick_jax.assets import mini_directory
 from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, hub, open_model_directory, open_source, orbax, remote
+from maverick_jax.convert.agreement import compare_names
 from maverick_jax.convert.building import building, local_path
 from maverick_jax.convert.companions import COMPANIONS, copy_companions, find_companions
+from maverick_jax.convert.foreign import check_directory
 from maverick_jax.convert.manifest import write_manifest
-from maverick_jax.convert.names import compare_names
 from maverick_jax.convert.orbax import flatten, unflatten
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
@@ -58,8 +59,18 @@ def load(
     Raises:
       UserError: no checkpoint there, an incomplete or inconsistent one, or a mesh that does not divide the model.
     """
-    directory = resolve(path)
-    checkpoint = open_checkpoint(directory)
+    return read_model(open_checkpoint(resolve(path)), mesh=mesh, layout=layout, dispatcher=dispatcher, dtype=dtype)
+
+
+def read_model(
+    checkpoint: ModelDirectory | Source,
+    *,
+    mesh: Mesh | None = None,
+    layout: str | Layout | Mapping[str, Any] | None = None,
+    dispatcher: str | Dispatcher | None = None,
+    dtype: DTypeLike | None = None,
+) -> Llama4:
+    """`load` of what `open_checkpoint` has opened."""
     config, table = checkpoint.config, get_layout(layout)
     options: dict[str, Any] = {"dtype": _dtype(dtype or config.dtype), "dispatcher": make_dispatcher(mesh, table, dispatcher)}
     if mesh is not None:
@@ -73,7 +84,7 @@ def load(
     for name, leaf in nnx.to_flat_state(state):
         leaf.set_value(arrays[parameter_name(name)])
     model = nnx.merge(graphdef, state)
-    model.directory = str(directory)
+    model.directory = str(checkpoint.directory)
     return model
 
 
@@ -117,7 +128,7 @@ def resolve(path: str | Path | None) -> Path:
     if os.path.isdir(directory):  # unlike `is_dir` it knows no name that is too long
         return directory
     if os.path.exists(directory):
-        raise UserError(f"{directory} is a file: give the directory that holds config.json and the weights.")
+        check_directory(directory)
     if hub.is_id(str(path)):
         return hub.download(str(path))
     raise UserError(f"{directory} does not exist.")

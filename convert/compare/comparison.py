@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from maverick_jax.convert.agreement import compare_names
 from maverick_jax.convert.compare.ours import Ours
 from maverick_jax.convert.compare.stages import State, make_prompt
 from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
-from maverick_jax.convert.names import compare_names, weights
+from maverick_jax.convert.names import weights
 from maverick_jax.convert.recognize import open_source
 from maverick_jax.errors import UserError
 

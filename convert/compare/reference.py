@@ -23,9 +23,10 @@ from transformers.models.llama4 import modeling_llama4 as llama4
 from transformers.utils import logging
 
 from maverick_jax.convert.compare.stages import LOGITS_AT_ONCE, Prompt, State
-from maverick_jax.convert.huggingface import read_tensors
+from maverick_jax.convert.huggingface import read_names
 from maverick_jax.convert.tensor_file import Tensor, read_box
 
+PREFIX = "language_model."  # of the text in the whole model, as `read_names` has it for a text-only one too
 TIE = 1e-4  # of the largest router score: as near as counts as the same everywhere else
 
 
@@ -39,15 +40,14 @@ class Reference:
 
     def __init__(self, directory: Path, prefer: Callable[[], np.ndarray] | None = None):
         self.prefer = prefer
-        self.tensors = read_tensors(directory)
+        self.tensors = read_names(directory).tensors
         self.config: Any = read_config(directory)
         self.text: Any = getattr(self.config, "text_config", self.config)
-        self.prefix = "language_model." if any(name.startswith("language_model.") for name in self.tensors) else ""
 
     @torch.no_grad()
     def run(self, prompt: Prompt) -> Iterator[State]:
         """As the model's `forward`, with a look at what it holds in between."""
-        ids, layers = torch.tensor(prompt.ids, dtype=torch.long), f"{self.prefix}model.layers."
+        ids, layers = torch.tensor(prompt.ids, dtype=torch.long), f"{PREFIX}model.layers."
         x = self._embed(ids)
         if prompt.tiles is not None:
             features = self._encode(torch.tensor(prompt.tiles))
@@ -63,7 +63,7 @@ class Reference:
             x = layer(x, attention_mask=masks[kind], position_ids=positions, position_embeddings=angles)
             experts = layer.feed_forward.expert_T.numpy() if layer.is_moe_layer else None
             yield State(f"layer {i}", x[0].numpy(), experts)
-        norm = self._fill(llama4.Llama4TextRMSNorm, f"{self.prefix}model.norm.", self.text.hidden_size, self.text.rms_norm_eps)
+        norm = self._fill(llama4.Llama4TextRMSNorm, f"{PREFIX}model.norm.", self.text.hidden_size, self.text.rms_norm_eps)
         yield State("logits", self._logits(norm(x)[0]).numpy())
 
     def _encode(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -76,11 +76,11 @@ class Reference:
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[1, T, D], reading a row at a time."""
         rows, where = ids.unique(return_inverse=True)
-        table = self.tensors[f"{self.prefix}model.embed_tokens.weight"]
+        table = self.tensors[f"{PREFIX}model.embed_tokens.weight"]
         return torch.cat([read(table, [slice(row, row + 1)]) for row in rows.tolist()]).float()[where]
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        table = self.tensors[f"{self.prefix}lm_head.weight"]
+        table = self.tensors[f"{PREFIX}lm_head.weight"]
         logits_TV = torch.empty(len(x_TD), table.shape[0])
         for at in range(0, table.shape[0], LOGITS_AT_ONCE):
             part = slice(at, min(at + LOGITS_AT_ONCE, table.shape[0]))

@@ -12,7 +12,7 @@ examples:
 
 import argparse
 
-from maverick_jax.cli.options import add_report_arguments, note, on_every_process, positive
+from maverick_jax.cli.options import add_report_arguments, note, note_all, on_every_process, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +42,12 @@ def run(args: argparse.Namespace) -> int:
     options = {"target": args.format, "quantize": components}
     if args.dry_run:
         found = estimate(args.source, args.out, **options)
+        note_all(found.notes)
         print(json.dumps(found.as_dict()) if args.json else found.as_text())
         return 0
     progress = not (args.quiet or args.json)
     summary = convert(args.source, args.out, **options, workers=args.workers, digests=not args.no_digests, progress=progress)
+    note_all(summary.notes)
     for name in summary.not_finite:
         note(f"maverick: warning: {name} has values that are NaN or infinite, in the checkpoint or after the change of format.")
     if progress:

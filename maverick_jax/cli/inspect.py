@@ -8,6 +8,8 @@ examples:
 import argparse
 import json
 
+from maverick_jax.cli.options import note_all
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", nargs="?", help="model directory or PyTorch checkpoint (default: the mini model)")
@@ -19,5 +21,6 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.convert import inspect
 
     found = inspect(resolve(args.directory))
+    note_all(found.notes)
     print(json.dumps(found.as_dict()) if args.json else found.as_table())
     return 0

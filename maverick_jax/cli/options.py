@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,6 +78,12 @@ def note(text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def note_all(notes: Iterable[str]) -> None:
+    """What was seen of a checkpoint and is no mistake, a line each."""
+    for text in notes:
+        note(f"maverick: note: {text}")
+
+
 def _arguments(args: argparse.Namespace) -> dict[str, str]:
     """What was asked for, without what may differ from host to host: where files lie."""
     import jax
@@ -107,15 +113,16 @@ def load_model(args: argparse.Namespace, **inputs: str) -> Llama4:
     Args:
       inputs: what else must be the same on every process: name and content, or its digest.
     """
-    from maverick_jax.checkpoint import identity, load, resolve
-    from maverick_jax.config import Config
+    from maverick_jax.checkpoint import identity, open_checkpoint, read_model, resolve
     from maverick_jax.sharding import make_mesh, multihost, parse_mesh
 
     directory = resolve(args.model)
     if multihost.process_count() > 1:
         multihost.check_same(identity(directory) | inputs)
-    axes = parse_mesh(args.mesh) if args.mesh else default_mesh(Config.from_directory(directory))
-    return load(directory, mesh=make_mesh(**axes) if math.prod(axes.values()) > 1 else None, layout=args.layout, dtype=args.dtype)
+    checkpoint = open_checkpoint(directory)
+    note_all(checkpoint.notes)
+    axes = parse_mesh(args.mesh) if args.mesh else default_mesh(checkpoint.config)
+    return read_model(checkpoint, mesh=make_mesh(**axes) if math.prod(axes.values()) > 1 else None, layout=args.layout, dtype=args.dtype)
 
 
 def default_mesh(config: Any) -> dict[str, int]:

@@ -83,10 +83,12 @@ def _compile(plan):
 def _config(model: str):
     """A preset by its name; anything else is a directory."""
     from maverick_jax.config import Config
+    from maverick_jax.convert.foreign import refuse_foreign
     from maverick_jax.errors import UserError
 
     if model in PRESETS:
         return getattr(Config, model)()
-    if not Path(model).is_dir():
+    if not Path(model).exists():
         raise UserError(f"model {model!r} is neither {' nor '.join(PRESETS)} nor a directory.")
+    refuse_foreign(Path(model))
     return Config.from_directory(model)

@@ -10,7 +10,7 @@ examples:
 
 import argparse
 
-from maverick_jax.cli.options import add_report_arguments, note, positive, quiet_accelerator_search
+from maverick_jax.cli.options import add_report_arguments, note, note_all, positive, quiet_accelerator_search
 
 DIFFERENT = 1
 
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_accelerator_search()
     progress = not (args.quiet or args.json)
     report = verify(args.model, args.against, workers=args.workers, progress=progress)
+    note_all(report.notes)
     problems = list(report.problems)
     if not args.json:
         print(report.as_text(), flush=True)

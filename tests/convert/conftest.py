@@ -126,9 +126,9 @@ def two_ranks(release, scratch_disk) -> Path:
 
 
 @contextlib.contextmanager
-def _refused(message: str) -> Iterator[None]:
+def _refused(message: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
     with pytest.raises(UserError) as error:
-        yield
+        yield error
     text, at = str(error.value), 0
     assert "\n" not in text
     for part in message.split("..."):
@@ -137,6 +137,6 @@ def _refused(message: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def refused() -> Callable[[str], contextlib.AbstractContextManager[None]]:
+def refused() -> Callable[[str], contextlib.AbstractContextManager[pytest.ExceptionInfo[UserError]]]:
     """`with refused(message)`: a `UserError` of one line in which every part of `message`, split at `...`, appears in order."""
     return _refused

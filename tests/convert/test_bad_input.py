@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from maverick_jax.config import Config
 from maverick_jax.convert import convert, export, inspect, open_model_directory, safetensors
-from maverick_jax.convert.huggingface import INDEX
+from maverick_jax.convert.shards import INDEX
 from maverick_jax.convert.writer import Writer
 
 Q_PROJ = "language_model.model.layers.3.self_attn.q_proj.weight"
@@ -127,13 +127,12 @@ DAMAGED = {
     "missing shard": (lambda s: shard_of(s, Q_PROJ).unlink(), f"{INDEX} names model-...safetensors, which is not there: fetch"),
     "truncated shard": (truncate, ".safetensors ends 100 bytes before `...` does: the download is incomplete; fetch this file again."),
     "wrong shape": (misshape, f".safetensors: {Q_PROJ} has shape [160, 159], the model's config asks for [160, 160]."),
-    "missing tensor": (lose_tensor, f"source lacks {Q_PROJ}: config.json and weights belong to different models"),
-    "unexpected tensor": (add_tensor, "source has the unexpected extra: config.json and weights belong to different models"),
+    "missing tensor": (lose_tensor, f"source lacks {Q_PROJ}: config and weights belong to different models"),
+    "unexpected tensor": (add_tensor, "source has the unexpected extra: config and weights belong to different models"),
     "tensor in another shard": (swap_home, f".safetensors ... {INDEX} ...: fetch both again."),
     "index that climbs out": (climb_out, f"{INDEX} has no weight_map from tensors to files beside it"),
     "index without a map": (lambda s: (s / INDEX).write_text("{}"), f"{INDEX} has no weight_map"),
     "index that is no JSON": (lambda s: (s / INDEX).write_text("<html>"), f"{INDEX} is not valid JSON"),
-    "no index": (lambda s: (s / INDEX).unlink(), f"source has safetensors files but no {INDEX}: fetch it too"),
     "unknown quantization": (quantize_otherwise, "config.json: quant_method 'fbgemm_fp8' is not supported"),
     "no weights": (lose_weights, f"source is not a Hugging Face checkpoint: it has neither model.safetensors nor {INDEX}"),
     "no config": (lambda s: (s / "config.json").unlink(), "source is not a checkpoint: it has neither config.json nor params.json"),

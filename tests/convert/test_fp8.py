@@ -244,7 +244,11 @@ DAMAGED = {
     ),
     "one expert in bfloat16": (
         lambda s: change_tensors(s, lambda tensors: tensors.update({GATE: tensors[GATE].to(torch.bfloat16)})),
-        f"model.safetensors: {GATE} is bfloat16, but experts that are stored one by one must be FP8: use the bfloat16 checkpoint",
+        f"model.safetensors: {GATE} is bfloat16 and has {GATE}_scale beside it, as FP8 values have: use the bfloat16 checkpoint",
+    ),
+    "fixed scales of the inputs": (
+        lambda s: change_tensors(s, lambda tensors: tensors.update({GATE.replace(".weight", ".input_scale"): torch.ones(1)})),
+        f"model.safetensors: {GATE} is FP8 with a fixed scale of its inputs, ....input_scale, which is not supported: use the bfloat16",
     ),
     "scales per tensor": (
         lambda s: change_config(s, lambda values: weights_of(values).update(strategy="tensor")),
@@ -282,8 +286,8 @@ def test_fused_experts_in_fp8_without_scales_are_refused(maverick, tmp_path, ref
         convert(source, tmp_path / "out", progress=False)
 
 
-def test_experts_one_by_one_in_bfloat16_are_refused(source, tmp_path, refused):
+def test_plain_weights_with_scales_beside_them_are_refused(source, tmp_path, refused):
     """With scales left over nobody can say whether the values have been multiplied by them."""
     change_tensors(source, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items() if t.dtype == torch.float8_e4m3fn}))
-    with refused(".weight is bfloat16, but experts that are stored one by one must be FP8"):
+    with refused(".weight is bfloat16 and has ....weight_scale beside it, as FP8 values have: use the bfloat16 checkpoint"):
         convert(source, tmp_path / "out", progress=False)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from maverick_jax.convert import safetensors, torch_file
-from maverick_jax.convert.huggingface import INDEX, read_tensors
+from maverick_jax.convert.shards import INDEX, read_tensors
 from maverick_jax.errors import UserError
 
 SEEDS, HEADERS, INDEXES, PICKLES = range(10), 1200, 300, 200  # of each seed

@@ -144,7 +144,7 @@ DAMAGED = {
     ),
     "a tensor in neither": (
         lambda s: [edit_rank(s / f"consolidated.0{rank}.pth", lambda e: e.pop("norm.weight")) for rank in (0, 1)],
-        "source lacks norm.weight: params.json and weights belong to different models.",
+        "source lacks norm.weight: config and weights belong to different models: fetch both from one place.",
     ),
     "a tensor too many": (
         lambda s: [edit_rank(s / f"consolidated.0{rank}.pth", lambda e: e.update(extra=torch.zeros(1))) for rank in (0, 1)],

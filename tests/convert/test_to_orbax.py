@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from maverick_jax.config import Config, TextConfig
 from maverick_jax.convert import Source, convert, names, open_model_directory, places, safetensors
-from maverick_jax.convert.huggingface import INDEX
 from maverick_jax.convert.orbax import flatten, unflatten
+from maverick_jax.convert.shards import INDEX
 from maverick_jax.convert.writer import Leaf, Writer, array_spec
 from maverick_jax.errors import UserError
 from oracle.port import convert as expected_parameter
