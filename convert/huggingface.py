@@ -14,6 +14,7 @@ from maverick_jax.convert.names import compare_names, huggingface_name, kind_of
 from maverick_jax.convert.places import Place, Shape
 from maverick_jax.convert.source import Piece, Source
 from maverick_jax.convert.tensor_file import Tensor
+from maverick_jax.convert.tied import as_one_table
 from maverick_jax.errors import UserError
 from maverick_jax.ops.quantize import FORMATS
 
@@ -32,6 +33,9 @@ def open_huggingface(directory: Path, config: Config) -> Source:
     quantized = _is_fp8(directory)
     tensors = read_tensors(directory)
     prefixed = any(name.startswith("language_model.") for name in tensors)
+    if config.text.tie_word_embeddings:
+        table, other = (huggingface_name(names.plain_row(name), name, prefixed=prefixed) for name in ("text.embedding", "text.unembedding"))
+        tensors = as_one_table(directory, tensors, table, other)
     pieces, missing = {}, []
     for name, (shape, _, _) in names.weights(config).items():
         for ours, row, leaf_shape, experts in _leaves(name, shape, tensors, prefixed):
