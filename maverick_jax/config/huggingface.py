@@ -122,13 +122,15 @@ def read(values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(written, dict):
             raise UserError("text_config is missing: a config.json with model_type 'llama4' needs one.")
         top = _checked("", values, TOP, {})
+        if "vision_config" not in top:  # transformers would make a tower, of sizes that no checkpoint has
+            raise UserError("vision_config is missing: a model without pictures has model_type 'llama4_text' and no text_config.")
         text = _checked(prefix, written, TEXT, TEXT_ONLY_VALUE)
     elif model_type == "llama4_text":
         top = text = _checked("", values, TEXT | IMAGE_IDS, TEXT_ONLY_VALUE)
     else:
         raise UserError(f"model_type is {show(model_type)}, not 'llama4' or 'llama4_text': this is not a Llama 4 checkpoint.")
     found: dict[str, Any] = {"text": _read_text(prefix, text, written)}
-    if model_type == "llama4" and "vision_config" in top:
+    if model_type == "llama4":
         found["vision"] = _read_vision("vision_config.", top["vision_config"])
     found |= {name: value for name, value in {**top, **text}.items() if name in IDS}
     if "eos_token_id" in found:

@@ -7,9 +7,9 @@ import math
 import jax
 import pytest
 from flax import nnx
-from transformers import AutoConfig
+from transformers import AutoConfig, Llama4TextConfig, Llama4VisionConfig
 
-from maverick_jax.config import Config
+from maverick_jax.config import Config, huggingface
 from maverick_jax.errors import UserError
 from maverick_jax.model import get_abstract_model
 from oracle.release_files import release
@@ -141,3 +141,11 @@ def test_written_config_reads_back_and_transformers_reads_it(variant, tmp_path):
     assert Config.from_directory(tmp_path) == config
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert Config.from_huggingface(theirs.to_dict()) == config
+
+
+def test_what_a_file_leaves_out_is_as_in_transformers():
+    """Its defaults, not the releases' sizes, which ours are where Python leaves something out."""
+    for defaults, theirs in ((huggingface.TEXT_DEFAULTS, Llama4TextConfig()), (huggingface.VISION_DEFAULTS, Llama4VisionConfig())):
+        assert defaults == {name: getattr(theirs, name) for name in defaults}
+    assert huggingface.TEXT_DEFAULTS.keys() | {*huggingface.REQUIRED} == {*huggingface.TEXT_SAME}
+    assert huggingface.VISION_DEFAULTS.keys() == {*huggingface.VISION_SAME}

@@ -27,3 +27,15 @@ def test_meta_params_of_scout():
         max_seq_len=10485760,
     )
     assert Config.from_meta(values) == Config.scout()
+
+
+def test_without_moe_args_there_are_no_experts():
+    """Every layer is dense; no default makes mixtures of it."""
+    config = Config.from_meta({name: value for name, value in META.items() if name != "vision_args"} | {"moe_args": None})
+    assert (config.text.moe_layers, config.text.num_local_experts, config.vision) == ((), 0, None)
+
+
+@pytest.mark.parametrize(("switch", "on"), [(True, True), (4, True), (0, False), (None, False)])
+def test_temperature_is_off_unless_asked_for(switch, on):
+    """Unlike in Hugging Face's files; the integer 4 of some is as good as true."""
+    assert Config.from_meta(META | {"attn_temperature_tuning": switch, "floor_scale": 8192.0}).text.attn_temperature_tuning is on

@@ -86,6 +86,8 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # what more t
     "no name of a model": (FLAT, {"model_type": ["llama4"]}, "model_type is ['llama4'], not"),
     "no text_config": (NESTED, {"text_config": ABSENT}, "text_config is missing"),
     "a list for text_config": (NESTED, {"text_config": [FLAT]}, "text_config is missing"),
+    "no vision_config": (NESTED, {"vision_config": ABSENT}, "vision_config is missing"),
+    "null for vision_config": (NESTED, {"vision_config": None}, "vision_config is missing"),
     "an empty text_config": (NESTED, {"text_config": {}}, "text_config.vocab_size, text_config.hidden_size, "),
     "an empty vision_config": (NESTED, {"vision_config": {}}, "vision intermediate_size must be"),
     "a long image": (NESTED, {"vision_config.image_size": [56, 28]}, "vision_config.image_size is [56, 28]: tiles and"),
