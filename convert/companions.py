@@ -93,10 +93,11 @@ def describe_weights(file: Path, *, dtype: str | None, fp8: bool) -> None:
     """
     values = read_json(file)
     before = json.dumps(values)
-    for part in (values, values.get("text_config"), values.get("vision_config")):
-        for name in ("dtype", "torch_dtype"):
-            if dtype is not None and isinstance(part, dict) and part.get(name) is not None:
-                part[name] = dtype
+    if dtype is not None:
+        parts = [part for part in (values, values.get("text_config"), values.get("vision_config")) if isinstance(part, dict)]
+        named = [(part, name) for part in parts for name in ("dtype", "torch_dtype") if part.get(name) is not None]
+        for part, name in named or [(values, "dtype")]:
+            part[name] = dtype
     if not fp8:
         values.pop("quantization_config", None)
     elif "quantization_config" not in values:

@@ -16,12 +16,13 @@ from maverick_jax.convert.shards import left_out, read_tensors
 from maverick_jax.convert.source import Piece, Source
 from maverick_jax.convert.spelling import Spelling, read_spelling
 from maverick_jax.convert.tensor_file import Tensor
+from maverick_jax.convert.tied import as_one_table
 from maverick_jax.errors import UserError
 
 LAYERS = ("language_model.model.layers.{i}.", "vision_model.model.layers.{i}.")
 EXPERT = re.compile(rf"language_model\.model\.layers\.{agreement.NUMBER}\.feed_forward\.experts\.{agreement.NUMBER}\.")
 ADAPTER = re.compile(r"\.lora_(embedding_)?[AB]\.")
-UNEMBEDDING = "language_model.lm_head.weight"
+EMBEDDING, UNEMBEDDING = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
 def open_huggingface(directory: Path, config: Config) -> Source:
@@ -31,6 +32,8 @@ def open_huggingface(directory: Path, config: Config) -> Source:
       UserError: a file, tensor or byte is missing; a tensor is unexpected or misshapen, or FP8 where it must not be.
     """
     spelling = read_names(directory)
+    if config.text.tie_word_embeddings:
+        spelling = as_one_table(directory, spelling, EMBEDDING, UNEMBEDDING)
     tensors = spelling.tensors
     agreement.compare_layers(directory, config, tensors, LAYERS, spell=spelling.spell)
     apart = _find_apart(directory, config, tensors)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "maverick_jax"
 ORDER = [  # lowest first; neighbours on one line do not know each other
-    {"errors", "json_file", "config", "config_files"},
+    {"errors", "json_file", "config"},
     {"ops"},
     {"sharding"},
     {"model"},

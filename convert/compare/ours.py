@@ -60,12 +60,13 @@ class Ours:
         yield State("logits", self._logits(rms_norm(x_BTD, model.text.norm[...], model.text.eps)[0]))
 
     def _logits(self, x_TD: jax.Array) -> np.ndarray:
-        table: Any = self.model.text.unembedding
-        D, V = table.shape
+        text: Any = self.model.text
+        V, D = text.embedding.shape
         logits_TV = np.empty((len(x_TD), V), np.float32)
         for at in range(0, V, LOGITS_AT_ONCE):
             part = slice(at, min(at + LOGITS_AT_ONCE, V))
-            logits_TV[:, part] = linear_float32(x_TD, table.read((slice(0, D), part)))
+            columns = text.embedding.read((part,)).T if text.tied else text.unembedding.read((slice(0, D), part))
+            logits_TV[:, part] = linear_float32(x_TD, columns)
         return logits_TV
 
 

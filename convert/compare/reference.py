@@ -22,6 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_chunked_causal
 from transformers.models.llama4 import modeling_llama4 as llama4
 from transformers.utils import logging
 
+from maverick_jax.config import Config
 from maverick_jax.convert.compare.stages import LOGITS_AT_ONCE, Prompt, State
 from maverick_jax.convert.huggingface import read_names
 from maverick_jax.convert.tensor_file import Tensor, read_box
@@ -76,16 +77,21 @@ class Reference:
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[1, T, D], reading a row at a time."""
         rows, where = ids.unique(return_inverse=True)
-        table = self.tensors[f"{PREFIX}model.embed_tokens.weight"]
+        table = self._table("model.embed_tokens.weight")
         return torch.cat([read(table, [slice(row, row + 1)]) for row in rows.tolist()]).float()[where]
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        table = self.tensors[f"{PREFIX}lm_head.weight"]
+        table = self._table("lm_head.weight")
         logits_TV = torch.empty(len(x_TD), table.shape[0])
         for at in range(0, table.shape[0], LOGITS_AT_ONCE):
             part = slice(at, min(at + LOGITS_AT_ONCE, table.shape[0]))
             logits_TV[:, part] = torch.nn.functional.linear(x_TD, read(table, [part]).float())
         return logits_TV
+
+    def _table(self, name: str) -> Tensor:
+        """Embedding or unembedding; where the config ties them, either serves as both."""
+        names = (name, *(("model.embed_tokens.weight", "lm_head.weight") if self.text.tie_word_embeddings else ()))
+        return next(self.tensors[PREFIX + name] for name in names if PREFIX + name in self.tensors)
 
     def _make_layer(self, layer: int, prefix: str) -> Any:
         with torch.device("meta"):
@@ -149,19 +155,24 @@ class MoE(torch.nn.Module):
 
 
 def read_config(directory: Path) -> Llama4Config | Llama4TextConfig:
-    """`config.json` in any spelling that transformers takes, and in two that it does not."""
+    """`config.json` as transformers reads it; in a spelling that transformers refuses, as we do."""
     values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    text = values.get("text_config", values)
-    if text.get("attn_temperature_tuning") is not None:
-        text["attn_temperature_tuning"] = bool(text["attn_temperature_tuning"])  # some mirrors write the integer 4
-    if text.get("attention_chunk_size", 1) is None:  # full attention (Llama Guard 4): one chunk for all
-        text["attention_chunk_size"] = text.get("max_position_embeddings") or 1 << 20
     with _quiet():
-        config = (Llama4Config if "text_config" in values else Llama4TextConfig).from_dict(values)
+        try:
+            config = _from_dict(values)
+        except Exception:  # of as many kinds as it has checks; some mirrors write the integer 4 for a switch
+            config = _from_dict(Config.from_directory(directory).to_huggingface())
+    text: Any = getattr(config, "text_config", config)
+    if text.attention_chunk_size is None:  # full attention (Llama Guard 4), which it reads but does not compute: one chunk for all
+        text.attention_chunk_size = 1 << 30
     for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
         if part is not None:
             part._attn_implementation = "eager"
     return config
+
+
+def _from_dict(values: dict[str, Any]) -> Llama4Config | Llama4TextConfig:
+    return (Llama4TextConfig if values["model_type"] == "llama4_text" else Llama4Config).from_dict(values)
 
 
 @contextlib.contextmanager

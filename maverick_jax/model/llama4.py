@@ -21,7 +21,7 @@ from maverick_jax.model.inputs import Array
 from maverick_jax.model.parameter import weight
 from maverick_jax.model.text import RESIDUAL, Text
 from maverick_jax.model.vision import Vision
-from maverick_jax.ops.linear import linear, linear_float32
+from maverick_jax.ops.linear import linear
 from maverick_jax.sharding.attend import Attend, AttendHere
 from maverick_jax.sharding.dispatch import Dispatcher, Local, Stats
 
@@ -136,7 +136,7 @@ class Llama4(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] normed hidden states -> [..., V] float32."""
-        return linear_float32(x, self.text.unembedding[...])
+        return self.text.logits(x)
 
 
 def look_up(table_VD: jax.Array, ids_BT: Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The text decoder: embedding, layers, final norm, unembedding.
+"""The text decoder: embedding, layers, final norm, unembedding (the embedding once more where the two are tied).
 
 Shape suffixes: B batch, T tokens, D model width, V vocabulary.
 """
@@ -14,6 +14,7 @@ from maverick_jax.model.attention import Attention, Piece
 from maverick_jax.model.feed_forward import FeedForward
 from maverick_jax.model.moe import MoE
 from maverick_jax.model.parameter import ones, weight
+from maverick_jax.ops.linear import linear_float32
 from maverick_jax.ops.norm import rms_norm
 from maverick_jax.sharding.attend import Attend
 from maverick_jax.sharding.dispatch import Dispatcher, Stats
@@ -59,8 +60,9 @@ class Text(nnx.Module):
             for i in range(config.num_hidden_layers)
         )
         self.norm = ones((D,), ("embed",), dtype)
-        self.unembedding = weight(rngs, (D, V), ("embed", "vocab"), dtype)
-        self.eps = config.rms_norm_eps
+        if not config.tie_word_embeddings:
+            self.unembedding = weight(rngs, (D, V), ("embed", "vocab"), dtype)
+        self.eps, self.tied = config.rms_norm_eps, config.tie_word_embeddings
 
     def __call__(
         self, x_BTD: jax.Array, piece: Piece, caches: Any = None, *, last_only: bool = False
@@ -82,3 +84,7 @@ class Text(nnx.Module):
             if stats is not None:
                 all_stats.append(stats)
         return rms_norm(x_BTD, self.norm[...], self.eps), None if caches is None else tuple(new_caches), tuple(all_stats)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[..., D] normed hidden states -> [..., V] float32."""
+        return linear_float32(x, self.embedding[...].T if self.tied else self.unembedding[...])

@@ -119,6 +119,9 @@ def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
     (kv_heads,) = case.local(("kv_heads",), (text.num_key_value_heads,))
     (heads,) = case.local(("heads",), (text.num_attention_heads,))
     weights = {part: float(size) for part, size in case.weight_bytes.items() if part not in (VISION, EMBEDDING)}
+    elements = dict(case.matrix_elements)
+    if text.tie_word_embeddings:  # the rows that are looked up, and then the whole table for the logits
+        weights[UNEMBEDDING], elements[UNEMBEDDING] = float(case.weight_bytes[EMBEDDING]), elements[EMBEDDING]
     if text.moe_layers:
         weights[ROUTED] *= hit / experts
     read = {
@@ -127,7 +130,6 @@ def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
         "cache": 2 * asking_rows * kv_heads * slots * text.head_dim * size / parts,
     }
 
-    elements = case.matrix_elements
     used = {ATTENTION: asking_rows * tokens, UNEMBEDDING: own_rows}  # of a prompt only the last token has logits
     used |= dict.fromkeys((DENSE, SHARED, SMALL), own_rows * tokens)
     products = {part: 2.0 * elements[part] * count for part, count in used.items() if part in elements}

@@ -264,3 +264,15 @@ def _write_random_checkpoint(directory: Path) -> bytes:
             file.write(noise[:left])
             left -= len(noise)
     return noise
+
+
+def test_a_config_without_a_dtype_learns_what_the_weights_became(maverick, tmp_path):
+    """It would be loaded in bfloat16, whatever was asked for."""
+    source = shutil.copytree(maverick.source, tmp_path / "source")
+    values = json.loads((source / "config.json").read_text())
+    for part in (values, values["text_config"], values["vision_config"]):
+        for name in ("dtype", "torch_dtype"):
+            part.pop(name, None)
+    (source / "config.json").write_text(json.dumps(values))
+    convert(source, tmp_path / "out", target="float32", progress=False)
+    assert Config.from_directory(tmp_path / "out").dtype == "float32"

@@ -7,90 +7,12 @@ import math
 import jax
 import pytest
 from flax import nnx
-from transformers import AutoConfig
+from transformers import AutoConfig, Llama4TextConfig, Llama4VisionConfig
 
-from maverick_jax.config import Config
+from maverick_jax.config import Config, huggingface
 from maverick_jax.errors import UserError
 from maverick_jax.model import get_abstract_model
-
-SCALING = dict(rope_type="llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_max_position_embeddings=8192)
-
-
-def release(variant: str = "maverick", **text) -> dict:
-    """config.json of a release, in the spelling of transformers 4.51 (spec section 1.1); `text` replaces fields of the text part."""
-    scout = variant == "scout"
-    rope = dict(rope_theta=10000.0)
-    return {
-        "architectures": ["Llama4ForConditionalGeneration"],
-        "model_type": "llama4",
-        "boi_token_index": 200080,
-        "eoi_token_index": 200081,
-        "image_token_index": 200092,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.51.0.dev0",
-        "text_config": dict(
-            model_type="llama4_text",
-            _attn_implementation_autoset=True,
-            attention_bias=False,
-            attention_chunk_size=8192,
-            attention_dropout=0.0,
-            bos_token_id=200000,
-            cache_implementation="hybrid",
-            eos_token_id=[200001, 200007, 200008],
-            for_llm_compressor=False,
-            head_dim=128,
-            hidden_act="silu",
-            hidden_size=5120,
-            initializer_range=0.02,
-            interleave_moe_layer_step=1 if scout else 2,
-            intermediate_size=8192,
-            intermediate_size_mlp=16384,
-            max_position_embeddings=10485760 if scout else 1048576,
-            no_rope_layers=[],
-            num_attention_heads=40,
-            num_experts_per_tok=1,
-            num_hidden_layers=48,
-            num_key_value_heads=8,
-            num_local_experts=16 if scout else 128,
-            output_router_logits=False,
-            pad_token_id=200018,
-            rms_norm_eps=1e-05,
-            rope_scaling=SCALING if scout else None,
-            rope_theta=500000.0,
-            router_aux_loss_coef=0.001,
-            router_jitter_noise=0.0,
-            torch_dtype="bfloat16",
-            use_cache=True,
-            use_qk_norm=scout,
-            vocab_size=202048,
-        )
-        | text,
-        "vision_config": dict(
-            model_type="llama4_vision_model",
-            attention_dropout=0.0,
-            hidden_act="gelu",
-            hidden_size=1408,
-            image_size=336,
-            initializer_range=0.02,
-            intermediate_size=5632,
-            multi_modal_projector_bias=False,
-            norm_eps=1e-05,
-            num_attention_heads=16,
-            num_channels=3,
-            num_hidden_layers=34,
-            patch_size=14,
-            pixel_shuffle_ratio=0.5,
-            projector_dropout=0.0,
-            projector_input_dim=4096,
-            projector_output_dim=4096,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-            vision_output_dim=4096,
-        )
-        | rope,
-    }
-
+from oracle.release_files import release
 
 PRESETS = {"maverick": Config.maverick(), "scout": Config.scout()}
 
@@ -206,55 +128,6 @@ def test_another_model_is_refused():
         Config.from_huggingface({**release(), "model_type": "llama"})
 
 
-META = dict(
-    dim=5120,
-    n_layers=48,
-    n_heads=40,
-    n_kv_heads=8,
-    head_dim=128,
-    vocab_size=202048,
-    multiple_of=2048,
-    ffn_dim_multiplier=1.2,
-    ffn_exp=4.0,
-    norm_eps=1e-5,
-    attention_chunk_size=8192,
-    rope_theta=500000.0,
-    nope_layer_interval=4,
-    max_seq_len=1048576,
-    vision_args=dict(
-        image_size=dict(height=336, width=336),
-        patch_size=dict(height=14, width=14),
-        dim=1408,
-        n_layers=34,
-        n_heads=16,
-        mlp_ratio=4.0,
-        output_dim=4096,
-        pixel_shuffle_ratio=0.5,
-    ),
-)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_meta_params_of_maverick(nested):
-    """Widths are derived (16384 dense, 8192 expert), and temperature is off unless asked for, unlike in Hugging Face's files."""
-    values = META | dict(moe_args=dict(num_experts=128, capacity_factor=1.0, auto_scale_F=True, top_k=1, interleave_moe_layer_step=2))
-    config = Config.from_meta({"model": values} if nested else values)
-    expected = Config.maverick()
-    assert config == dataclasses.replace(expected, text=dataclasses.replace(expected.text, attn_temperature_tuning=False))
-
-
-def test_meta_params_of_scout():
-    """`use_scaled_rope` means factor 16 and equal bands, the released values, not those of the first code (8, 1, 4)."""
-    values = META | dict(
-        moe_args=dict(num_experts=16, capacity_factor=1.0, auto_scale_F=True, top_k=1, interleave_moe_layer_step=1),
-        use_scaled_rope=True,
-        use_qk_norm=True,
-        attn_temperature_tuning=True,
-        max_seq_len=10485760,
-    )
-    assert Config.from_meta(values) == Config.scout()
-
-
 @pytest.mark.parametrize("variant", ["maverick", "scout", "text only", "dense"])
 def test_written_config_reads_back_and_transformers_reads_it(variant, tmp_path):
     """An exported checkpoint describes the model that it was made from, to us and to transformers."""
@@ -270,20 +143,9 @@ def test_written_config_reads_back_and_transformers_reads_it(variant, tmp_path):
     assert Config.from_huggingface(theirs.to_dict()) == config
 
 
-def test_generation_config_decides_where_to_stop(tmp_path):
-    """Fine-tunes change their stop tokens there and leave config.json as it was."""
-    (tmp_path / "config.json").write_text(json.dumps(release()))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert Config.from_directory(tmp_path).eos_token_id == (7,)
-
-
-@pytest.mark.parametrize(
-    "content, message", [("{", "not valid JSON"), ("[]", "no JSON object"), ("{}", "model_type is None"), (None, "neither")]
-)
-def test_broken_directories_are_named(tmp_path, content, message):
-    """One line says which file and what is wrong with it."""
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=message) as caught:
-        Config.from_directory(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+def test_what_a_file_leaves_out_is_as_in_transformers():
+    """Its defaults, not the releases' sizes, which ours are where Python leaves something out."""
+    for defaults, theirs in ((huggingface.TEXT_DEFAULTS, Llama4TextConfig()), (huggingface.VISION_DEFAULTS, Llama4VisionConfig())):
+        assert defaults == {name: getattr(theirs, name) for name in defaults}
+    assert huggingface.TEXT_DEFAULTS.keys() | {*huggingface.REQUIRED} == {*huggingface.TEXT_SAME}
+    assert huggingface.VISION_DEFAULTS.keys() == {*huggingface.VISION_SAME}
