@@ -139,12 +139,12 @@ def test_broken_templates_name_the_line(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "wizard", "content": "a"}], "needs a role"),
+        ([{"role": "wizard", "content": "a"}], "role 'wizard' is unknown"),
         (["a"], "needs a role"),
         ([{"role": "user", "content": [{"type": "video", "video": "a"}]}], "neither"),
         ([{"role": "user", "content": [{"type": "text"}]}], "neither"),
         ([{"role": "user", "content": ["a"]}], "neither"),
-        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], "template"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], "no function with a name"),
     ],
 )
 def test_malformed_messages_are_one_clear_line(messages, message):
