@@ -12,7 +12,7 @@ from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
 STEPS = 500_000  # a template of the releases takes some hundred for each message
-STEPS_PER_WEIGHT = 500  # more, for every piece of the conversation: many templates walk through all of it for each message
+STEPS_PER_WEIGHT = 2000  # more, for every piece of the conversation: many templates walk through all of it for each message
 CHARACTERS = 16  # cost one step
 OUTPUT = 200_000  # characters that a template may write
 OUTPUT_PER_WEIGHT = 10 * CHARACTERS  # more, for every piece of the conversation

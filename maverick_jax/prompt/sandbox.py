@@ -31,7 +31,7 @@ SORTING = frozenset("dictsort groupby max min sort unique".split())
 SIZED = frozenset("batch center indent round slice tojson truncate".split())  # filters that are asked for columns, digits or rows
 MAX_SIZE = 10_000
 COMPARING = frozenset("eq equalto == ne != lt lessthan < le <= gt greaterthan > ge >= in".split())  # tests
-STRINGS_LACK = frozenset(["encode", "maketrans", "translate"])  # ways around `Text`
+STRINGS_LACK = frozenset(["encode", "maketrans", "own", "translate"])  # ways around `Text`
 NUMBERS_HAVE = frozenset(["imag", "is_integer", "real"])
 
 
