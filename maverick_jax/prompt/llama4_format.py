@@ -51,6 +51,8 @@ def encode_dialog(
         for text in _contents(message):
             ids += [image] if text is None else tokenizer.encode(text)
         calls = message.get("tool_calls") or []
+        if not isinstance(calls, (list, tuple)):
+            raise UserError(f"tool_calls is a {type(calls).__name__}: give a list of calls.")
         for call in calls:
             ids += tokenizer.encode(_call(call))
         ids.append(end_of_message if calls or role == "ipython" else end_of_turn)
