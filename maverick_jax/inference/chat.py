@@ -10,7 +10,7 @@ from maverick_jax.inference.generate import Generation
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.inference.stop import StopStrings
 from maverick_jax.model import Llama4
-from maverick_jax.prompt import Prompt, StreamDecoder, Tokenizer, load_template, render
+from maverick_jax.prompt import Prompt, StreamDecoder, Tokenizer, load_template, render, tile_image
 
 
 class Chat:
@@ -19,20 +19,32 @@ class Chat:
     Args:
       model: from `load`, which remembers where the tokenizer and the chat template are.
       system: system message, if any.
+      tools: functions that the model may call: Python functions with types and a docstring, or JSON schemas. A call is an
+        answer like any other; add its result to `messages` as {"role": "tool", "content": ...} and let `complete` go on.
       max_new_tokens: longest answer.
       stop: strings that end an answer; they are not part of it.
       sampling: temperature, top_k, top_p, min_p, seed as for `generate`.
 
     Attributes:
-      messages: the conversation so far, as role/content dicts.
+      messages: the conversation so far, as role/content dicts; pictures as the tiles they were cut into.
       last: the `Generation` of the newest answer, with its times and expert loads.
     """
 
-    def __init__(self, model: Llama4, *, system: str | None = None, max_new_tokens: int = 512, stop: Sequence[str] = (), **sampling: Any):
+    def __init__(
+        self,
+        model: Llama4,
+        *,
+        system: str | None = None,
+        tools: Sequence[Any] | None = None,
+        max_new_tokens: int = 512,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ):
         if model.directory is None:
             raise UserError("this model was not loaded from a directory, so its tokenizer is unknown: open it with maverick_jax.load.")
         self.model = model
         self.system = system
+        self.tools = tools
         self.max_new_tokens = max_new_tokens
         self.stop = tuple(stop)
         self.sampling = Sampling(**sampling)
@@ -51,7 +63,9 @@ class Chat:
 
     def stream(self, text: str, images: Sequence[Any] = ()) -> Iterator[str]:
         """The answer in portions of whole characters. The conversation grows once the answer is complete."""
-        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+        vision = self.model.config.vision
+        cut = [tile_image(image, vision) for image in images] if vision else images  # a file may change before the next turn
+        content = [{"type": "image", "image": image} for image in cut] + [{"type": "text", "text": text}]
         question = {"role": "user", "content": content if images else text}
         answer = ""
         for portion in self.complete(self.prompt([*self.messages, question])):
@@ -61,7 +75,7 @@ class Chat:
 
     def prompt(self, messages: list[dict[str, Any]]) -> Prompt:
         """Token ids and tiles of a conversation that the assistant is to continue."""
-        return render(messages, self.tokenizer, self.model.config, template=self.template)
+        return render(messages, self.tokenizer, self.model.config, template=self.template, tools=self.tools)
 
     def raw_prompt(self, text: str) -> Prompt:
         """Token ids of plain text behind the begin-of-text token, for models that continue rather than answer."""

@@ -1,7 +1,8 @@
 """Messages and pictures in, token ids and tiles out. NumPy only: no jax, no torch."""
 
-from maverick_jax.prompt.chat import Prompt, load_template, render
+from maverick_jax.prompt.chat import Prompt, render
 from maverick_jax.prompt.images import load_picture, tile_image
+from maverick_jax.prompt.template import ChatTemplate, load_template
 from maverick_jax.prompt.tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["Prompt", "StreamDecoder", "Tokenizer", "load_picture", "load_template", "render", "tile_image"]
+__all__ = ["ChatTemplate", "Prompt", "StreamDecoder", "Tokenizer", "load_picture", "load_template", "render", "tile_image"]

@@ -1,31 +1,30 @@
-"""A conversation as token ids and tiles: Meta's chat format, or a checkpoint's own Jinja template in a sandbox.
+"""A conversation as token ids and tiles, through a checkpoint's own chat template or in the format of the releases.
 
-Sources: Llama 4 reference, `models/llama4/chat_format.py`; spec sections 3.7 and 4.3.
+Source: Llama 4 reference, `models/llama4/chat_format.py`; spec section 3.7.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-from collections.abc import Sequence
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from maverick_jax.config import Config
+from maverick_jax.config import Config, VisionConfig
 from maverick_jax.errors import UserError
 from maverick_jax.prompt.images import tile_image
+from maverick_jax.prompt.llama4_format import encode_dialog
+from maverick_jax.prompt.template import ChatTemplate
 from maverick_jax.prompt.tokenizer import Tokenizer
+from maverick_jax.prompt.tools import tool_schema
 
 MAX_IMAGES = 48
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython", "ipython": "ipython"}
+MEDIA = frozenset("audio file image image_url input_audio video".split())  # kinds of parts that hold no text
+TOOL_ROLES = ("tool", "ipython", "function")  # whose content may be any data
 
-Message = dict[str, Any]
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any] | Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,33 +40,81 @@ class Prompt:
     tiles: np.ndarray | None = None
 
 
-def render(messages: Sequence[Message], tokenizer: Tokenizer, config: Config, *, template: jinja2.Template | None = None) -> Prompt:
+def render(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    config: Config,
+    *,
+    template: ChatTemplate | None = None,
+    tools: Sequence[Tool] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool | str = False,
+) -> Prompt:
     """The prompt that asks the assistant to go on.
 
     Args:
-      messages: `{"role": ..., "content": ...}`; content is a string or a list of `{"type": "text", "text": ...}` and
-        `{"type": "image", "image": path, bytes or PIL picture}`.
-      template: the checkpoint's own, from `load_template`; None is Meta's format.
+      messages: `{"role": ..., "content": ...}` and whatever else the template reads (`tool_calls`, `name`,
+        `reasoning_content`, ...); content is a string or a list of `{"type": "text", "text": ...}` and
+        `{"type": "image", "image": path, bytes, PIL picture or what tile_image returned}`, of a tool any data.
+      template: the checkpoint's own, from `load_template`; None is the format of the releases.
+      tools: JSON schemas of functions, or Python functions with types and a docstring in Google's style.
+      add_generation_prompt: end with the header of the assistant's message.
+      continue_final_message: end within the last message instead, which the model then continues: in its content, or in
+        the named field.
 
     Raises:
       UserError: a message that cannot be understood, a picture that cannot be read, or too many pictures.
     """
-    messages = [_checked(message) for message in messages]
-    images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+    if isinstance(messages, (str, Mapping)) or not messages:
+        raise UserError(f"a conversation is a list of at least one message, not {_short(messages)}.")
+    for message in messages:
+        _check(message, any_parts=template is not None)
+    schemas = None if tools is None else [tool_schema(tool) for tool in tools]
+    images = [_picture(part) for message in messages for part in _parts(message) if part.get("type") == "image"]
     if len(images) > MAX_IMAGES:
         raise UserError(f"the prompt has {len(images)} pictures: at most {MAX_IMAGES} fit in one prompt.")
-    ids = _meta_format(messages, tokenizer) if template is None else _from_template(messages, tokenizer, template)
+    if template is None:
+        ids = encode_dialog(
+            messages,
+            tokenizer,
+            tools=schemas,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=bool(continue_final_message),
+        )
+    else:
+        field = "content" if continue_final_message is True else continue_final_message or None
+        text = template.render(messages, tools=schemas, add_generation_prompt=add_generation_prompt, continued=field)
+        ids = tokenizer.encode_authored(text, text.own)
     if not images:
         return Prompt(ids)
     if config.vision is None:
         raise UserError("this checkpoint has no vision tower: it takes text only.")
+    return _with_pictures(ids, images, tokenizer, config.vision)
+
+
+def _with_pictures(ids: list[int], images: list[Any], tokenizer: Tokenizer, vision: VisionConfig) -> Prompt:
     marker = tokenizer.id_of("<|image|>")
     if ids.count(marker) != len(images):
         raise UserError(f"the chat template placed {ids.count(marker)} of {len(images)} pictures: put them into user messages.")
-    cut = [tile_image(image, config.vision) for image in images]
-    blocks = iter(image_tokens(rows, columns, config.vision.tokens_per_tile, tokenizer) for _, (rows, columns) in cut)
+    cut = [_cut(image, vision) for image in images]
+    blocks = iter(image_tokens(rows, columns, vision.tokens_per_tile, tokenizer) for _, (rows, columns) in cut)
     expanded = [token for id in ids for token in (next(blocks) if id == marker else [id])]
     return Prompt(expanded, np.concatenate([tiles for tiles, _ in cut]))
+
+
+def _cut(image: Any, vision: VisionConfig) -> tuple[np.ndarray, tuple[int, int]]:
+    """What `tile_image` makes of a picture, or has made of it already."""
+    if not isinstance(image, tuple):
+        return tile_image(image, vision)
+    try:
+        tiles, (rows, columns) = image
+        count = rows * columns + (rows * columns > 1)
+        fits = tiles.shape == (count, 3, vision.image_size, vision.image_size)
+    except (TypeError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(f"image {_short(image)} is no pair of tiles and (rows, columns) for this model: give what tile_image returns.")
+    return image
 
 
 def image_tokens(rows: int, columns: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
@@ -80,118 +127,32 @@ def image_tokens(rows: int, columns: int, tokens_per_tile: int, tokenizer: Token
     return [start, *(row * rows if rows * columns > 1 else []), image, *tile, end]
 
 
-def _checked(message: Message) -> Message:
-    """The message with its content as a list of parts."""
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise UserError(f"message {_short(message)} needs a role: one of {', '.join(ROLES)}.")
+def _check(message: Any, *, any_parts: bool) -> None:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise UserError(f"message {_short(message)} needs a role: give {{'role': 'user', 'content': ...}}.")
     content = message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image") or kind not in part or (kind == "text" and not isinstance(part["text"], str)):
+    if message["role"] in TOOL_ROLES or content is None or isinstance(content, str):
+        return
+    if not isinstance(content, (list, tuple)):
+        raise UserError(f"message {_short(message)} has a content of type {type(content).__name__}: give a text or a list of parts.")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        known = (kind == "image" and _picture(part) is not None) or (kind == "text" and isinstance(part.get("text"), str))
+        if not known and not (any_parts and isinstance(kind, str) and isinstance(part.get(kind), str) and kind not in MEDIA):
             raise UserError(
                 f"message part {_short(part)} is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', 'image': ...}}."
             )
-    return message | {"content": list(parts)}
+
+
+def _parts(message: Message) -> list[Mapping[str, Any]]:
+    content = message.get("content")
+    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, (list, tuple)) else []
+
+
+def _picture(part: Mapping[str, Any]) -> Any:
+    return next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _meta_format(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    begin, open_header, close_header, end_of_message, end_of_turn = (
-        tokenizer.id_of(f"<|{name}|>") for name in ("begin_of_text", "header_start", "header_end", "eom", "eot")
-    )
-
-    def header(role: str) -> list[int]:
-        return [open_header, *tokenizer.encode(role), close_header, *tokenizer.encode("\n\n")]
-
-    ids = [begin]
-    for message in messages:
-        if message.get("tool_calls"):
-            raise UserError("tool calls in a message need the checkpoint's own chat template: none was found beside its tokenizer.")
-        role = ROLES[message["role"]]
-        ids += header(role)
-        for part in message["content"]:
-            ids += [tokenizer.id_of("<|image|>")] if part["type"] == "image" else tokenizer.encode(part["text"])
-        ids.append(end_of_message if role == "ipython" else end_of_turn)
-    return ids + header("assistant")
-
-
-def load_template(path: str | Path) -> jinja2.Template | None:
-    """The chat template that a checkpoint directory brings, or None.
-
-    Raises:
-      UserError: a file that cannot be read, or a template with a syntax error.
-    """
-    directory = Path(path)
-    source = None
-    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
-        file = directory / name
-        if source is None and file.is_file():
-            try:
-                text = file.read_text(encoding="utf-8")
-                source = text if file.suffix == ".jinja" else json.loads(text).get("chat_template")
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{file} cannot be read ({error}): fetch it again or remove it.") from error
-    if isinstance(source, list):  # several named templates
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if source is None:
-        return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template of {directory} has an error in line {error.lineno}: {error.message}.") from error
-
-
-def _from_template(messages: list[Message], tokenizer: Tokenizer, template: jinja2.Template) -> list[int]:
-    """Special tokens are those that the template wrote. A user's are broken up by a character that nothing else contains."""
-    given = [message | {"content": _for_template(message["content"])} for message in messages]
-    used = set(_all_text(given))
-    breaker = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in used)
-    first = re.compile("[" + re.escape("".join({token[0] for token in tokenizer.special})) + "]")
-    safe = _map_text(given, lambda text: first.sub(lambda match: match.group() + breaker, text))
-    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>"}
-    try:
-        text = template.render(messages=safe, add_generation_prompt=True, **special)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise UserError(f"the chat template refused the conversation: {error}") from error
-    return [id for segment in tokenizer.split(text) for id in _encode(segment, breaker, tokenizer)]
-
-
-def _encode(segment: str | int, breaker: str, tokenizer: Tokenizer) -> list[int]:
-    return [segment] if isinstance(segment, int) else tokenizer.encode(segment.replace(breaker, ""))
-
-
-def _for_template(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Text alone as a string, which every template understands; pictures as their place only."""
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
-    return [part if part["type"] == "text" else {"type": "image"} for part in parts]
-
-
-def _map_text(value: Any, change: Any) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: item if key in ("role", "type") else _map_text(item, change) for key, item in value.items()}
-    return [_map_text(item, change) for item in value] if isinstance(value, list) else value
-
-
-def _all_text(value: Any) -> str:
-    texts: list[str] = []
-    _map_text(value, texts.append)
-    return "".join(texts)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

@@ -1,7 +1,8 @@
 """Text to token ids and back, from Hugging Face's `tokenizer.json` or Meta's `tokenizer.model`.
 
-Special tokens are recognised only where the caller says so: what a user types is plain text, so that nobody can end a
-turn or open a system message by typing `<|eot|>`.
+Special tokens control the model. They are recognised only where the caller says so: what a user types is plain text, so
+that nobody can end a turn or open a system message by typing `<|eot|>`. Added tokens that are not special, such as
+`<think>`, are vocabulary: one id in every text.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class Tokenizer:
 
     def __init__(self, description: dict[str, Any]):
         added = description.get("added_tokens") or []
-        self.special: dict[str, int] = {token["content"]: token["id"] for token in added}
-        self._hidden = {token["id"] for token in added if token.get("special", True)}
-        # Without added tokens no text can become one; without post-processor nothing is added in front.
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(description | {"added_tokens": [], "post_processor": None}))
-        self._text_of = {id: text for text, id in self.special.items()}
+        self.special: dict[str, int] = {token["content"]: token["id"] for token in added if token.get("special", True)}
+        self._control = set(self.special.values())
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(description | {"post_processor": None}))  # adds nothing in front
+        self._plain.encode_special_tokens = True  # as the text that they are spelled with
+        self._vocabulary_text = {token["id"]: token["content"] for token in added if token["id"] not in self._control}
         self._pattern = re.compile("|".join(re.escape(s) for s in sorted(self.special, key=len, reverse=True)) or r"(?!)")
         self._byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
 
@@ -58,19 +59,36 @@ class Tokenizer:
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`, nothing added in front. `allow_special` recognises special tokens: only for trusted text."""
-        return [id for segment in (self.split(text) if allow_special else [text]) for id in self._encode_segment(segment)]
+        return self.encode_authored(text, b"\x01" * len(text)) if allow_special else self._encode_plain(text)
 
-    def split(self, text: str) -> list[str | int]:
-        """Trusted text as plain segments and the ids of the special tokens between them."""
-        segments: list[str | int] = []
-        end = 0
-        for match in self._pattern.finditer(text):
-            segments += [text[end : match.start()], self.special[match.group()]]
-            end = match.end()
-        return [segment for segment in [*segments, text[end:]] if segment != ""]
+    def encode_authored(self, text: str, trusted: bytes) -> list[int]:
+        """Token ids of `text`, in which only those special tokens count of which every character is trusted.
 
-    def _encode_segment(self, segment: str | int) -> list[int]:
-        return [segment] if isinstance(segment, int) else self._plain.encode(segment, add_special_tokens=False).ids
+        Args:
+          trusted: a byte for every character, 1 or 0.
+        """
+        text, ids, end = str.__str__(text), [], 0
+        for run in re.finditer(rb"\x01+", trusted):
+            for match in self._pattern.finditer(text, *run.span()):
+                ids += [*self._encode_plain(text[end : match.start()]), self.special[match.group()]]
+                end = match.end()
+        return ids + self._encode_plain(text[end:])
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Token ids of text without special tokens, even if the vocabulary has one that ordinary splitting would find."""
+        try:
+            found = self._plain.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            at = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+            if at is None:
+                raise
+            raise UserError(f"a text holds half a character at {at} ({text[at]!a}): it was cut apart or decoded wrongly.") from error
+        if self._control.isdisjoint(found.ids):
+            return found.ids
+        if len(text) == 1:
+            return [id for id in found.ids if id not in self._control]
+        at = next(start for id, (start, _) in zip(found.ids, found.offsets, strict=True) if id in self._control) or 1
+        return self._encode_plain(text[:at]) + self._encode_plain(text[at:])
 
     def id_of(self, token: str) -> int:
         """Id of a special token.
@@ -89,10 +107,10 @@ class Tokenizer:
 
     def bytes_of(self, id: int) -> bytes:
         """UTF-8 bytes that a token stands for: none for a special token or an unknown id, perhaps part of a character."""
-        if id in self._hidden:
+        if id in self._control:
             return b""
-        if id in self._text_of:
-            return self._text_of[id].encode()
+        if id in self._vocabulary_text:
+            return self._vocabulary_text[id].encode()
         return bytes(self._byte_of[char] for char in self._plain.id_to_token(id) or "")
 
 

@@ -9,7 +9,7 @@ from transformers.models.llama4.processing_llama4 import chat_template as HUGGIN
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
-from maverick_jax.prompt import Tokenizer, load_template, render
+from maverick_jax.prompt import Tokenizer, load_template, render, tile_image
 from maverick_jax.prompt.chat import image_tokens
 from maverick_jax.training.mini.definition import CHAT_TEMPLATE, mini_config, mini_tokenizer
 
@@ -89,6 +89,20 @@ def test_image_tokens_of_one_and_of_many_tiles():
     assert len(image_tokens(4, 4, 144, TOKENIZER)) == 2467
 
 
+def test_pictures_that_are_cut_already():
+    """A conversation may hold tiles instead of files, but those of this model."""
+    messages = conversation("?")
+    whole = render(messages, TOKENIZER, CONFIG)
+    messages[3]["content"][:2] = [{"type": "image", "image": tile_image(picture, CONFIG.vision)} for picture in (SQUARE, WIDE)]
+    again = render(messages, TOKENIZER, CONFIG)
+    assert again.token_ids == whole.token_ids
+    np.testing.assert_array_equal(again.tiles, whole.tiles)
+    tiles, grid = tile_image(WIDE, CONFIG.vision)
+    for wrong in ((tiles[1:], grid), (tiles, (1, 1)), (tiles, 7), (tiles[:, :, 1:], grid), (1,), ("a", grid)):
+        with pytest.raises(UserError, match="no pair of tiles"):
+            render([{"role": "user", "content": [{"type": "image", "image": wrong}]}], TOKENIZER, CONFIG)
+
+
 def test_tiles_follow_the_order_of_the_pictures():
     prompt = render(conversation(""), TOKENIZER, CONFIG)
     assert prompt.tiles.shape == (1 + 3, 3, 32, 32)
@@ -139,12 +153,19 @@ def test_broken_templates_name_the_line(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "wizard", "content": "a"}], "needs a role"),
+        ([{"role": "wizard", "content": "a"}], "role 'wizard' is unknown"),
         (["a"], "needs a role"),
         ([{"role": "user", "content": [{"type": "video", "video": "a"}]}], "neither"),
         ([{"role": "user", "content": [{"type": "text"}]}], "neither"),
         ([{"role": "user", "content": ["a"]}], "neither"),
-        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], "template"),
+        ([{"role": "user", "content": {"type": "text", "text": "a"}}], "content of type dict"),
+        ([{"role": "user", "content": 5}], "content of type int"),
+        ([{"role": ["user"], "content": "a"}], "needs a role"),
+        ([{"content": "a"}], "needs a role"),
+        ([], "at least one message"),
+        ({"role": "user", "content": "a"}, "at least one message"),
+        ("Hello", "at least one message"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], "no function with a name"),
     ],
 )
 def test_malformed_messages_are_one_clear_line(messages, message):
