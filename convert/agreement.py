@@ -43,10 +43,10 @@ def compare_layers(
       spell: how the files spell a name.
     """
     counts = (config.text.num_hidden_layers, config.vision.num_hidden_layers if config.vision else 0)
-    for part, begin, count in zip(("text", "vision"), layers, counts, strict=True):
-        found = numbers(begin, names)
-        if count and not found:
-            compare_names(directory, names, [f"{begin.format(i=i)}*" for i in range(min(count, SHOWN))], spell=spell)
+    each = [numbers(begin, names) for begin in layers]
+    if not any(each):  # other names altogether: some of them help more than their number
+        compare_names(directory, names, [f"{layers[0].format(i=i)}*" for i in range(min(counts[0], SHOWN))], spell=spell)
+    for part, found, count in zip(("text", "vision"), each, counts, strict=True):
         if count and count != len(found):
             raise UserError(f"{directory} has {_count(found, f'{part} layer')}, the config asks for {count:,}: {CURE}")
 

@@ -41,19 +41,16 @@ class Looks:
 
     Attributes:
       files: names in it.
-      config, params, adapter: what `config.json`, `params.json` and `adapter_config.json` hold; nothing where there is none.
+      config: what `config.json` holds; nothing where there is none.
     """
 
     directory: Path
     files: frozenset[str]
     config: dict[str, Any]
-    params: dict[str, Any]
-    adapter: dict[str, Any]
 
     @classmethod
     def of(cls, directory: Path) -> Looks:
-        jsons = [directory / f"{name}.json" for name in ("config", "params", "adapter_config")]
-        return cls(directory, frozenset(os.listdir(directory)), *(read_json(file) if file.is_file() else {} for file in jsons))
+        return cls(directory, frozenset(os.listdir(directory)), read_optional(directory / "config.json"))
 
     def has(self, *patterns: str) -> bool:
         return any(fnmatchcase(name, pattern) for name in self.files for pattern in patterns)
@@ -69,7 +66,8 @@ class Looks:
 def _adapter(looks: Looks) -> str:
     if looks.has_weights or not looks.has("adapter_config.json", "adapter_model*"):
         return ""
-    kind, base = looks.adapter.get("peft_type") or "LoRA", looks.adapter.get("base_model_name_or_path") or "that it does not name"
+    adapter = read_optional(looks.directory / "adapter_config.json")
+    kind, base = adapter.get("peft_type") or "LoRA", adapter.get("base_model_name_or_path") or "that it does not name"
     return f"is an adapter ({kind!s:.40}) of the base model {base!s:.200}, and no model itself: merge it into that model first."
 
 
@@ -86,10 +84,11 @@ def _pipeline(looks: Looks) -> str:
 def _family(looks: Looks) -> str:
     if looks.config and looks.config.get("model_type") not in ("llama4", "llama4_text"):
         Config.from_directory(looks.directory)  # says so itself
-    inner = looks.params.get("model")
-    if looks.config or not looks.params or META_HAS & {*looks.params, *(inner if isinstance(inner, dict) else ())}:
+    params = {} if looks.config else read_optional(looks.directory / "params.json")
+    inner = params.get("model")
+    if not params or META_HAS & {*params, *(inner if isinstance(inner, dict) else ())}:
         return ""
-    return "is of another family (Llama 2 or 3), by its params.json: give a Llama 4 checkpoint."
+    return "is of another family, such as Llama 3, by its params.json: give a Llama 4 checkpoint."
 
 
 def _quantized(looks: Looks) -> str:
@@ -116,7 +115,12 @@ def _tokenizer(looks: Looks) -> str:
     return "holds a tokenizer alone: fetch config.json and the weights too." if alone else ""
 
 
-KINDS = (_adapter, _draft, _pipeline, _family, _quantized, _format, _folder, _tokenizer)
+def _nothing(looks: Looks) -> str:
+    some = looks.has_weights or looks.has("config.json", "params.json")
+    return "" if some else "is not a checkpoint: it has neither config.json nor params.json."
+
+
+KINDS = (_adapter, _draft, _pipeline, _family, _quantized, _format, _folder, _tokenizer, _nothing)
 
 
 def refuse_foreign(directory: Path) -> Looks:
@@ -134,6 +138,11 @@ def refuse_foreign(directory: Path) -> Looks:
         if reason := kind(looks):
             raise UserError(f"{directory} {reason}")
     return looks
+
+
+def read_optional(file: Path) -> dict[str, Any]:
+    """What a file of JSON holds; nothing where there is none."""
+    return read_json(file) if file.is_file() else {}
 
 
 def check_directory(directory: Path) -> None:

@@ -42,9 +42,9 @@ def is_fp8(directory: Path, config: Mapping[str, Any], files: Collection[str]) -
             if name in files and not _is_of_the_cache(directory / name):
                 raise UserError(f"{directory / name}: quantized by {tool}, which is not supported: {INSTEAD}")
         return False
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    if method != FP8_METHOD["quant_method"]:
-        detail = f" ({found['quant_algo']})" if isinstance(found, dict) and found.get("quant_algo") else ""
+    found = found if isinstance(found, dict) else {"quant_method": [found]}  # a list is the name of none
+    if (method := found.get("quant_method")) != FP8_METHOD["quant_method"]:
+        detail = f" ({found['quant_algo']})" if found.get("quant_algo") else ""
         raise UserError(f"{file}: quant_method {method!r:.100}{detail} is not supported: {INSTEAD}")
     groups = found.get("config_groups")
     if groups == {} and found.get("kv_cache_scheme"):  # of the cache alone

@@ -22,6 +22,11 @@ Begins = Mapping[str, str]
 # What the embedding's name begins with -> how all names begin, and how they begin in our tables, which have the whole model's.
 HUGGINGFACE: Mapping[str, Begins] = {
     "language_model.model.": {},
+    "model.language_model.": {  # as transformers has it in other families with pictures
+        "model.language_model.": "language_model.model.",
+        "model.": "",
+        "lm_head.": "language_model.lm_head.",
+    },
     "model.": {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},  # Llama4ForCausalLM
     "": {"": "language_model.model."},  # Llama4TextModel
 }
@@ -56,7 +61,8 @@ class Spelling:
 
     def spell(self, name: str) -> str:
         """How the files spell a name of the table, or would if they had it."""
-        theirs, ours = next((pair for pair in self.begins.items() if name.startswith(pair[1])), ("", ""))
+        fitting = [pair for pair in self.begins.items() if name.startswith(pair[1])]
+        theirs, ours = max(fitting, key=lambda pair: len(pair[1]), default=("", ""))
         return self.stored.get(name, f"{self.before}{theirs}{name.removeprefix(ours)}")
 
 
@@ -119,7 +125,7 @@ def _note_words(before: str, bare: Mapping[str, str]) -> list[str]:
     tails = {name: short.removeprefix(before) for name, short in bare.items() if short.startswith(before)}
     first = next((name.removesuffix(tail) for name, tail in tails.items() if name.endswith(tail)), before)
     inside = {word for name in bare for word in WRAPPERS.findall(name.removeprefix(first))}
-    words = [word for word in (first, *sorted(inside)) if word]
+    words = [some_of([word]) for word in (first, *sorted(inside)) if word]
     return [f"names are read without {' and '.join(words)}, which other tools put into them."] if words else []
 
 

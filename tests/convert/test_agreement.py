@@ -73,6 +73,14 @@ def test_a_layer_that_was_not_fetched_is_named(maverick, tmp_path, describes_not
         open_source(source)
 
 
+def test_a_text_model_with_the_whole_models_config_is_told_by_the_count(maverick, tmp_path, describes_nothing, refused):
+    """All its names are right: to call them unexpected would mislead."""
+    tensors = {name: tensor for name, tensor in load_tensors(maverick.source).items() if name.startswith("language_model.")}
+    source = replace_tensors(shutil.copytree(maverick.source, tmp_path / "source"), tensors)
+    with refused("source has 0 vision layers, the config asks for 1: config and weights belong to different models"):
+        open_source(source)
+
+
 def test_where_no_layer_is_named_as_ours_names_are_shown(maverick, tmp_path, describes_nothing, refused):
     tensors = {f"transformer.h.{i}.attn.weight": tensor for i, tensor in enumerate(load_tensors(maverick.source).values())}
     source = replace_tensors(shutil.copytree(maverick.source, tmp_path / "source"), tensors)

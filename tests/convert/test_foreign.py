@@ -111,6 +111,11 @@ FOREIGN = {
         compressed("int-quantized", type="int"),
         "config.json: compressed-tensors with format 'int-quantized', type 'int' is not supported: " + INSTEAD,
     ),
+    "a method that is all": (
+        edit("config.json", quantization_config="compressed-tensors"),
+        "config.json: quant_method ['compressed-tensors'] is not supported",
+    ),
+    "nothing": (only(), "source is not a checkpoint: it has neither config.json nor params.json."),
     "a method without a name": (say(bits=4), "config.json: quant_method None is not supported"),
     "MLX": (
         edit("config.json", quantization={"group_size": 64, "bits": 4}),
@@ -145,7 +150,7 @@ FOREIGN = {
     ),
     "Meta's Llama 3": (
         both(only(params=LLAMA3), replace_weights("consolidated.00.pth")),
-        "source is of another family (Llama 2 or 3), by its params.json: give a Llama 4 checkpoint.",
+        "source is of another family, such as Llama 3, by its params.json: give a Llama 4 checkpoint.",
     ),
     "a tokenizer alone": (only("tokenizer.json"), "source holds a tokenizer alone: fetch config.json and the weights too."),
     "a folder of the Hub's cache": (
@@ -234,6 +239,7 @@ def test_packed_bytes_that_no_config_mentions_are_refused(maverick, tmp_path, re
 READ = {
     "other formats beside the weights": lambda s: [(s / name).write_bytes(b"x") for name in ("llama.gguf", "pytorch_model.bin", "a.pth")],
     "an adapter's config left by a merge": edit("adapter_config.json", peft_type="LORA", base_model_name_or_path=BASE),
+    "a config of something else that is broken": lambda s: [(s / f"{name}.json").write_text("{") for name in ("params", "adapter_config")],
     "a cache in FP8, said by ModelOpt": edit("hf_quant_config.json", quantization={"quant_algo": None, "kv_cache_quant_algo": "FP8"}),
     "a cache in FP8, said by compressed-tensors": say(
         quant_method="compressed-tensors", format="dense", config_groups={}, kv_cache_scheme={"num_bits": 8, "type": "float"}

@@ -177,6 +177,14 @@ def test_conversion_to_bfloat16_multiplies_out(fp8, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
 
 
+def test_scales_of_an_8_bit_cache_change_nothing(source):
+    """Our cache is not FP8; the weights are what they are without them."""
+    parameters, scale = open_source(source).parameters, GATE.partition("feed_forward")[0] + "self_attn.k_scale"
+    change_tensors(source, lambda tensors: tensors.update({scale: torch.ones(1)}))
+    assert open_source(source).notes == ("passed over, for they change nothing: k_scale (1).",)
+    assert open_source(source).parameters == parameters
+
+
 def test_a_quantization_config_inside_text_config_is_not_overlooked(source, tmp_path, refused):
     """No release has it there; taken for noise, FP8 weights would be read without a word of how they were made."""
     change_config(source, lambda values: values["text_config"].update(quantization_config=values.pop("quantization_config")))

@@ -60,6 +60,22 @@ def test_a_text_model_may_have_the_names_of_either_class(cases, tmp_path, text_o
     assert everything(source) == everything(open_source(case.source))
 
 
+@pytest.mark.parametrize("before", ["", "module."])
+def test_the_language_model_may_be_inside_the_model(maverick, tmp_path, before, refused):
+    """As transformers names the parts in other families with pictures, the unembedding outside."""
+
+    def rename(name):
+        inside = name.replace("language_model.model.", "language_model.")
+        return before + (inside.removeprefix("language_model.") if "lm_head" in name else f"model.{inside}")
+
+    source = rename_tensors(copy(maverick, tmp_path / "source"), rename)
+    assert everything(open_source(source)) == everything(open_source(maverick.source))
+    lost = [rename(name) for name in (QUERY, "vision_model.class_embedding")]
+    rename_tensors(source, lambda name: f"spare{lost.index(name)}" if name in lost else name)
+    with refused(f"source lacks {lost[0]}, {lost[1]}, and has the unexpected ...spare0, ...spare1: config"):
+        open_source(source)
+
+
 def test_words_of_wrapped_layers_are_left_out(maverick, tmp_path):
     """torch wraps layers one by one, too: compiled, sharded, or computed again in the backward pass."""
 
