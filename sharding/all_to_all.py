@@ -15,9 +15,10 @@ import math
 
 import jax.numpy as jnp
 
+from maverick_jax.errors import UserError
 from maverick_jax.ops.permute import sort_rows, take_rows
 from maverick_jax.sharding.dispatch import ExpertParallel, count_load, run_experts, run_rounds
-from maverick_jax.sharding.wire import all_to_all, exchange
+from maverick_jax.sharding.wire import WIRES, all_to_all, exchange
 
 ONE_ROUND_TOKENS = 64  # up to here a device's tokens all fit one destination's buffer: no loop, as in decode
 
@@ -32,6 +33,11 @@ class AllToAll(ExpertParallel):
     """
 
     wire: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wire not in WIRES:
+            raise UserError(f"wire={self.wire!r} of a dispatcher: choose one of {', '.join(map(repr, WIRES))}.")
 
     def exchange(self, x_LD, expert_L, experts, placement):
         axes = placement.expert_axes

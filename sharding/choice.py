@@ -21,12 +21,12 @@ def make_dispatcher(mesh: Mesh | None, layout: Layout, dispatcher: str | Dispatc
         several devices, else `Local`.
 
     Raises:
-      UserError: an unknown name.
+      UserError: neither.
     """
-    if dispatcher is not None and not isinstance(dispatcher, str):
+    if callable(dispatcher) and not isinstance(dispatcher, type):
         return dispatcher
-    if dispatcher is not None and dispatcher not in DISPATCHERS:
-        raise UserError(f"dispatcher {dispatcher!r} is unknown: choose one of {', '.join(DISPATCHERS)}.")
+    if dispatcher is not None and (not isinstance(dispatcher, str) or dispatcher not in DISPATCHERS):
+        raise UserError(f"dispatcher {dispatcher!r} is unknown: choose one of {', '.join(DISPATCHERS)}, or pass one that is made.")
     if mesh is None or mesh.size == 1:
         return Local()
     divided = any(mesh.shape[axis] > 1 for axis in layout.mesh_axes("expert"))

@@ -5,11 +5,14 @@ Nothing here imports jax or waits for another machine.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
+import http.client
 import importlib.util
 import re
 import socket
+import threading
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import TypedDict
@@ -18,7 +21,11 @@ from maverick_jax.errors import UserError
 
 PORT = 8482  # where jax itself puts the coordinator on a TPU
 ADDRESS, PORT_VARIABLE, COUNT, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+TOKEN, BIND_ADDRESS = "MAVERICK_RUN_TOKEN", "JAX_COORDINATOR_BIND_ADDRESS"
+MOST_PROCESSES = 2**16
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+METADATA_S = 5.0  # for the whole answer: a machine elsewhere may have a name server that never answers
+METADATA_BYTES = 2**20  # a slice of ten thousand hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +37,8 @@ class Cluster:
       count, process: how many there are, and which one this is.
       found_by: who said so.
       local_device: the one GPU of this process where several processes share a machine; None: all of the machine's devices.
+      token: what only the processes of this run share, the user's secret or the launcher's number of the job; "": nothing.
+      bind_host, bind_port: where process 0 listens, and jax's service there, as far as the user says it.
     """
 
     coordinator: str
@@ -37,11 +46,17 @@ class Cluster:
     process: int
     found_by: str
     local_device: int | None = None
+    token: str = dataclasses.field(default="", repr=False, compare=False)
+    bind_host: str = ""
+    bind_port: int = 0
 
     @property
     def host_and_port(self) -> tuple[str, int]:
-        host, _, port = self.coordinator.rpartition(":")
-        return host.strip("[]"), int(port)
+        return _split(self.coordinator)
+
+    def at_port(self, port: int) -> str:
+        """Another port of the coordinator's host."""
+        return f"{self.coordinator.rpartition(':')[0]}:{port}"
 
 
 class Found(TypedDict, total=False):
@@ -52,6 +67,7 @@ class Found(TypedDict, total=False):
     count: int
     process: int
     local_device: int | None
+    token: str
 
 
 def find_cluster(
@@ -89,22 +105,52 @@ def find_cluster(
             raise UserError(f"{found_by} announces several processes but not {what}: set {variable}.")
     assert count is not None
     assert process is not None
+    if not 2 <= count <= MOST_PROCESSES:
+        raise UserError(f"{found_by} announces {count} processes: a run has 1 to {MOST_PROCESSES:,}; mend {COUNT}.")
     if not 0 <= process < count:
         raise UserError(f"this is process {process} of {count} by {found_by}: they count from 0 to {count - 1}; mend {PROCESS} or {COUNT}.")
-    return Cluster(_address(str(address), environment), count, process, found_by, found.get("local_device"))
+    # The user's own numbers may join processes of several jobs; a launcher's belong to one.
+    token = environment.get(TOKEN) or ("" if environment.get(COUNT) and environment.get(PROCESS) else found.get("token", ""))
+    bind = environment.get(BIND_ADDRESS)
+    return Cluster(
+        _address(ADDRESS, str(address), environment),
+        count,
+        process,
+        found_by,
+        found.get("local_device"),
+        token,
+        *(_split(_address(BIND_ADDRESS, bind, environment)) if bind else ("", 0)),
+    )
 
 
-def _address(address: str, environment: Mapping[str, str]) -> str:
+def _address(variable: str, address: str, environment: Mapping[str, str]) -> str:
     host, colon, port = address.rpartition(":")
     if not colon or (":" in host and not address.startswith("[")):  # a name, or a bare IPv6 address
         host, port = address, environment.get(PORT_VARIABLE) or str(PORT)
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"{ADDRESS} {address!r} is not HOST:PORT: give a name or address of process 0's machine and a free port there.")
+    if not _is_host(host) or not _is_number(port) or not 0 < int(port) < 65536:
+        raise UserError(f"{variable} {address!r} is not HOST:PORT: give a name or address of process 0's machine and a free port there.")
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
+def _is_host(text: str) -> bool:
+    """Whether a resolver may be asked for it: it raises what is no OSError for names such as `a..b`."""
+    try:
+        return bool(text.encode("idna")) and not re.search(r"[\s/]", text)
+    except UnicodeError:
+        return False
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,12}", text) is not None
+
+
 def _number(environment: Mapping[str, str], variable: str) -> int:
-    if not environment[variable].isdigit():
+    if not _is_number(environment[variable]):
         raise UserError(f"{variable} is {environment[variable]!r}, not a number.")
     return int(environment[variable])
 
@@ -122,6 +168,7 @@ def _slurm(environment: Mapping[str, str]) -> Found | None:
         "count": _number(environment, "SLURM_STEP_NUM_TASKS"),
         "process": _number(environment, "SLURM_PROCID"),
         "local_device": _own_device(environment, "SLURM_LOCALID") if shared else None,
+        "token": f"SLURM {environment['SLURM_JOB_ID']}.{environment.get('SLURM_STEP_ID', '')}",
     }
 
 
@@ -136,6 +183,7 @@ def _open_mpi(environment: Mapping[str, str]) -> Found | None:
         "local_device": _own_device(environment, "OMPI_COMM_WORLD_LOCAL_RANK")
         if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1") != "1"
         else None,
+        "token": environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid", ""),
     }
     uri = re.match(r"(\d+)\.\d+;tcp6?://\[?([^,\]]+?)(?:,|\]|:\d+$)", environment.get("OMPI_MCA_orte_hnp_uri", ""))
     if uri:
@@ -154,10 +202,13 @@ def _tpu(environment: Mapping[str, str], metadata: Callable[[str], str | None] |
         if metadata is None:
             metadata = _ask_machine if _has_tpu() and "TPU_SKIP_MDS_QUERY" not in environment else lambda name: None
         workers, worker = metadata("worker-network-endpoints"), metadata("agent-worker-number")
-    if not workers or not worker or not worker.isdigit() or " " in workers:
+    if not workers or not worker or not _is_number(worker) or " " in workers:
         return None
     hosts = [_endpoint_host(endpoint) for endpoint in workers.split(",")]
-    slices, index = (int(environment.get(name) or default) for name, default in (("MEGASCALE_NUM_SLICES", 1), ("MEGASCALE_SLICE_ID", 0)))
+    slices, index = (
+        _number(environment, name) if environment.get(name) else default
+        for name, default in (("MEGASCALE_NUM_SLICES", 1), ("MEGASCALE_SLICE_ID", 0))
+    )
     coordinator = environment.get("MEGASCALE_COORDINATOR_ADDRESS")
     return {
         "found_by": "Cloud TPU",
@@ -202,9 +253,19 @@ def _has_tpu() -> bool:
 
 
 def _ask_machine(name: str) -> str | None:
+    """An attribute of this machine by Google Cloud's metadata server; None: no Google Cloud, or no such attribute."""
+    answers: list[str] = []
+    # In a thread: a time limit of `urlopen` holds for each of its steps, and for none in the name server.
+    asking = threading.Thread(target=_ask, args=(name, answers), daemon=True, name="metadata")
+    asking.start()
+    asking.join(METADATA_S)
+    return answers[0] if answers else None
+
+
+def _ask(name: str, answers: list[str]) -> None:
     request = urllib.request.Request(METADATA + name, headers={"Metadata-Flavor": "Google"})
-    try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return answer.read().decode()
-    except OSError:  # no Google Cloud, or no such attribute: a machine of its own
-        return None
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with contextlib.suppress(OSError, http.client.HTTPException, UnicodeDecodeError), direct.open(request, timeout=METADATA_S) as answer:
+        text = answer.read(METADATA_BYTES + 1)
+        if len(text) <= METADATA_BYTES and answer.headers.get("Metadata-Flavor") == "Google":  # no captive portal
+            answers.append(text.decode())

@@ -7,14 +7,16 @@ Shape suffixes: T tokens, L tokens of one device, R rows, D model width, F exper
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from maverick_jax.errors import UserError
 from maverick_jax.ops.permute import sort_rows, take_rows
 from maverick_jax.ops.swiglu import ExpertWeights, grouped_swiglu
 from maverick_jax.sharding.layout import Layout
@@ -83,6 +85,14 @@ class ExpertParallel:
     capacity_factor: float = 2.0
     rounds: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.rounds is not None and (not isinstance(self.rounds, int) or self.rounds < 1):
+            raise UserError(
+                f"rounds={self.rounds!r} of a dispatcher: give a whole number from 1, or None for as many as there are tokens for."
+            )
+        if not 0 < self.capacity_factor < math.inf:
+            raise UserError(f"capacity_factor={self.capacity_factor!r} of a dispatcher: give a number above 0, such as 2.")
+
     def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:
         placement = Placement.of(self.mesh, self.layout, experts)
 
@@ -142,4 +152,20 @@ def run_rounds(
         lambda state: (state[0] + 1, state[1] + one_round(state[0])),
         (jnp.int32(0), jnp.zeros_like(like)),
     )
-    return y, number
+    return _forward_only(y), number
+
+
+@jax.custom_vjp
+def _forward_only(y: jax.Array) -> jax.Array:
+    """`y`; the gradient is refused before jax does so, with a message of a `while_loop` that the user has never seen."""
+    return y
+
+
+def _refuse_gradient(_: None, dy: jax.Array) -> NoReturn:
+    raise UserError(
+        "no gradient passes a dispatcher that sends rounds until no token is left, as the default does: load the model with "
+        "dispatcher=AllToAll(mesh, layout, rounds=2), or as many rounds as you can afford; it reports what it drops."
+    )
+
+
+_forward_only.defvjp(lambda y: (y, None), _refuse_gradient)

@@ -6,8 +6,10 @@ Nothing else in the project knows both sides.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -17,21 +19,59 @@ from maverick_jax.errors import UserError
 
 Axes = tuple[str | None, ...]
 MOST_SHARES = 256  # an error lists divisors up to here
+# The logical axes: of weights, those of one weight together, and of activations.
+WEIGHTS = (
+    ("vocab", "embed"),
+    ("embed", "heads"),
+    ("embed", "kv_heads"),
+    ("embed", "mlp"),
+    ("expert", "embed", "expert_mlp"),
+    ("vision_output", "embed"),
+    ("vision_embed", "vision_heads"),
+    ("vision_embed", "vision_mlp"),
+)
+ACTIVATIONS = ("batch", "sequence", "tokens", "tiles", "attention_batch", "attention_sequence")
+LOGICAL_AXES = tuple(dict.fromkeys((*ACTIVATIONS, *itertools.chain(*WEIGHTS))))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A table from logical axis to the mesh axes that divide it; a logical axis without a row is not divided."""
+    """A table from logical axis to the mesh axes that divide it; a logical axis without a row is not divided.
+
+    Raises:
+      UserError: a row of no logical axis; a mesh axis twice in a row, or in two rows that divide one weight.
+    """
 
     name: str
     rows: tuple[tuple[str, tuple[str, ...]], ...]
 
+    def __post_init__(self) -> None:
+        for axis, to in self.rows:
+            if axis not in LOGICAL_AXES:
+                close = difflib.get_close_matches(str(axis), LOGICAL_AXES, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(LOGICAL_AXES)}."
+                raise UserError(f"layout {self.name!r} has a row {axis!r}, which is no logical axis: {hint}")
+            if not isinstance(to, tuple) or not all(isinstance(name, str) for name in to):
+                raise UserError(f"layout {self.name!r} puts {axis!r} on {to!r}: give the name of a mesh axis, or several in a tuple.")
+            if twice := [name for place, name in enumerate(to) if name in to[:place]]:
+                raise UserError(f"layout {self.name!r} puts {axis!r} on mesh axis {twice[0]!r} twice: once divides it.")
+        if twice := [axis for place, (axis, _) in enumerate(self.rows) if axis in dict(self.rows[:place])]:
+            raise UserError(f"layout {self.name!r} has two rows {twice[0]!r}: keep one.")
+        for one, other in (pair for axes in WEIGHTS for pair in itertools.combinations(axes, 2)):
+            if shared := set(self.mesh_axes(one)) & set(self.mesh_axes(other)):
+                raise UserError(
+                    f"layout {self.name!r} puts {one!r} and {other!r} on mesh axis {min(shared)!r}, but they are axes of one weight, of "
+                    "which it divides one: give them mesh axes of their own."
+                )
+
     @classmethod
-    def from_table(cls, name: str, table: Mapping[str, str | tuple[str, ...]]) -> Layout:
+    def from_table(cls, name: str, table: Mapping[str, str | Sequence[str]]) -> Layout:
         """A layout from a readable dict, such as `{"expert": "expert", "tokens": ("data", "expert")}`."""
-        return cls(name, tuple((axis, (to,) if isinstance(to, str) else tuple(to)) for axis, to in table.items()))
+        several = {axis: tuple(to) if isinstance(to, list) else to for axis, to in table.items()}
+        return cls(name, tuple((axis, (to,) if isinstance(to, str) else to) for axis, to in several.items()))
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        assert axis is None or axis in LOGICAL_AXES, axis
         return dict(self.rows).get(axis, ()) if axis else ()
 
     def split(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> list[tuple[str, ...]]:
@@ -136,8 +176,12 @@ INFERENCE = (THROUGHPUT, LATENCY)
 LAYOUTS = {layout.name: layout for layout in (THROUGHPUT, LATENCY, TRAINING)}
 
 
-def get_layout(layout: str | Layout | Mapping[str, str | tuple[str, ...]] | None) -> Layout:
-    """A layout by name, from a table, or the default (`throughput`) for None."""
+def get_layout(layout: str | Layout | Mapping[str, str | Sequence[str]] | None) -> Layout:
+    """A layout by name, from a table, or the default (`throughput`) for None.
+
+    Raises:
+      UserError: an unknown name, or a table that means nothing (see `Layout`).
+    """
     if layout is None:
         return THROUGHPUT
     if isinstance(layout, Layout):
@@ -146,6 +190,8 @@ def get_layout(layout: str | Layout | Mapping[str, str | tuple[str, ...]] | None
         if layout not in LAYOUTS:
             raise UserError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}, or pass a table.")
         return LAYOUTS[layout]
+    if not isinstance(layout, Mapping):
+        raise UserError(f"layout {layout!r} is neither a name nor a table: choose one of {', '.join(LAYOUTS)}, or pass a dict.")
     return Layout.from_table("custom", layout)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,10 +19,13 @@ import jax
 
 from maverick_jax.errors import UserError
 from maverick_jax.sharding import roll_call
-from maverick_jax.sharding.cluster import find_cluster
+from maverick_jax.sharding.cluster import BIND_ADDRESS, find_cluster
+from maverick_jax.sharding.connection import connect
 
 START_LIMIT = "MAVERICK_START_LIMIT"
 START_LIMIT_S = 600.0  # machines of a large job appear minutes apart
+LONGEST_START_S = 10**6
+SERVICE_S = 60.0  # process 0 starts jax's service at once when all have arrived
 _team: roll_call.Team | None = None
 
 
@@ -45,31 +49,51 @@ def initialize(limit_s: float | None = None) -> None:
         return
     if jax.distributed.is_initialized():
         raise UserError("jax.distributed runs already: let maverick_jax.sharding.multihost.initialize start it instead.")
-    limit_s = _start_limit() if limit_s is None else limit_s
+    limit_s = _start_limit(limit_s)
     _team = roll_call.meet(cluster, limit_s)
     atexit.register(_leave)
     sys.excepthook = _uncaught
     # Its handler would swallow SIGTERM, with which launchers end a process.
     jax.config.update("jax_enable_preemption_service", False)
     try:
+        if _team.process != 0:
+            _wait_for_service(_team.coordinator, limit_s)
         jax.distributed.initialize(
-            cluster.coordinator,
+            _team.coordinator,
             cluster.count,
             cluster.process,
             None if cluster.local_device is None else [cluster.local_device],
             cluster_detection_method="deactivate",
             initialization_timeout=int(limit_s) + 1,
+            coordinator_bind_address=_team.bind,
         )
     except RuntimeError as error:
         raise UserError(f"jax.distributed does not start: {error}") from error
 
 
-def _start_limit() -> float:
-    text = os.environ.get(START_LIMIT) or str(START_LIMIT_S)
+def _start_limit(limit_s: float | None = None) -> float:
+    given, said_by = limit_s, "limit_s"
+    if limit_s is None:
+        given, said_by = os.environ.get(START_LIMIT) or START_LIMIT_S, START_LIMIT
     try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{START_LIMIT} is {text!r}, not a number of seconds.") from None
+        seconds = float(given)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds <= LONGEST_START_S:
+        raise UserError(f"{said_by} is {given!r}, not a number of seconds above 0 and up to {LONGEST_START_S:,}.")
+    return seconds
+
+
+def _wait_for_service(address: str, limit_s: float) -> None:
+    """jax aborts the process, with a stack trace, where it cannot reach its own service."""
+    host, _, port = address.rpartition(":")
+    connected = connect((host.strip("[]"), int(port)), min(limit_s, SERVICE_S))
+    if isinstance(connected, OSError):
+        raise UserError(
+            f"no way to jax's service at {address} ({connected.strerror or connected}), on the machine of process 0: open that port in the "
+            f"firewall, or choose an open one by {BIND_ADDRESS}=HOST:PORT on process 0."
+        ) from connected
+    connected.close()
 
 
 @contextlib.contextmanager

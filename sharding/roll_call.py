@@ -1,134 +1,32 @@
-"""The processes of one run hold together: they meet at start, pass small messages, and end together.
+"""The processes of one run meet: each finds process 0 at the coordinator's address, and all wait until nobody is missing.
 
-Every process keeps one TCP connection to process 0, made before jax connects, at the same address and port. It tells who
-has not arrived, which jax does not; it carries what the hosts must agree on without a collective, which would time out
-while a user thinks; and when a process dies its connection closes at once, where jax notices after minutes and aborts.
-Messages are lines of JSON.
+This comes before jax, whose own service tells nobody who is missing. `docs/multihost.md` says what is left to jax.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
+import ipaddress
 import os
-import queue
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection, Iterator
 
 from maverick_jax.errors import UserError
-from maverick_jax.sharding.cluster import Cluster
+from maverick_jax.sharding import greeting
+from maverick_jax.sharding.cluster import BIND_ADDRESS, TOKEN, Cluster
+from maverick_jax.sharding.connection import GREETING_BYTES, Connection, Garbled, Gone
+from maverick_jax.sharding.connection import connect as _connect
+from maverick_jax.sharding.door import Door
+from maverick_jax.sharding.team import INTERRUPTED as INTERRUPTED
+from maverick_jax.sharding.team import LOST as LOST
+from maverick_jax.sharding.team import MISTAKE as MISTAKE
+from maverick_jax.sharding.team import Team
 
-PROTOCOL = "maverick-jax 1"
 OWN_ADDRESS_S = 60  # process 0 must reach itself within this: a new pod's name takes a while to be known
 NOTICE_S = 15  # when a waiting process says so
-GRACE_S = 2  # for a process to report its own mistake before a neighbour's, which may be the same
-LOST, MISTAKE, INTERRUPTED = 1, 2, 130  # exit status
-
-
-class Connection:
-    """One end of a connection, with messages instead of bytes."""
-
-    def __init__(self, connected: socket.socket):
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A machine that loses power closes nothing: half a minute without an answer counts as lost. Not every system has these.
-        for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000)):
-            if hasattr(socket, option):
-                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self.socket = connected
-        self.lines = connected.makefile("rb")
-        self._sending = threading.Lock()
-
-    def send(self, **message: Any) -> None:
-        with self._sending, contextlib.suppress(OSError):  # that a peer is gone, its reader tells
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> dict[str, Any] | None:
-        """The next message; None: the peer is gone, or is none of ours."""
-        try:
-            message = json.loads(self.lines.readline())
-        except (OSError, ValueError):
-            return None
-        return message if isinstance(message, dict) else None
-
-    def close(self) -> None:
-        self.lines.close()
-        self.socket.close()
-
-
-class Team:
-    """All processes of the run, seen from one of them.
-
-    Attributes:
-      process, count: this one, and how many there are.
-      failed: the exit status of this process once it has reported an error of its own.
-    """
-
-    def __init__(self, cluster: Cluster, peers: dict[int, Connection]):
-        self.process, self.count = cluster.process, cluster.count
-        self._peers = peers  # of process 0: all others; of another: process 0
-        self._inbox: dict[int, queue.Queue[Any]] = {peer: queue.Queue() for peer in peers}
-        self._finished: set[int] = set()
-        self._ending = threading.Lock()  # taken once, by whoever reports why this process ends
-        self.failed: int | None = None
-        for peer in peers:
-            threading.Thread(target=self._listen, args=(peer,), daemon=True, name=f"process {peer}").start()
-
-    def exchange(self, value: Any) -> list[Any]:
-        """What every process gave, by process; all must call it. `value`: anything that JSON can hold."""
-        if self.process != 0:
-            self._peers[0].send(value=value)
-            return self._inbox[0].get()
-        values = [value, *(self._inbox[peer].get() for peer in sorted(self._peers))]
-        for connection in self._peers.values():
-            connection.send(value=values)
-        return values
-
-    def fail(self, reason: str, status: int) -> None:
-        """Tell the others that this process ends with an error, and with which exit status."""
-        if status == LOST:  # no user's mistake: it may be the echo of a neighbour's death, which then is what to report
-            time.sleep(GRACE_S)
-        self._ending.acquire()  # while a neighbour's end is being reported, this thread waits here for the process to end
-        self.failed = status
-        for connection in self._peers.values():
-            connection.send(end=f"process {self.process} failed: {reason}", status=status)
-
-    def finish(self) -> None:
-        """Tell the others that this process ends in order."""
-        for connection in self._peers.values():
-            connection.send(finished=True)
-
-    def _listen(self, peer: int) -> None:
-        while (message := self._peers[peer].receive()) is not None:
-            if "value" in message:
-                self._inbox[peer].put(message["value"])
-            elif "finished" in message:
-                self._finished.add(peer)
-            elif "end" in message:
-                self._relay(message)
-                time.sleep(GRACE_S)
-                self._end(message["end"], message["status"])
-        if peer not in self._finished:
-            text = f"process {peer} is gone without a word (killed, out of memory, or its machine is lost): this process ends too."
-            self._relay({"end": text, "status": LOST})
-            self._end(text, LOST)
-
-    def _relay(self, message: dict[str, Any]) -> None:
-        if self.process == 0:
-            for connection in self._peers.values():
-                connection.send(**message)
-
-    def _end(self, text: str, status: int) -> None:
-        """From a reader's thread: the main thread may wait in a collective that nobody will ever answer."""
-        if self._ending.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                print(f"maverick: process {self.process} of {self.count}: {text}", file=sys.stderr, flush=True)
-                sys.stdout.flush()
-            os._exit(status)
 
 
 def meet(cluster: Cluster, limit_s: float) -> Team:
@@ -137,81 +35,112 @@ def meet(cluster: Cluster, limit_s: float) -> Team:
     Raises:
       UserError: somebody is missing, process 0 cannot be reached, or the processes disagree about who they are.
     """
-    if cluster.process == 0:
-        return Team(cluster, _await_others(cluster, limit_s))
-    return Team(cluster, {0: _reach_first(cluster, limit_s)})
+    return _await_others(cluster, limit_s) if cluster.process == 0 else _reach_first(cluster, limit_s)
 
 
-def _await_others(cluster: Cluster, limit_s: float) -> dict[int, Connection]:
-    started = time.monotonic()
-    arrived: dict[int, Connection] = {}
-    with _listener(cluster) as listener:
-        try:
-            _reach_self(cluster, min(limit_s, OWN_ADDRESS_S))
-            notice = _Notice()
-            listener.settimeout(0.2)
-            while missing := sorted(set(range(1, cluster.count)) - arrived.keys()):
-                if time.monotonic() - started > limit_s:
-                    raise UserError(_missing(cluster, missing, limit_s))
-                notice(f"process 0 waits at {cluster.coordinator} for {processes(missing)} of {cluster.count}")
-                with contextlib.suppress(TimeoutError):
-                    _welcome(cluster, Connection(listener.accept()[0]), arrived)
-        except UserError as error:
-            for connection in arrived.values():
-                connection.send(end=str(error))
-                connection.close()
-            raise
-    for connection in arrived.values():  # the port is free again: jax's coordinator takes it
-        connection.send(start=True)
-    return arrived
-
-
-def _listener(cluster: Cluster) -> socket.socket:
-    port = cluster.host_and_port[1]
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    listener = socket.socket(family)
-    # jax's coordinator takes the port over while these connections live: both sides must allow sharing it.
-    for option in ("SO_REUSEADDR", "SO_REUSEPORT"):
-        if hasattr(socket, option):
-            listener.setsockopt(socket.SOL_SOCKET, getattr(socket, option), 1)
-    if family == socket.AF_INET6:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+def _await_others(cluster: Cluster, limit_s: float) -> Team:
+    end = time.monotonic() + limit_s
+    listener = _listen(cluster, min(limit_s, OWN_ADDRESS_S))
+    door = Door(cluster, listener)
     try:
-        listener.bind(("", port))
-        listener.listen(cluster.count + 8)
+        here = listener.getsockname()[0]
+        _reach_self(cluster, door, min(limit_s, OWN_ADDRESS_S))
+        if not cluster.token and not _is_loopback(here):
+            print(f"maverick: whoever reaches {cluster.coordinator} can join this run: set {TOKEN} to keep others out.", file=sys.stderr)
+        notice = _Notice()
+        while door.awaited:
+            if door.problem:
+                raise UserError(door.problem)
+            if time.monotonic() > end:
+                raise UserError(_missing(cluster, door.missing, limit_s))
+            notice(f"process 0 waits at {cluster.coordinator} for {processes(door.missing)} of {cluster.count}")
+            door.wait(0.2)
+        port = _port_for_jax(cluster, here)
+    except BaseException as error:
+        door.close()
+        for connection in door.arrived.values():
+            connection.send(end=str(error) or "process 0 was interrupted")
+            connection.close()
+        raise
+    for connection in door.arrived.values():
+        connection.send(start=port)
+    return Team(cluster, door.arrived, cluster.at_port(port), bind=f"[{here}]:{port}" if ":" in here else f"{here}:{port}", door=door)
+
+
+def _listen(cluster: Cluster, limit_s: float) -> socket.socket:
+    """On the coordinator's own address; on all of the machine's where that is none of them."""
+    host, port = cluster.host_and_port
+    for address in [cluster.bind_host] if cluster.bind_host else _own_addresses(cluster, host, limit_s):
+        with contextlib.suppress(_NotHere):
+            return _listener(address, port, backlog=cluster.count + 128)
+    raise UserError(f"{BIND_ADDRESS} {cluster.bind_host!r} is no address of the machine of process 0: mend it, or leave it away.")
+
+
+def _own_addresses(cluster: Cluster, host: str, limit_s: float) -> Iterator[str]:
+    """Where process 0 may have to listen, the best first.
+
+    Behind NAT or a Kubernetes service others know this machine by an address that it has not. And a name that means
+    loopback here, as Debian writes it into /etc/hosts, means the machine's real address elsewhere.
+    """
+    end = time.monotonic() + limit_s
+    while True:
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            break
+        except OSError as error:
+            if time.monotonic() > end:
+                raise _leads_elsewhere(cluster, _reason(error)) from error
+        time.sleep(0.2)
+    addresses = [str(address[0]) for _, _, _, _, address in found]
+    is_meant = host == "localhost" or _is_address(host)
+    yield from (address for address in addresses if is_meant or not _is_loopback(address))
+    yield "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+
+
+class _NotHere(Exception):
+    """An address of another machine."""
+
+
+def _listener(address: str, port: int, backlog: int = 1) -> socket.socket:
+    """Not to be shared with another process, as jax's is: two runs of one user at one port would get each other's processes."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server(
+            (address, port), family=family, backlog=backlog, dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6()
+        )
     except OSError as error:
-        listener.close()
-        raise UserError(f"process 0 cannot listen on port {port} ({error.strerror}): another job uses it; choose another port.") from error
-    return listener
+        if error.errno in (errno.EADDRNOTAVAIL, None) or isinstance(error, socket.gaierror):
+            raise _NotHere from error
+        why = "another job uses it; choose another port" if error.errno == errno.EADDRINUSE else "choose another port"
+        raise UserError(f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}): {why}.") from error
 
 
-def _reach_self(cluster: Cluster, limit_s: float) -> None:
-    error = _connect(cluster.host_and_port, limit_s)
-    if isinstance(error, OSError):
-        raise UserError(
-            f"{cluster.coordinator} ({cluster.found_by}) does not lead to process 0, which runs here and cannot reach itself there "
-            f"({_reason(error)}): JAX_COORDINATOR_ADDRESS must name this machine."
-        ) from error
-    error.close()
+def _port_for_jax(cluster: Cluster, address: str) -> int:
+    """A free one for jax's service, as the roll call keeps its own: the user's, or one that the system chooses."""
+    wanted = cluster.bind_port if cluster.bind_port != cluster.host_and_port[1] else 0
+    with _listener(address, wanted) as probe:
+        return probe.getsockname()[1]
 
 
-def _welcome(cluster: Cluster, connection: Connection, arrived: dict[int, Connection]) -> None:
-    connection.socket.settimeout(5)
-    hello = connection.receive() or {}
-    if hello.get("hello") != PROTOCOL:  # a port scanner, or process 0 reaching itself
+def _reach_self(cluster: Cluster, door: Door, limit_s: float) -> None:
+    end = time.monotonic() + limit_s
+    while not door.found_itself.is_set():
+        connected = _connect(cluster.host_and_port, end - time.monotonic())
+        if isinstance(connected, OSError):
+            raise _leads_elsewhere(cluster, _reason(connected)) from connected
+        connection = Connection(connected)
+        connection.send(hello=greeting.PROTOCOL, nonce=door.own_nonce)
+        door.found_itself.wait(min(limit_s, 5.0))
         connection.close()
-        return
-    connection.socket.settimeout(None)
-    process, count, problem = hello["process"], hello["count"], ""
-    if count != cluster.count:
-        problem = f"process {process} was told of {count} processes, process 0 of {cluster.count}: give all the same number"
-    elif process in arrived or process == 0:
-        problem = f"two processes say that they are process {process}: give each a number of its own"
-    if problem:
-        connection.send(end=f"{problem} (by {cluster.found_by}).")
-        connection.close()
-        raise UserError(f"{problem} (by {cluster.found_by}).")
-    arrived[process] = connection
+        if not door.found_itself.is_set() and time.monotonic() > end:
+            raise _leads_elsewhere(cluster, "another program answers")
+
+
+def _leads_elsewhere(cluster: Cluster, reason: str) -> UserError:
+    return UserError(
+        f"{cluster.coordinator} ({cluster.found_by}) does not lead to process 0, which runs here and cannot reach itself there "
+        f"({reason}): JAX_COORDINATOR_ADDRESS must name this machine."
+    )
 
 
 def _missing(cluster: Cluster, missing: Collection[int], limit_s: float) -> str:
@@ -221,42 +150,74 @@ def _missing(cluster: Cluster, missing: Collection[int], limit_s: float) -> str:
     )
 
 
-def _reach_first(cluster: Cluster, limit_s: float) -> Connection:
-    found = _connect(cluster.host_and_port, limit_s, _Notice(f"process {cluster.process} looks for process 0 at {cluster.coordinator}"))
-    if isinstance(found, OSError):
-        raise UserError(
-            f"process {cluster.process} found no process 0 at {cluster.coordinator} ({cluster.found_by}) within {limit_s:.0f} s "
-            f"({_reason(found)}): see that process 0 runs on that machine and that no firewall closes the port."
-        ) from found
-    connection = Connection(found)
-    connection.send(hello=PROTOCOL, process=cluster.process, count=cluster.count)
-    found.settimeout(limit_s + OWN_ADDRESS_S)  # process 0 gives up first, and says why
-    answer = connection.receive()
-    found.settimeout(None)
-    if answer and "start" in answer:
-        return connection
+def _reach_first(cluster: Cluster, limit_s: float) -> Team:
+    connection = _enter(cluster, limit_s)
+    try:
+        # Process 0 gives up first, and says why.
+        answer = connection.receive(limit=GREETING_BYTES, deadline=time.monotonic() + limit_s + OWN_ADDRESS_S)
+    except (Gone, Garbled):
+        answer = {}
+    match answer:
+        case {"start": int(port)} if type(port) is int and 0 < port < 65536:
+            return Team(cluster, {0: connection}, cluster.at_port(port))
+        case {"end": str(reason)}:
+            connection.close()
+            raise UserError(reason)
     connection.close()
-    if answer and "end" in answer:
-        raise UserError(answer["end"])
-    raise UserError(
+    raise _none_of_ours(cluster)
+
+
+def _enter(cluster: Cluster, limit_s: float) -> Connection:
+    """A connection to process 0, each having shown the other that it belongs to this run."""
+    end = time.monotonic() + limit_s
+    notice = _Notice(f"process {cluster.process} looks for process 0 at {cluster.coordinator}")
+    while True:
+        found = _connect(cluster.host_and_port, end - time.monotonic(), notice)
+        if isinstance(found, OSError):
+            raise UserError(
+                f"process {cluster.process} found no process 0 at {cluster.coordinator} ({cluster.found_by}) within {limit_s:.0f} s "
+                f"({_reason(found)}): see that process 0 runs on that machine and that no firewall closes the port."
+            ) from found
+        connection = Connection(found)
+        try:
+            greeting.introduce(connection, cluster.token, cluster.process, cluster.count, time.monotonic() + greeting.GREETING_S)
+            return connection
+        except Gone:  # a proxy before process 0 has started, or too many at its door at once
+            connection.close()
+            if time.monotonic() > end:
+                raise _none_of_ours(cluster) from None
+        except Garbled:
+            connection.close()
+            raise _none_of_ours(cluster) from None
+        except UserError:
+            connection.close()
+            raise
+        except greeting.Stranger:
+            connection.close()
+            raise UserError(
+                f"process 0 at {cluster.coordinator} ({cluster.found_by}) has another token than process {cluster.process}: it belongs to "
+                f"another run, which needs another port, or {TOKEN} (without it, the launcher's job id) is not the same for all."
+            ) from None
+        notice()
+        time.sleep(0.2)
+
+
+def _none_of_ours(cluster: Cluster) -> UserError:
+    return UserError(
         f"what answers at {cluster.coordinator} ({cluster.found_by}) is not process 0 of this run, or process 0 has died or started "
         f"without process {cluster.process}: see its messages, or mend the address."
     )
 
 
-def _connect(address: tuple[str, int], limit_s: float, notice: Callable[[], None] = lambda: None) -> socket.socket | OSError:
-    """A connection, or why there was none in time."""
-    started = time.monotonic()
-    while True:
-        try:
-            connected = socket.create_connection(address, timeout=max(1.0, min(5.0, limit_s)))
-            connected.settimeout(None)
-            return connected
-        except OSError as error:
-            if time.monotonic() - started > limit_s:
-                return error
-        notice()
-        time.sleep(0.2)
+def _is_address(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host.partition("%")[0]))
+    except ValueError:
+        return False
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _reason(error: OSError) -> str:

@@ -13,8 +13,35 @@ from pathlib import Path
 
 import pytest
 
+from maverick_jax.sharding.cluster import Cluster
+
+TOKEN = "only the processes of this run know it"
 HARD_LIMIT_S = 120  # of one run; a run that works takes a quarter of it
 LAUNCHERS = ("JAX_", "XLA_", "SLURM_", "OMPI_", "PMI", "TPU_", "MEGASCALE_", "MAVERICK_", "JOB_COMPLETION")
+# Joins the others and exchanges numbers, when the files `come` and `go` let it. What meets needs no jax, whose import takes a second.
+MEET = """
+import os, pathlib, sys, time, types
+package = sys.modules["maverick_jax.sharding"] = types.ModuleType("maverick_jax.sharding")
+package.__path__ = [str(pathlib.Path(sys.argv[1], "maverick_jax", "sharding"))]
+from maverick_jax.errors import UserError
+from maverick_jax.sharding import cluster, roll_call
+here = cluster.find_cluster(os.environ)
+def wait(name):
+    while not os.path.exists(name):
+        time.sleep(0.02)
+if here.process:
+    wait("come")
+try:
+    team = roll_call.meet(here, float(sys.argv[2]))
+except UserError as error:
+    print(f"maverick: {error}", file=sys.stderr)
+    sys.exit(2)
+print("met", flush=True)
+wait("go")
+print(team.exchange(here.process), flush=True)
+team.finish()
+assert "jax" not in sys.modules
+"""
 MAVERICK = ("-c", "import sys; from maverick_jax.cli.main import main; sys.exit(main())")
 
 
@@ -23,18 +50,36 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def soon() -> float:
+    """A deadline that a working program never meets."""
+    return time.monotonic() + HARD_LIMIT_S
+
+
+def member(process: int = 0, *, count: int = 2, host: str = "127.0.0.1", port: int | None = None, **more) -> Cluster:
+    """A process of a run with a token, at a port of its own unless there is one."""
+    return Cluster(f"{host}:{port or free_port()}", count, process, "a test", **({"token": TOKEN} | more))
+
+
 class Run:
     """Processes of one run, in `folder`, with four simulated devices each unless there is one."""
 
     def __init__(
-        self, folder: Path, commands: Sequence[Sequence[object]], *, announced: int | None = None, stdin: str = "", **environment: str
+        self,
+        folder: Path,
+        commands: Sequence[Sequence[object]],
+        *,
+        announced: int | None = None,
+        numbered: str = "JAX_PROCESS_ID",
+        stdin: str = "",
+        **environment: str,
     ):
         clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
         clean |= {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
         count = announced or len(commands)
         self.folder, self.processes = folder, []
+        folder.mkdir(exist_ok=True)
         for process, command in enumerate(commands):
-            variables = clean | {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(process)} | environment
+            variables = clean | {"JAX_NUM_PROCESSES": str(count)} | environment | {numbered: str(process)}
             with open(folder / f"out{process}", "wb") as out, open(folder / f"err{process}", "wb") as err:
                 words = [sys.executable, *map(str, command)]
                 self.processes.append(subprocess.Popen(words, cwd=folder, env=variables, stdin=subprocess.PIPE, stdout=out, stderr=err))
@@ -69,11 +114,11 @@ class Run:
 
 @pytest.fixture
 def start(tmp_path) -> Iterator[Callable[..., Run]]:
-    """`start(commands)`: a `Run` whose processes do not outlive the test."""
+    """`start(commands)`: a `Run`, in the test's folder or another, whose processes do not outlive the test."""
     runs: list[Run] = []
 
-    def started(*arguments, **options) -> Run:
-        runs.append(Run(tmp_path, *arguments, **options))
+    def started(*arguments, folder: Path = tmp_path, **options) -> Run:
+        runs.append(Run(folder, *arguments, **options))
         return runs[-1]
 
     yield started

@@ -1,9 +1,16 @@
 """Who this process is, by what each launcher puts into its environment."""
 
+import contextlib
+import http.server
+import socket
+import threading
+
 import pytest
 
 from maverick_jax.errors import UserError
+from maverick_jax.sharding import cluster
 from maverick_jax.sharding.cluster import Cluster, find_cluster
+from processes import HARD_LIMIT_S
 
 SLURM = {
     "SLURM_JOB_ID": "4097",
@@ -119,9 +126,128 @@ def test_tpu_machines_of_google_cloud_tell_by_metadata(endpoints):
         ({**JAX, "JAX_COORDINATOR_ADDRESS": "host:port"}, "is not HOST:PORT"),
         ({**JAX, "JAX_COORDINATOR_ADDRESS": "host:99999"}, "is not HOST:PORT"),
         ({**JAX, "JAX_COORDINATOR_ADDRESS": ":80"}, "is not HOST:PORT"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "a..b:80"}, "is not HOST:PORT"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "x" * 64 + ":80"}, "is not HOST:PORT"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "http://first:80"}, "is not HOST:PORT"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "host:²"}, "is not HOST:PORT"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "host", "JAX_COORDINATOR_PORT": "web"}, "is not HOST:PORT"),
+        ({**JAX, "JAX_COORDINATOR_BIND_ADDRESS": "host:port"}, "JAX_COORDINATOR_BIND_ADDRESS 'host:port' is not HOST:PORT"),
+        ({**JAX, "JAX_NUM_PROCESSES": "²"}, "JAX_NUM_PROCESSES is '²', not a number"),
+        ({**JAX, "JAX_NUM_PROCESSES": "-2"}, "JAX_NUM_PROCESSES is '-2', not a number"),
+        ({**JAX, "JAX_NUM_PROCESSES": "9" * 5000}, "JAX_NUM_PROCESSES is '999.*, not a number"),
+        ({**JAX, "JAX_NUM_PROCESSES": "0"}, "announces 0 processes: a run has 1 to 65,536; mend JAX_NUM_PROCESSES"),
+        ({**JAX, "JAX_NUM_PROCESSES": "1000000000"}, "announces 1000000000 processes: a run has 1 to 65,536; mend JAX_NUM_PROCESSES"),
+        ({**GKE, "MEGASCALE_NUM_SLICES": "two"}, "MEGASCALE_NUM_SLICES is 'two', not a number"),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "3(x2)"}, r"SLURM_STEP_NUM_TASKS is '3\(x2\)', not a number"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named(environment, message):
     """A user sees the variable to mend instead of a time-out."""
     with pytest.raises(UserError, match=message):
         find(environment)
+
+
+@pytest.mark.parametrize(
+    "environment, token",
+    [
+        (JAX, ""),
+        ({**JAX, "MAVERICK_RUN_TOKEN": "secret"}, "secret"),
+        (SLURM, "SLURM 4097."),
+        ({**SLURM, "SLURM_STEP_ID": "2"}, "SLURM 4097.2"),
+        ({**SLURM, "MAVERICK_RUN_TOKEN": "secret"}, "secret"),
+        ({**SLURM, "JAX_COORDINATOR_ADDRESS": "first:77"}, "SLURM 4097."),
+        ({**SLURM, **JAX}, ""),  # the user's own numbers may join processes of two jobs
+        ({**OPEN_MPI, "OMPI_MCA_ess_base_jobid": "1531576321"}, "1531576321"),
+        ({**OPEN_MPI, "PMIX_NAMESPACE": "prterun-host-42@1"}, "prterun-host-42@1"),
+        (OPEN_MPI, ""),
+        (GKE, ""),
+        ({**POD, "JAX_NUM_PROCESSES": "4"}, ""),
+    ],
+)
+def test_the_token_of_a_run(environment, token):
+    """The user's, or the number of the launcher's job: two jobs at one port must not take each other's processes."""
+    assert find(environment).token == token
+
+
+def test_a_token_is_not_shown():
+    """An error or a log that shows where a process belongs must not show its secret."""
+    assert "secret" not in repr(find({**JAX, "MAVERICK_RUN_TOKEN": "secret"}))
+
+
+@pytest.mark.parametrize("address, bound", [("0.0.0.0:9000", ("0.0.0.0", 9000)), ("[::]:9000", ("::", 9000)), ("eth1", ("eth1", 8482))])
+def test_the_user_says_where_process_0_listens(address, bound):
+    """By jax's own variable, which jax alone would take to be its service's."""
+    found = find({**JAX, "JAX_COORDINATOR_BIND_ADDRESS": address})
+    assert (found.bind_host, found.bind_port) == bound
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """Google Cloud's metadata server, of several minds: the path says which."""
+
+    def do_GET(self):
+        self.seen.append((self.path, self.headers["Metadata-Flavor"]))
+        if self.path == "/silent":
+            self.over.wait(HARD_LIMIT_S)
+            return
+        if self.path == "/dripping":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nMetadata-Flavor: Google\r\n\r\n")
+            with contextlib.suppress(OSError):
+                while not self.over.wait(0.05):
+                    self.wfile.write(b"x")
+            return
+        if self.path == "/no-http":
+            self.wfile.write(b"220 mail.example\r\n")
+            return
+        size = {"/endless": cluster.METADATA_BYTES + 1, "/largest": cluster.METADATA_BYTES}.get(self.path, 10)
+        flavor = "Portal" if self.path == "/portal" else "Google"
+        self.send_response(404 if self.path == "/absent" else 200)
+        self.send_header("Metadata-Flavor", flavor)
+        self.end_headers()
+        self.wfile.write(b"\xff" * 10 if self.path == "/no-text" else b"a" * size)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """A metadata server on this machine, which `_ask_machine` asks."""
+    Metadata.seen, Metadata.over = [], threading.Event()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        monkeypatch.setattr(cluster, "METADATA", f"http://127.0.0.1:{server.server_port}/")
+        yield server
+        Metadata.over.set()
+        server.shutdown()
+
+
+def test_the_metadata_server_is_asked_and_understood(metadata, monkeypatch):
+    """With the header that it wants, and never through a proxy, which has metadata of its own or none."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert cluster._ask_machine("agent-worker-number") == "a" * 10
+    assert Metadata.seen == [("/agent-worker-number", "Google")]
+    assert len(cluster._ask_machine("largest")) == cluster.METADATA_BYTES
+
+
+@pytest.mark.parametrize("name", ["absent", "portal", "endless", "no-http", "no-text"])
+def test_answers_of_the_metadata_server_that_are_none(metadata, name):
+    """No such attribute, a login page in between, more than fits, another program: this machine is alone, without a traceback."""
+    assert cluster._ask_machine(name) is None
+
+
+@pytest.mark.parametrize("name", ["silent", "dripping"])
+def test_the_metadata_server_has_a_time_limit(metadata, monkeypatch, name):
+    """For the whole answer: every command on a machine with a TPU would hang at its start. This ends because the limit holds."""
+    assert cluster.METADATA_S <= 10
+    monkeypatch.setattr(cluster, "METADATA_S", 0.2)
+    assert cluster._ask_machine(name) is None
+    assert Metadata.seen == [(f"/{name}", "Google")]
+
+
+def test_a_name_server_that_never_answers(monkeypatch):
+    """A time limit of the connection does not hold for it."""
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(HARD_LIMIT_S) and [])
+    monkeypatch.setattr(cluster, "METADATA_S", 0.1)
+    assert cluster._ask_machine("agent-worker-number") is None
+    over.set()

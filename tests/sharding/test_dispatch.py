@@ -195,6 +195,33 @@ def test_gradients_of_training_mode(mesh, small_buffers, rounds):
     check_gradients(AllToAll(mesh, THROUGHPUT, capacity_factor=mesh.shape["expert"] / rounds, rounds=rounds))
 
 
+@pytest.mark.parametrize("dispatcher", [AllToAll, Ragged])
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
+def test_no_gradient_through_as_many_rounds_as_needed(small_buffers, dispatcher, transform):
+    """jax's own error speaks of a `while_loop` from deep inside; ours says what to do. Without a gradient nothing changes."""
+    mesh, (x_TD, w) = make_mesh(expert=4), tokens_and_experts()
+    call = transform(lambda x_TD: dispatcher(mesh, THROUGHPUT)(x_TD, routing("random"), w)[0].sum())
+    jax.eval_shape(call, x_TD)
+    with pytest.raises(UserError, match=r"dispatcher=AllToAll\(mesh, layout, rounds=2\)"):
+        jax.eval_shape(jax.grad(call), x_TD)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(rounds=0), "rounds=0 of a dispatcher: give a whole number from 1"),
+        (dict(rounds=1.5), "rounds=1.5 of a dispatcher: give a whole number from 1"),
+        (dict(capacity_factor=0), "capacity_factor=0 of a dispatcher: give a number above 0"),
+        (dict(capacity_factor=float("nan")), "capacity_factor=nan of a dispatcher: give a number above 0"),
+        (dict(wire="float8"), "wire='float8' of a dispatcher: choose one of None, 'bfloat16', 'float8_e4m3fn'"),
+    ],
+)
+def test_settings_that_mean_nothing(settings, message):
+    """They would send no token, or raise from inside the first trace."""
+    with pytest.raises(UserError, match=message):
+        AllToAll(make_mesh(expert=2), THROUGHPUT, **settings)
+
+
 @pytest.mark.parametrize("rounds", [1, 2, 3])
 def test_training_counts_what_it_drops(small_buffers, rounds):
     """Too little room is reported to the token; the tokens that found room are right and the others give zero."""
@@ -272,3 +299,6 @@ def test_the_layout_chooses_the_dispatcher():
     assert make_dispatcher(mesh, THROUGHPUT, mine) is mine
     with pytest.raises(UserError, match="dispatcher 'pigeon' is unknown: choose one of local, all_to_all, ragged"):
         make_dispatcher(mesh, THROUGHPUT, "pigeon")
+    for mistake in (7, AllToAll, ["local"]):  # a class instead of what it makes, among others
+        with pytest.raises(UserError, match=r"is unknown: choose one of local, all_to_all, ragged, or pass one that is made"):
+            make_dispatcher(mesh, THROUGHPUT, mistake)

@@ -295,8 +295,12 @@ def test_alone_everything_is_free(monkeypatch):
         multihost.check_same({"anything": "goes"})
 
 
-def test_a_start_limit_that_is_no_number(monkeypatch):
-    """The variable is named."""
-    monkeypatch.setenv("MAVERICK_START_LIMIT", "long")
-    with pytest.raises(UserError, match="MAVERICK_START_LIMIT is 'long'"):
+@pytest.mark.parametrize("text", ["long", "nan", "inf", "-5", "0", "1e400"])
+def test_a_start_limit_that_is_no_number(monkeypatch, text):
+    """The variable is named. Without this some of them would wait for ever."""
+    monkeypatch.setenv("MAVERICK_START_LIMIT", text)
+    with pytest.raises(UserError, match=f"MAVERICK_START_LIMIT is '{text}', not a number of seconds above 0"):
         multihost._start_limit()
+    with pytest.raises(UserError, match=f"limit_s is '{text}', not a number"):
+        multihost._start_limit(text)
+    assert multihost._start_limit(7) == 7
