@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from maverick_jax.convert.durable import sync, sync_tree
 from maverick_jax.errors import UserError
 from maverick_jax.sharding import multihost, roll_call
 
@@ -30,6 +31,7 @@ def building(out: Path, *, afresh: Collection[str] | None = None) -> Iterator[Pa
     """
     refuse_existing(out)
     partial = partial_directory(out)
+    made = [folder.parent for folder in out.parents if not os.path.exists(folder)]  # which will have a new name in them
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,9 +50,11 @@ def building(out: Path, *, afresh: Collection[str] | None = None) -> Iterator[Pa
         if afresh is not None:
             _empty(partial, afresh)
         yield partial
-        _sync(partial)
+        sync_tree(partial)
         partial.rename(out)
-        _sync_one(out.parent)
+        for folder in (out.parent, *made):
+            with contextlib.suppress(PermissionError):  # to write into a directory one need not be allowed to read it
+                sync(folder)
     except Exception as error:
         if not _is_full(error):
             raise
@@ -137,18 +141,3 @@ def _is_full(error: Exception) -> bool:
     """Whether the disk, or the user's share of it, is full; TensorStore says so in words only."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return (isinstance(error, OSError) and error.errno in full) or any(os.strerror(code) in str(error) for code in full)
-
-
-def _sync(directory: Path) -> None:
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            _sync_one(Path(folder, name))
-        _sync_one(Path(folder))
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

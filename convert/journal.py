@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maverick_jax.convert.digest import FileDigest
+from maverick_jax.convert.durable import sync
 from maverick_jax.errors import UserError
 
 NAME = "conversion.{}.jsonl"  # with the number of the process
@@ -42,7 +43,8 @@ class Journal:
         self._descriptor = os.open(directory / NAME.format(process), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         # What was being written when the process was killed becomes a line of its own, which nobody reads.
         self._write(task, before=b"\n")
-        os.fsync(self._descriptor)  # without it a power cut would leave a directory that nobody began
+        os.fsync(self._descriptor)  # without these a power cut would leave a directory that nobody began
+        sync(directory)
 
     def read(self) -> None:
         """Take in what all processes, now or in earlier attempts, have noted."""

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from maverick_jax.convert.durable import sync
+
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts to dotted names."""
@@ -48,6 +50,7 @@ def forget_occasion(path: Path) -> None:
     values = json.loads(file.read_text())
     beside = file.with_suffix(".new")  # renamed: half of it would be no metadata, and nobody would make them again
     beside.write_text(json.dumps(values | dict.fromkeys((name for name in values if name.endswith("_timestamp_nsecs")), 0)))
+    sync(beside)
     beside.replace(file)
 
 

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maverick_jax.convert import orbax
+from maverick_jax.convert.durable import sync
 from maverick_jax.convert.places import Index, Shape
 from maverick_jax.sharding import multihost
 
 BESIDE = "writing"  # folder of chunks that are being written
+SKELETON = "skeleton"  # the checkpoint that Orbax makes, with an element per leaf
 WRITTEN_AT_ONCE = 8 << 20  # bytes
 
 
@@ -41,7 +43,7 @@ class Writer:
     """Fills an Orbax checkpoint slice by slice; any thread of any process may write.
 
     A chunk of a Zarr array without compression is a file of its bytes. It is written beside the checkpoint, synced and renamed,
-    so it appears under its name only when all of it is on disk. (TensorStore writes the same file, but copies each chunk into many
+    so it appears under its name only when all of it is on disk. (Its name may be lost in a power cut; then it is written again.) (TensorStore writes the same file, but copies each chunk into many
     small blocks, of which its threads kept half a gigabyte.)
 
     Args:
@@ -123,8 +125,17 @@ def _make_array(path: Path, name: str, leaf: Leaf) -> None:
 
 
 def _save_skeleton(path: Path, leaves: Mapping[str, Leaf]) -> None:
+    """Under another name until it is on the disk, for a later attempt takes for whole what is there; but for the arrays, which are
+    looked at each time."""
+    beside = path.with_name(SKELETON)
     if multihost.is_first():
-        for stale in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):  # of an attempt that was killed
+        for stale in path.parent.glob(f"{SKELETON}*"):  # of an attempt that was killed
             shutil.rmtree(stale)
     multihost.exchange("clean")
-    orbax.save(path, {name: np.zeros(1, leaf.dtype) for name, leaf in leaves.items()})
+    orbax.save(beside, {name: np.zeros(1, leaf.dtype) for name, leaf in leaves.items()})
+    if multihost.is_first():
+        for folder in (array_path(beside, ""), beside):
+            for file in filter(Path.is_file, folder.iterdir()):
+                sync(file)
+            sync(folder)
+        beside.rename(path)
