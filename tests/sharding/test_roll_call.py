@@ -196,7 +196,7 @@ def test_who_is_sent_away_in_the_middle_of_the_greeting_comes_again(gathering):
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=on_the_way)
         thread.start()
-        connection = roll_call._enter(member(1, port=server.getsockname()[1]), HARD_LIMIT_S)
-        assert gathering.missing == []
-        connection.close()
+        with contextlib.closing(roll_call._enter(member(1, port=server.getsockname()[1]), HARD_LIMIT_S)):
+            gathering.wait(HARD_LIMIT_S)
         thread.join()
+    assert gathering.missing == []
