@@ -63,6 +63,13 @@ def test_only_so_many_are_heard_at_once(gathering, monkeypatch):
         assert gathering.arrived.keys() == {1}
 
 
+def test_a_slow_caller_delays_nobody(gathering, monkeypatch):
+    """Heard one after the other, process 1 would wait for as long as strangers take their time."""
+    monkeypatch.setattr(greeting, "GREETING_S", HARD_LIMIT_S)
+    with contextlib.closing(knock(gathering)), contextlib.closing(knock(gathering)) as caller:
+        greeting.introduce(caller, TOKEN, 1, 2, deadline=time.monotonic() + HARD_LIMIT_S / 4)
+
+
 class Busy(socket.socket):
     """A listener whose process has as many files open as it may, for a while."""
 
@@ -121,6 +128,21 @@ def test_a_proof_is_for_one_number(gathering):
         caller.send(process=0, count=2, proof=greeting._proof(TOKEN, "caller", "0" * 32, caller.receive()["nonce"], 1, 2))
         with pytest.raises(Gone):
             caller.receive()
+    assert not gathering.problem
+
+
+@pytest.mark.parametrize(
+    "process, count", [("1", 2), (True, 2), (1.0, 2), (None, 2), (1, "2"), (1, None), (2, 2), (-1, 2), (1, 2**70), ([1], 2)]
+)
+def test_numbers_of_processes_are_numbers(gathering, process, count):
+    """Even from somebody who knows the token: what is no number of a process must not get among them."""
+    with contextlib.closing(knock(gathering)) as caller:
+        caller.send(hello=greeting.PROTOCOL, nonce="0" * 32)
+        proof = greeting._proof(TOKEN, "caller", "0" * 32, caller.receive()["nonce"], process, count)
+        caller.send(process=process, count=count, proof=proof)
+        with pytest.raises(Gone):
+            caller.receive()
+    assert gathering.missing == [1]
     assert not gathering.problem
 
 
