@@ -65,11 +65,15 @@ ROPE_INSIDE = {
     "type": one_of("default", "llama3"),
 }
 ROPE = {"rope_theta": checks.POSITIVE, "rope_scaling": checks.OBJECT, "rope_parameters": checks.OBJECT}
-IMAGE_IDS = {"image_token_index": checks.TOKEN_ID, "image_token_id": checks.TOKEN_ID}
+ON_TOP = {
+    "image_token_index": checks.TOKEN_ID,
+    "image_token_id": checks.TOKEN_ID,
+    "quantization_config": Rule("what the converter reads", lambda _: True),
+}
 TOP = {
     **DTYPES,
     **IDS,
-    **IMAGE_IDS,
+    **ON_TOP,
     "vision_config": checks.OBJECT,
     "text_config": checks.OBJECT,
     "tie_word_embeddings": checks.FLAG,  # transformers reads the text part's alone
@@ -89,7 +93,6 @@ TEXT = {
     "layer_types": list_of(checks.LAYER_TYPE),
 }
 VISION = {**{name: checks.VISION[name] for name in VISION_SAME}, **DTYPES, **ROPE}
-ELSEWHERE = {"quantization_config"}  # the converter reads it
 TEXT_ONLY_VALUE = {"hidden_act": "silu", "attention_bias": False}  # other values ask for what no Llama 4 computes
 VISION_ONLY_VALUE = {"hidden_act": "gelu"}
 
@@ -126,7 +129,7 @@ def read(values: dict[str, Any]) -> dict[str, Any]:
             raise UserError("vision_config is missing: a model without pictures has model_type 'llama4_text' and no text_config.")
         text = _checked(prefix, written, TEXT, TEXT_ONLY_VALUE)
     elif model_type == "llama4_text":
-        top = text = _checked("", values, TEXT | IMAGE_IDS, TEXT_ONLY_VALUE)
+        top = text = _checked("", values, TEXT | ON_TOP, TEXT_ONLY_VALUE)
     else:
         raise UserError(f"model_type is {show(model_type)}, not 'llama4' or 'llama4_text': this is not a Llama 4 checkpoint.")
     found: dict[str, Any] = {"text": _read_text(prefix, text, written)}
@@ -155,7 +158,7 @@ def _checked(prefix: str, values: dict[str, Any], rules: dict[str, Rule], only_v
         if name in only_value:
             if value != only_value[name]:
                 raise UserError(f"{prefix}{name} is {show(value)}; only {only_value[name]!r} is supported.")
-        elif name in rules or name in ELSEWHERE or name in NOISE or name.startswith("_"):
+        elif name in rules or name in NOISE or name.startswith("_"):
             continue
         elif value is not False and value not in ([], {}):  # an unknown switch that is off asks for nothing
             raise UserError(

@@ -90,6 +90,24 @@ def test_flat_text_only_files():
     assert config.text == dataclasses.replace(Config.maverick().text, vocab_size=201135)
 
 
+def test_special_ids_of_the_text_part_win():
+    """A fine-tune writes its own there and leaves those on top as they were."""
+    values = release(bos_token_id=7, eos_token_id=8, pad_token_id=9) | {"bos_token_id": 1, "eos_token_id": [2, 3], "image_token_index": 5}
+    config = Config.from_huggingface(values)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id, config.image_token_index) == (7, (8,), 9, 5)
+    del values["text_config"]["eos_token_id"]
+    assert Config.from_huggingface(values).eos_token_id == (2, 3)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_quantization_of_a_part_is_not_overlooked(part):
+    """The converter looks on top alone: FP8 numbers would be taken for weights."""
+    values = release()
+    values[part]["quantization_config"] = {"quant_method": "fbgemm_fp8"}
+    with pytest.raises(UserError, match=f"unknown field {part}.quantization_config"):
+        Config.from_huggingface(values)
+
+
 @pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
 def test_an_unknown_field_that_asks_for_something_is_named(part):
     """It may change the result: passing over it is how ports go wrong."""
