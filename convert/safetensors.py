@@ -27,6 +27,12 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+OTHERS = {  # of buffers that lie beside the weights
+    "F64": np.dtype(np.float64),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BOOL": np.dtype(np.bool_),
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
+}
 LARGEST, MOST_AXES = 1 << 63, 8
 LIBRARY_LIMIT = 100_000_000  # bytes of a header; what says it has more is another kind of file
 
@@ -72,11 +78,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(file: Path, name: str, entry: Mapping[str, Any], start: int) -> Tensor:
-    if entry["dtype"] not in DTYPES:
-        raise UserError(f"{file}: {name} has dtype {entry['dtype']}; {', '.join(DTYPES)} are supported.")
+    known = DTYPES | OTHERS
+    if entry["dtype"] not in known:
+        raise UserError(f"{file}: {name} has dtype {entry['dtype']}; {', '.join(known)} are known.")
     if not name.isprintable():
         raise ValueError(f"{name!a} is no name of a tensor")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    dtype, shape = known[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if len(shape) > MOST_AXES or any(type(n) is not int or not 0 <= n < LARGEST for n in (*shape, begin, end)):
         raise ValueError(f"{name}: a size or an offset is not a number of bytes that a file can have")

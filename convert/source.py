@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from maverick_jax.config import Config
 from maverick_jax.convert.places import Index, Place, Shape
 from maverick_jax.convert.tensor_file import Tensor, read_box
 from maverick_jax.errors import UserError
+
+WEIGHTS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32, ml_dtypes.float8_e4m3fn)))
 
 
 class Piece(NamedTuple):
@@ -90,6 +93,8 @@ def _shape(parts: list[Piece]) -> Shape:
 def _check(name: str, parts: list[Piece]) -> None:
     for part in parts:
         tensor, expected = part.tensor, part.place.stored_shape
+        if tensor.dtype not in WEIGHTS:
+            raise UserError(f"{tensor.file}: {part.stored} has dtype {tensor.dtype}; {', '.join(map(str, WEIGHTS))} are supported.")
         if _without_ones(tensor.shape) != _without_ones(expected):
             raise UserError(f"{tensor.file}: {part.stored} has shape {list(tensor.shape)}, the model's config asks for {list(expected)}.")
         if tensor.dtype != parts[0].tensor.dtype:

@@ -107,7 +107,7 @@ MUTILATED = {
     "negative offset": ({"a": ENTRY | {"data_offsets": [-24, 0]}}, "a size or an offset is not a number of bytes that a file can have"),
     "overlap": ({"a": ENTRY, "b": ENTRY}, "b does not begin where a ends"),
     "gap": ({"a": ENTRY, "b": ENTRY | {"data_offsets": [48, 72]}}, "b does not begin where a ends"),
-    "no dtype of weights": ({"a": ENTRY | {"dtype": "F8_E5M2"}}, "a has dtype F8_E5M2; BF16, F16, F32, F8_E4M3 are supported"),
+    "no dtype that is known": ({"a": ENTRY | {"dtype": "F4"}}, "a has dtype F4; BF16, F16, F32, F8_E4M3, .* are known"),
     "truncated": ({"a": ENTRY | {"shape": [2, 4], "data_offsets": [0, 32]}}, "ends 8 bytes before `a` does: the download is incomplete"),
     "a tensor larger than any file": (
         {"a": ENTRY | {"shape": [10**18], "data_offsets": [0, 4 * 10**18]}},

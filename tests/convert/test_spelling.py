@@ -158,12 +158,13 @@ LEFTOVERS = {
     LAYER.format(1) + "feed_forward.experts.down_proj_input_scale": torch.ones(1),
     LAYER.format(0) + "self_attn.k_proj.output_scale": torch.ones(1),
     LAYER.format(0) + "self_attn.rotary_emb.inv_freq": torch.ones(8),
-    LAYER.format(0) + "self_attn.masked_bias": torch.ones(1),
+    LAYER.format(0) + "self_attn.masked_bias": torch.ones(1, dtype=torch.bool),
+    "vision_model.embeddings.position_ids": torch.arange(17),
     "vision_model.rotary_embedding.freqs_ci": torch.ones(17, 8),
 }
 NOTE = (
     "passed over, for they change nothing: input_scale (2), k_proj.output_scale (1), k_scale (2), kv_scale (1), "
-    "rotary_emb.inv_freq (1), rotary_embedding.freqs_ci (1), self_attn.masked_bias (1), v_scale (1)."
+    "position_ids (1), rotary_emb.inv_freq (1), rotary_embedding.freqs_ci (1), self_attn.masked_bias (1), v_scale (1)."
 )
 
 
