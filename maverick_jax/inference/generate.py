@@ -77,7 +77,7 @@ class DecodeState:
     Attributes:
       cache: keys and values of everything but `token_B`.
       token_B: [B] int32 the newest token of every row, not yet in the cache.
-      done_B: [B] bool rows that met a stop token, or logits that are not finite.
+      done_B: [B] bool rows that met a stop token.
       step: [] int32 tokens sampled per row.
       load_ME: [M, E] int32 tokens that each expert of each mixture has computed. In a prefill the last layer computes
         only the last token of every row.
@@ -177,7 +177,7 @@ class Generation:
         for row, tokens in zip(self.rows, portion, strict=True):
             row += tokens
         self.new_tokens += sum(map(len, portion))
-        for row in np.flatnonzero((tokens_BS == NOT_FINITE).any(axis=1)):
+        for row in np.flatnonzero((tokens_BS == NOT_FINITE).any(axis=1)).tolist():
             raise UserError(f"the logits of prompt {row} are not finite after {len(self.rows[row])} new tokens: {self._explain(row)}")
         self.load_ME, self.dropped = np.asarray(state.load_ME), int(state.dropped)
         return portion
@@ -247,7 +247,7 @@ def _start(graphdef, weights, cache, last_BD, load_ME, dropped, rows, stop_ids):
     """Sample every row's first token from the prefill's last hidden states."""
     model = nnx.merge(graphdef, weights)
     token_B = _choose(model.logits(last_BD), rows, jnp.int32(0))
-    state = DecodeState(cache, token_B, _ends(token_B, stop_ids), jnp.int32(1), jnp.asarray(load_ME), jnp.asarray(dropped))
+    state = DecodeState(cache, token_B, _is_stop(token_B, stop_ids), jnp.int32(1), jnp.asarray(load_ME), jnp.asarray(dropped))
     return _readable(state, token_B, model.constrain)
 
 
@@ -266,7 +266,7 @@ def _decode(graphdef, weights, state: DecodeState, rows: RowSampling, stop_ids, 
         token_B = _choose(model.logits(x_B1D[:, 0]), rows, state.step)
         tokens_BS = lax.dynamic_update_slice(tokens_BS, jnp.where(state.done_B, NO_TOKEN, token_B)[:, None], (0, i))
         load_ME, dropped = _add_stats(state.load_ME, state.dropped, stats)
-        done_B = state.done_B | _ends(token_B, stop_ids)
+        done_B = state.done_B | _is_stop(token_B, stop_ids)
         return i + 1, DecodeState(cache, token_B, done_B, state.step + 1, load_ME, dropped), tokens_BS
 
     none = jnp.full((state.token_B.shape[0], STEPS), NO_TOKEN, jnp.int32)
@@ -285,8 +285,8 @@ def _choose(logits_BV, rows, step):
     return jnp.where(jnp.isfinite(logits_BV).all(axis=-1), sample(logits_BV, rows, step), NOT_FINITE)
 
 
-def _ends(token_B, stop_ids):
-    return (token_B[:, None] == stop_ids[None, :]).any(axis=1) | (token_B == NOT_FINITE)
+def _is_stop(token_B, stop_ids):
+    return (token_B[:, None] == stop_ids[None, :]).any(axis=1)
 
 
 def _add_stats(load_ME, dropped, stats):

@@ -16,11 +16,12 @@ from maverick_jax.inference.cache import KVCache
 from maverick_jax.inference.sizes import longest_piece, piece_size, round_up_context
 from maverick_jax.model import Llama4, parameter_name
 from maverick_jax.model.attention import Piece
+from maverick_jax.model.inputs import Array
 from maverick_jax.ops.linear import linear
 from maverick_jax.ops.norm import rms_norm
 
 
-def explain(model: Llama4, ids_T: np.ndarray, index_T: np.ndarray, features_ID: jax.Array | None, tiles: np.ndarray | None) -> str:
+def explain(model: Llama4, ids_T: np.ndarray, index_T: np.ndarray, features_ID: jax.Array | None, tiles: Array | None) -> str:
     """What is wrong and what to do, for a row whose logits are not finite.
 
     Args:
@@ -44,7 +45,7 @@ def explain(model: Llama4, ids_T: np.ndarray, index_T: np.ndarray, features_ID: 
     return f"{found}; {why}: fetch or convert the checkpoint again (`maverick verify` names what is damaged){instead}."
 
 
-def _first_of_vision(model: Llama4, tiles: np.ndarray) -> str | None:
+def _first_of_vision(model: Llama4, tiles: Array) -> str | None:
     layers = [f"vision.layers.{i}" for i in range(len(model.vision.layers))]
     stages = ["vision.patch_embedding", *layers, "vision.adapter", "projector"]
     graphdef, weights = nnx.split(model)

@@ -53,19 +53,19 @@ def tiles_of(tiles: Any, vision: VisionConfig | None) -> Array | None:
     Raises:
       UserError: tiles for a model without a vision tower, or that are not what `tile_image` makes.
     """
-    tiles = _array(tiles, "tiles")
-    if tiles.size == 0:
+    pixels = _array(tiles, "tiles")
+    if pixels.size == 0:
         return None
     if vision is None:
         raise UserError("this checkpoint has no vision tower: it takes text only.")
     one = (vision.num_channels, vision.image_size, vision.image_size)
     expected = f"float32 [N, {', '.join(map(str, one))}] in -1..1, as tile_image makes them"
-    if tiles.shape[1:] != one or not jnp.issubdtype(tiles.dtype, jnp.floating):
-        raise UserError(f"tiles is {_kind(tiles)}: expected {expected}.")
-    values = known(tiles)
+    if pixels.shape[1:] != one or not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise UserError(f"tiles is {_kind(pixels)}: expected {expected}.")
+    values = known(pixels)
     if values is not None and not (np.abs(values) <= BRIGHTEST).all():  # NaN included
         raise UserError(f"tiles has values from {values.min()} to {values.max()}: expected {expected}.")
-    return tiles
+    return pixels
 
 
 def check_vocabulary(token_ids_BT: Array, real_BT: Array, vocabulary: int) -> None:
@@ -94,13 +94,13 @@ def check_cache(cache: KVCache, config: TextConfig, added_B: Array) -> None:
             f"the cache has {len(cache.layers)} layers of (rows, key/value heads, head size) {sorted(buffers)}, this call needs "
             f"{config.num_hidden_layers} of {mine}: create it with this model's config and a batch of {mine[0]}."
         )
-    held_B, added_B = known(cache.lengths_B), known(added_B)
-    if held_B is None or added_B is None:
+    held, added = known(cache.lengths_B), known(added_B)
+    if held is None or added is None:
         return
-    row = int((held_B + added_B).argmax())
-    if held_B[row] + added_B[row] > cache.max_length:
+    row = int((held + added).argmax())
+    if held[row] + added[row] > cache.max_length:
         raise UserError(
-            f"the cache has room for {cache.max_length} tokens; {held_B[row]} are in it and {added_B[row]} are added: "
+            f"the cache has room for {cache.max_length} tokens; {held[row]} are in it and {added[row]} are added: "
             "create it with a larger max_length."
         )
 

@@ -92,15 +92,15 @@ class Llama4(nnx.Module):
         token_ids = inputs.token_ids_of(token_ids)
         B, T = token_ids.shape
         lengths = np.full(B, T, np.int32) if lengths is None else inputs.lengths_of(lengths, B, T)
-        tiles = None if tiles is None else inputs.tiles_of(tiles, self.config.vision)
+        pictures = None if tiles is None else inputs.tiles_of(tiles, self.config.vision)
         real = np.arange(T, dtype=np.int32)[None, :] < lengths[:, None]
         inputs.check_vocabulary(token_ids, real, self.config.text.vocab_size)
         token_ids = token_ids.astype(jnp.int32)
         is_patch = (token_ids == self.config.image_token_index) & real  # what padding holds is nobody's
-        inputs.check_patches(is_patch, tiles, self.config.vision)
+        inputs.check_patches(is_patch, pictures, self.config.vision)
         if cache is not None:
             inputs.check_cache(cache, self.config.text, lengths)
-        features = None if tiles is None else self.encode_tiles(tiles)
+        features = None if pictures is None else self.encode_tiles(pictures)
         index = jnp.cumsum(is_patch.reshape(-1)).reshape(is_patch.shape) - 1
         x, cache, _ = self.hidden(self.embed(token_ids, features, index), lengths, cache)
         return self.logits(x) if cache is None else (self.logits(x), cache)

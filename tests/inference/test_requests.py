@@ -15,12 +15,12 @@ TILES = np.zeros((1, 3, SIDE, SIDE), np.float32)
 
 @pytest.fixture(scope="module")
 def model():
-    return plain_model()
+    return plain_model(num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
 def seeing():
-    return plain_model(vision=VISION)
+    return plain_model(vision=VISION, num_hidden_layers=2)
 
 
 def message(model, *, prompts=([1, 2],), max_new_tokens=2, **options) -> str:

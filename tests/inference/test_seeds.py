@@ -18,7 +18,7 @@ draw = jax.jit(sample)
 
 @pytest.fixture(scope="module")
 def model():
-    return plain_model()
+    return plain_model(num_hidden_layers=2)
 
 
 def sampled(model, prompts, seed) -> list[list[int]]:
@@ -39,7 +39,6 @@ def test_place_and_company_change_nothing(model):
     a, b, c = rows
     assert sampled(model, PROMPTS[::-1], [2**32 - 1, 8, 7]) == [c, b, a]
     assert sampled(model, [PROMPTS[0]], 7) == [a]
-    assert sampled(model, [PROMPTS[2]] * 2, (2**32 - 1, 8))[0] == c
 
 
 def test_one_seed_for_all(model):
