@@ -37,7 +37,7 @@ class Mutation(NamedTuple):
     fault: str
     before: str
     after: str
-    tests: str
+    tests: list[str]
 
 
 def read_tables() -> list[Mutation]:
@@ -56,7 +56,7 @@ def is_noticed(mutation: Mutation, checkout: Path) -> bool:
     text = file.read_text(encoding="utf-8")
     assert text.count(mutation.before) == 1, f"{mutation.file} does not hold once: {mutation.before!r}"
     file.write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests]
     environment = os.environ | {"PYTHONPATH": str(checkout)}  # not what may be installed
     try:
         ended = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
@@ -65,7 +65,7 @@ def is_noticed(mutation: Mutation, checkout: Path) -> bool:
     finally:
         file.write_text(text, encoding="utf-8")
     if ended.returncode not in (0, FAILED):
-        raise RuntimeError(f"{mutation.tests} could not be run with «{mutation.fault}»:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(mutation.tests)} could not be run with «{mutation.fault}»:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
     return ended.returncode == FAILED
 
 

@@ -23,7 +23,7 @@ def test_faults_can_be_made(table):
 def test_the_named_tests_are_there():
     """pytest ends with an error, not with a failure, if it finds none; here that is seen at once."""
     for mutation in MUTATIONS:
-        for node in mutation.tests.split():
+        for node in mutation.tests:
             file, _, name = node.partition("::")
             assert (ROOT / file).is_file(), mutation
             assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8") or not name, mutation
