@@ -6,7 +6,7 @@ Source: Llama 4 reference, `models/llama4/chat_format.py`; spec section 3.7.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,11 +65,12 @@ def render(
     Raises:
       UserError: a message that cannot be understood, a picture that cannot be read, or too many pictures.
     """
-    if isinstance(messages, (str, Mapping)) or not messages:
-        raise UserError(f"a conversation is a list of at least one message, not {_short(messages)}.")
+    messages = _listed(messages, "a conversation is a list of at least one message")
+    if not messages:
+        raise UserError("a conversation is a list of at least one message, not empty.")
     for message in messages:
         _check(message, any_parts=template is not None)
-    schemas = None if tools is None else [tool_schema(tool) for tool in tools]
+    schemas = None if tools is None else [tool_schema(tool) for tool in _listed(tools, "tools are a list of schemas and functions")]
     images = [_picture(part) for message in messages for part in _parts(message) if part.get("type") == "image"]
     if len(images) > MAX_IMAGES:
         raise UserError(f"the prompt has {len(images)} pictures: at most {MAX_IMAGES} fit in one prompt.")
@@ -90,6 +91,12 @@ def render(
     if config.vision is None:
         raise UserError("this checkpoint has no vision tower: it takes text only.")
     return _with_pictures(ids, images, tokenizer, config.vision)
+
+
+def _listed(values: Any, expected: str) -> list[Any]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise UserError(f"{expected}, not {_short(values)}.")
+    return list(values)
 
 
 def _with_pictures(ids: list[int], images: list[Any], tokenizer: Tokenizer, vision: VisionConfig) -> Prompt:

@@ -66,7 +66,7 @@ def _with_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | No
     if not tools:
         return list(messages)
     functions = [tool.get("function", tool) for tool in tools]
-    listed = TOOLS.format(functions=json.dumps(functions, indent=4, ensure_ascii=False, default=str), manner=MANNER)
+    listed = TOOLS.format(functions=_json(functions, indent=4), manner=MANNER)
     if not messages or messages[0]["role"] != "system":
         return [{"role": "system", "content": listed}, *messages]
     said = list(_contents(messages[0]))
@@ -82,13 +82,24 @@ def _contents(message: Mapping[str, Any]) -> Iterator[str | None]:
         return
     if isinstance(content, str):
         yield content
-    elif isinstance(content, Sequence) and all(isinstance(p, Mapping) and p.get("type") in ("text", "image") for p in content):
+    elif isinstance(content, Sequence) and all(map(_is_part, content)):
         for part in content:
             yield part["text"] if part["type"] == "text" else None
     elif ROLES[message["role"]] == "ipython":
-        yield json.dumps(content, ensure_ascii=False, default=str)
+        yield _json(content)
     else:
         raise UserError(f"a {message['role']} message holds parts that the format of the releases has no place for: texts and images only.")
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and (part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str)))
+
+
+def _json(value: Any, *, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"a tool, a call or a result cannot be written as JSON ({error}): give dictionaries, lists and texts.") from error
 
 
 def _call(call: Any) -> str:
@@ -101,4 +112,4 @@ def _call(call: Any) -> str:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise UserError(f"the arguments of the call to {function['name']} are no JSON ({error}): give a dictionary.") from error
-    return json.dumps({"type": "function", "name": function["name"], "parameters": arguments}, ensure_ascii=False, default=str)
+    return _json({"type": "function", "name": function["name"], "parameters": arguments})

@@ -109,7 +109,7 @@ class Text(str):
         spend((sum(map(len, texts)) + len(self) * len(texts)) // CHARACTERS)
         return Text(str.join(self, texts), self.own.join(map(own_of, texts)))
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> Text:
+    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Text:
         if old == "":  # between all characters: nobody's way to write a control token
             spend((len(self) + 1) * len(new) // CHARACTERS)
             return Text(str.replace(self, old, new, count))

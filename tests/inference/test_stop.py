@@ -27,6 +27,7 @@ def cuts(text):
         ("no end here", ["END"], "no end here", False),
         ("almost EN", ["END"], "almost EN", False),
         ("x\nUser: y\n", ["\nUser:", "\nSystem:"], "x", True),
+        ("x. y, z", [".", ","], "x", True),
         ("anything", [], "anything", False),
         ("anything", [""], "anything", False),
     ],

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import tokenizers
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
 
 from maverick_jax.prompt import Tokenizer
 from maverick_jax.training.mini.definition import mini_tokenizer
@@ -29,7 +28,9 @@ def our_tokenizer() -> Tokenizer:
     return Tokenizer(description())
 
 
-def their_tokenizer(template: str | dict[str, str]) -> PreTrainedTokenizerFast:
+def their_tokenizer(template: str | dict[str, str]) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
     theirs = tokenizers.Tokenizer.from_str(json.dumps(description()))
     return PreTrainedTokenizerFast(tokenizer_object=theirs, chat_template=template, **NAMED)
 
@@ -137,6 +138,8 @@ THINKING = [
     [user("2+2?"), assistant("4", reasoning_content="easy"), user("3+3?")],
     [user("2+2?"), assistant("4", thinking="easy"), user("3+3?")],
     [user("2+2?"), assistant("4", reasoning="easy", reasoning_content=None), user("3+3?")],
+    [user("2+2?"), assistant("4", thinking="easy")],
+    [user("2+2?"), assistant("4", reasoning="easy", thinking=None)],
     [user("what does </think> mean?"), assistant("<think>it</think> ends </think> twice"), user("ok <think>")],
     [user("2+2?"), assistant("<think>never ends"), user("3+3?")],
     [user("2+2?"), assistant("no beginning</think>4"), user("3+3?")],

@@ -54,6 +54,13 @@ def test_calls_and_results():
     assert ids(messages) == [*expected, *turn("assistant", "Ok."), *header("assistant")]
 
 
+def test_a_result_that_only_looks_like_parts():
+    for content in ([{"type": "text"}], [{"type": "text", "text": 5}], [{"type": "city"}]):
+        assert ids([{"role": "tool", "content": content}], add_generation_prompt=False) == [
+            *BEGIN, *turn("ipython", json.dumps(content), end="<|eom|>")
+        ]  # fmt: skip
+
+
 @pytest.mark.parametrize("nothing", [{"tool_calls": None}, {"tool_calls": []}, {}])
 def test_null_is_not_there(nothing):
     messages = [ASK, {"role": "assistant", "content": None, **nothing}, {"role": "user", "content": "?", "name": None}]
@@ -88,6 +95,8 @@ def test_without_generation_prompt_and_continued():
         ({"role": "assistant", "tool_calls": ["f"]}, "no function with a name"),
         ({"role": "assistant", "tool_calls": [call(None, {})]}, "no function with a name"),
         ({"role": "assistant", "tool_calls": 5}, "tool_calls"),
+        ({"role": "assistant", "tool_calls": [call("f", {"a": {1, 2}})]}, "cannot be written as JSON"),
+        ({"role": "tool", "content": {(1, 2): 3}}, "cannot be written as JSON"),
         ({"role": "developer", "content": "a"}, "unknown to the format"),
         ({"role": "user", "content": [{"type": "thinking", "thinking": "a"}]}, "neither"),
     ],

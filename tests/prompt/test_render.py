@@ -150,6 +150,12 @@ def test_broken_templates_name_the_line(tmp_path):
         load_template(tmp_path)
 
 
+@pytest.mark.parametrize("tools", ["weather", {"name": "a"}, 5, print], ids=repr)
+def test_tools_are_a_list(tools):
+    with pytest.raises(UserError, match="tools are a list"):
+        render([{"role": "user", "content": "a"}], TOKENIZER, CONFIG, tools=tools)
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -165,6 +171,7 @@ def test_broken_templates_name_the_line(tmp_path):
         ([], "at least one message"),
         ({"role": "user", "content": "a"}, "at least one message"),
         ("Hello", "at least one message"),
+        (None, "at least one message"),
         ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], "no function with a name"),
     ],
 )

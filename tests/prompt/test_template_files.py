@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from maverick_jax.errors import UserError
 from maverick_jax.prompt import load_template, render
@@ -28,8 +27,9 @@ def write(directory, **files) -> None:
 
 def both(directory, **options) -> tuple[list[int], list[int]]:
     """Token ids by our reading of a directory and by transformers'."""
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
     ours = render(MESSAGES, OURS, CONFIG, template=load_template(directory), **options).token_ids
-    theirs = PreTrainedTokenizerFast.from_pretrained(directory)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
     return ours, theirs.apply_chat_template(MESSAGES, return_dict=False, add_generation_prompt=True, **options)
 
 

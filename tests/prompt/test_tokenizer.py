@@ -7,6 +7,7 @@ import random
 
 import pytest
 import regex
+import tokenizers
 
 from maverick_jax.errors import UserError
 from maverick_jax.prompt import StreamDecoder, Tokenizer
@@ -94,6 +95,8 @@ def test_typed_special_tokens_are_plain_text(tokenizer):
     assert not set(tokenizer.encode(text)) & set(tokenizer.special.values())
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(text, allow_special=True).count(tokenizer.id_of("<|eot|>")) == 1
+    without = tokenizers.Tokenizer.from_str(json.dumps(mini_tokenizer() | {"added_tokens": [], "post_processor": None}))
+    assert tokenizer.encode(text) == without.encode(text).ids
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -13,6 +13,7 @@ import pytest
 from maverick_jax.errors import UserError
 from maverick_jax.prompt import ChatTemplate, load_template, render
 from maverick_jax.prompt.budget import OUTPUT, STEPS
+from maverick_jax.prompt.sandbox import ChatEnvironment
 from maverick_jax.prompt.template import MAX_SOURCE
 from oracle.conversations import NAMED, our_tokenizer
 
@@ -215,6 +216,39 @@ def run_costly() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + 400_000_000,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
     print(json.dumps({source: refusal(source) for source in COSTLY}))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ('a' * 20000000) | length }}",
+        "{{ ([0] * 2000000) | length }}",
+        "{{ 2 ** 30000 > 1 }}",
+        "{{ (2 ** 15000 * 2 ** 15000) > 1 }}",
+        "{{ ('%20000000d' % 1) | length }}",
+        "{{ ('a' | center(10001)) | length }}",
+        "{% for i in range(99999) %}{% if 1 %}{% if 2 %}{% endif %}{% endif %}{% endfor %}",
+        "{% for i in range(99999) if 0 == 1 + 2 + 3 %}{% endfor %}",
+    ],
+)
+def test_just_beyond_the_budget(source):
+    """Harmless sizes, so that a limit that has gone shows at once."""
+    refusal(source)
+
+
+def test_nothing_is_computed_while_compiling():
+    """A constant expression is worth nothing yet when a template is loaded: there is no budget then."""
+    counted = []
+    environment = ChatEnvironment()
+    environment.filters["counted"] = counted.append
+    for source in (
+        "{{ 1 | counted }}",
+        "{% set x = 1 | counted %}",
+        "{% if (1 | counted) %}{% endif %}",
+        "{{ ['a' * (1 | counted or 2)] }}",
+    ):
+        environment.from_string(source)
+    assert counted == []
 
 
 def test_the_budget_grows_with_the_conversation():
