@@ -116,3 +116,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return sum(layer.key_BKSd.nbytes + layer.value_BKSd.nbytes for layer in self.layers)
+
+
+# Among several processes no single one could make an array that lies on the devices of all.
+new_cache = jax.jit(KVCache.create, static_argnums=(0, 1, 2, 3, 4))

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.cache import KVCache
+from maverick_jax.inference.cache import KVCache, new_cache
 from maverick_jax.inference.checks import MAX_NEW_TOKENS, check_room, shown, stop_tokens, token_rows
 from maverick_jax.inference.clock import seconds_compiling
 from maverick_jax.inference.not_finite import explain
@@ -193,7 +193,7 @@ class Generation:
         features, index = self._features(graphdef, weights)
         max_length = round_up_context(int(lengths.max()) + self.max_new_tokens)
         dtype = jnp.dtype(self.model.text.embedding.dtype)
-        cache = _new_cache(self.model.config.text, len(self.prompts), max_length, dtype, self.model.constrain)
+        cache = new_cache(self.model.config.text, len(self.prompts), max_length, dtype, self.model.constrain)
         last_BD, load_ME, dropped = None, self.load_ME, np.int32(0)
         longest = longest_piece(len(self.prompts))
         for start in range(0, int(lengths.max()), longest):
@@ -223,9 +223,6 @@ class Generation:
             features.append(_encode_tiles(graphdef, weights, padded))
         missing = next_power_of_two(len(features)) - len(features)
         return jnp.concatenate(features + [jnp.zeros_like(features[0])] * missing), index
-
-
-_new_cache = jax.jit(KVCache.create, static_argnums=(0, 1, 2, 3, 4))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maverick_jax.inference.cache import KVCache
+from maverick_jax.inference.cache import KVCache, new_cache
 from maverick_jax.inference.sizes import longest_piece, piece_size, round_up_context
 from maverick_jax.model import Llama4, parameter_name
 from maverick_jax.model.attention import Piece
@@ -57,7 +57,8 @@ def _first_of_text(model, ids_T, index_T, features_ID) -> str | None:
     layers = [f"text.layers.{i}" for i in range(len(model.text.layers))]
     stages = ["text.embedding", *layers, "text.norm", "text.unembedding"]
     graphdef, weights = nnx.split(model)
-    cache = KVCache.create(model.config.text, 1, round_up_context(len(ids_T)), model.text.embedding.dtype, model.constrain)
+    dtype = jnp.dtype(model.text.embedding.dtype)
+    cache = new_cache(model.config.text, 1, round_up_context(len(ids_T)), dtype, model.constrain)
     for start in range(0, len(ids_T), longest_piece(1)):
         part = slice(start, start + longest_piece(1))
         ids_1T, index_1T = np.zeros((2, 1, piece_size(len(ids_T[part]))), np.int32)

@@ -125,3 +125,17 @@ def test_no_threads_are_too_few(maverick, tmp_path, command):
     result = maverick(command, mini_directory(), *([tmp_path / "out"] if command == "convert" else []), "--workers", 0)
     assert result.status == MISTAKE
     assert "'0' is not a number of 1 or more" in result.err
+
+
+def test_weights_that_are_no_numbers(maverick, broken):
+    """The most likely token of NaN is 0, for ever: the damaged layer is named instead."""
+    file = broken / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    name = next(name for name in header if name.endswith("layers.1.self_attn.o_proj.weight"))
+    at = begin + header[name]["data_offsets"][0]
+    data[at : at + 2] = b"\xc0\x7f"  # NaN in bfloat16
+    file.write_bytes(data)
+    result = maverick("generate", "hi", "-m", broken, "--mesh", "data=1")
+    expect(result, "prompt 0", "not finite", "text.layers.1 is the first layer", "text.layers.1.attention.output")
