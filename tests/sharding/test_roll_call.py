@@ -194,7 +194,7 @@ def test_who_is_sent_away_in_the_middle_of_the_greeting_comes_again(gathering):
                     caller.recv(1)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=on_the_way)
+        thread = threading.Thread(target=on_the_way, daemon=True)
         thread.start()
         with contextlib.closing(roll_call._enter(member(1, port=server.getsockname()[1]), HARD_LIMIT_S)):
             gathering.wait(HARD_LIMIT_S)
