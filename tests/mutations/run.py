@@ -65,7 +65,8 @@ def is_noticed(mutation: Mutation, checkout: Path) -> bool:
     finally:
         file.write_text(text, encoding="utf-8")
     if ended.returncode not in (0, FAILED):
-        raise RuntimeError(f"{' '.join(mutation.tests)} could not be run with «{mutation.fault}»:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
+        said = ended.stdout[-2000:] + ended.stderr[-2000:]
+        raise RuntimeError(f"{' '.join(mutation.tests)} could not be run with «{mutation.fault}»:\n{said}")
     return ended.returncode == FAILED
 
 
