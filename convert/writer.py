@@ -43,8 +43,9 @@ class Writer:
     """Fills an Orbax checkpoint slice by slice; any thread of any process may write.
 
     A chunk of a Zarr array without compression is a file of its bytes. It is written beside the checkpoint, synced and renamed,
-    so it appears under its name only when all of it is on disk. (Its name may be lost in a power cut; then it is written again.) (TensorStore writes the same file, but copies each chunk into many
-    small blocks, of which its threads kept half a gigabyte.)
+    so it appears under its name only when all of it is on disk; a name that a power cut takes away again is found missing, and
+    written anew. (TensorStore writes the same file, but copies each chunk into many small blocks, of which its threads kept half a
+    gigabyte.)
 
     Args:
       path: of the checkpoint; made by all processes of the run if it is not there, continued if it is.
