@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from maverick_jax.checkpoint import resolve
-from maverick_jax.convert.huggingface import INDEX
+from maverick_jax.convert.shards import INDEX
 
 NAME = "meta-llama/Llama-4-Maverick"
 DESCRIPTIONS = {

@@ -94,6 +94,7 @@ GREY_SEEN = [0, 51, 153, 255]
 NUMBERS = {  # pixels and what is seen; the mode that PIL gives them
     "16 bits": ((GREY * 65535).astype(np.uint16), GREY_SEEN, "I;16"),
     "16 bits, dark": (np.array([[0, 255, 257, 4095]], np.uint16), [0, 1, 1, 16], "I;16"),
+    "16 bits, darker": (np.array([[0, 100, 200, 255]], np.uint16), [0, 0, 1, 1], "I;16"),
     "16 bits, the other byte order": ((GREY * 65535).astype(">u2"), GREY_SEEN, "I;16B"),
     "32 bits, 0 to 255": (np.rint(GREY * 255).astype(np.int32), GREY_SEEN, "I"),
     "32 bits, 0 to 1": (np.array([[0, 1, 0, 1]], np.int32), [0, 1, 0, 1], "I"),
