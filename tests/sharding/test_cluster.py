@@ -192,13 +192,22 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         if self.path == "/dripping":
             self.wfile.write(b"HTTP/1.0 200 OK\r\nMetadata-Flavor: Google\r\n\r\n")
             with contextlib.suppress(OSError):
-                while not self.over.wait(0.05):
+                for _ in range(100):
                     self.wfile.write(b"x")
+                    self.over.wait(0.05)
+            return
+        if self.path == "/endless":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nMetadata-Flavor: Google\r\n\r\n")
+            with contextlib.suppress(OSError):
+                for _ in range(2**10):
+                    self.wfile.write(bytes(2**16))
+                    Metadata.sent += 2**16
+            self.over.set()
             return
         if self.path == "/no-http":
             self.wfile.write(b"220 mail.example\r\n")
             return
-        size = {"/endless": cluster.METADATA_BYTES + 1, "/largest": cluster.METADATA_BYTES}.get(self.path, 10)
+        size = {"/too-long": cluster.METADATA_BYTES + 1, "/largest": cluster.METADATA_BYTES}.get(self.path, 10)
         flavor = "Portal" if self.path == "/portal" else "Google"
         self.send_response(404 if self.path == "/absent" else 200)
         self.send_header("Metadata-Flavor", flavor)
@@ -212,7 +221,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def metadata(monkeypatch):
     """A metadata server on this machine, which `_ask_machine` asks."""
-    Metadata.seen, Metadata.over = [], threading.Event()
+    Metadata.seen, Metadata.sent, Metadata.over = [], 0, threading.Event()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
         monkeypatch.setattr(cluster, "METADATA", f"http://127.0.0.1:{server.server_port}/")
@@ -229,10 +238,17 @@ def test_the_metadata_server_is_asked_and_understood(metadata, monkeypatch):
     assert len(cluster._ask_machine("largest")) == cluster.METADATA_BYTES
 
 
-@pytest.mark.parametrize("name", ["absent", "portal", "endless", "no-http", "no-text"])
+@pytest.mark.parametrize("name", ["absent", "portal", "too-long", "no-http", "no-text"])
 def test_answers_of_the_metadata_server_that_are_none(metadata, name):
     """No such attribute, a login page in between, more than fits, another program: this machine is alone, without a traceback."""
     assert cluster._ask_machine(name) is None
+
+
+def test_an_endless_answer_of_the_metadata_server_is_not_read(metadata):
+    """What is not read fills the buffers of the system, a few megabytes, and no memory of ours."""
+    assert cluster._ask_machine("endless") is None
+    assert Metadata.over.wait(HARD_LIMIT_S)
+    assert Metadata.sent < 2**25
 
 
 @pytest.mark.parametrize("name", ["silent", "dripping"])
