@@ -89,6 +89,22 @@ def test_pieces_of_any_lengths_leave_the_keys_in_reach(append, pieces, single):
         cache = cache.advanced(tuple(layers), jnp.asarray(start))
 
 
+def test_no_slot_is_written_twice():
+    """Of a piece longer than the buffer only the last tokens are written: which of two writes wins no accelerator promises."""
+    written = []
+
+    def write(buffer, new, slots):
+        written.extend(np.asarray(slots).tolist())
+        return buffer
+
+    piece = Piece.of(jnp.array([3, 6], jnp.int32), jnp.array([WIDTH, 4], jnp.int32), WIDTH)
+    layer = dataclasses.replace(KVCache.create(small_config(), 2, ROOM, jnp.float32).layers[0], fresh=False)
+    key = jnp.zeros((2, 1, WIDTH, 2))
+    layer.append(Keys(key, key, piece.positions_BT), piece, write)
+    for slots, last in zip(written, (range(6, 14), range(6, 10)) * 2, strict=True):
+        assert [slot for slot in slots if slot < CHUNK] == [position % CHUNK for position in last]
+
+
 def test_decoding_copies_no_buffer():
     """New keys go into the donated buffers in place, in the very program that `generate` runs, token after token: one copy per
     layer would double what a step writes, or worse."""
@@ -104,4 +120,6 @@ def test_decoding_copies_no_buffer():
     sampling, stop_ids = RowSampling.repeat(Sampling(), 2), np.zeros(3, np.int32)
     compiled = generation._decode.lower(graphdef, weights, state, sampling, stop_ids, np.int32(generation.STEPS)).compile()
     one_buffer = 2 * context * 64 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < one_buffer
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < one_buffer
+    assert memory.alias_size_in_bytes >= 4 * one_buffer, "the cache that comes out is not the one that went in"

@@ -112,6 +112,12 @@ def test_of_equal_tokens_the_first_are_kept(settings, expected):
     assert set(np.asarray(draw(jnp.broadcast_to(logits, (500, 5)), rows, jnp.int32(0))).tolist()) == expected
 
 
+def test_top_p_that_is_reached_exactly():
+    """The tokens that together reach it are enough: the next one is one too many."""
+    rows = RowSampling.repeat(Sampling(temperature=1.0, top_p=0.5), 1)
+    assert _kept(jnp.log(jnp.array([[0.25, 0.5, 0.25]])), rows).tolist() == [[False, True, False]]
+
+
 def test_tokens_that_are_all_equal():
     """The first k of a row without any order, whatever k, in every row of a batch alike."""
     rows = RowSampling.repeat(Sampling(temperature=1.0, top_k=3), 400)
