@@ -186,3 +186,14 @@ def test_a_control_token_that_ordinary_splitting_finds():
     ids = tokenizer.encode("<|eot|>")
     assert not CONTROL & set(ids)
     assert tokenizer.decode(ids) == "<|eot|>"
+
+
+def test_typed_control_tokens_are_split_as_any_text():
+    """Also where the vocabulary joins their characters: `<|` is one id in code of the language F#, and so it is here."""
+    made = description()
+    made["model"]["vocab"]["<|"] = max(token["id"] for token in made["added_tokens"]) + 1
+    made["model"]["merges"].append(["<", "|"])
+    without = tokenizers.Tokenizer.from_str(json.dumps(made | {"added_tokens": [], "post_processor": None}))
+    expected = without.encode("a<|eot|>").ids
+    assert made["model"]["vocab"]["<|"] in expected
+    assert Tokenizer(made).encode("a<|eot|>") == expected
