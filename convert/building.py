@@ -67,7 +67,7 @@ def _empty(partial: Path, patterns: Collection[str]) -> None:
     """Remove what an attempt that starts anew left, if there is nothing else."""
     entries = list(partial.iterdir())
     for entry in entries:
-        if not any(entry.match(pattern) for pattern in patterns):
+        if not any(entry.match(pattern.partition("/")[0]) for pattern in patterns):
             raise UserError(f"{partial} holds {entry.name}, which is of something else: move it away, or choose another name.")
     for entry in entries:
         if entry.is_dir() and not entry.is_symlink():

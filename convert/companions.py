@@ -11,6 +11,7 @@ from maverick_jax.errors import UserError
 from maverick_jax.json_file import read_json
 
 PARAMS = "params"  # of a model directory: an Orbax checkpoint of its own
+TEMPLATES = "additional_chat_templates"  # a folder of named ones
 COMPANIONS = (  # what a checkpoint has beside its weights
     "config.json",
     "generation_config.json",
@@ -19,6 +20,7 @@ COMPANIONS = (  # what a checkpoint has beside its weights
     "special_tokens_map.json",
     "tokenizer*",
     "chat_template*",
+    f"{TEMPLATES}/*.jinja",
     "LICENSE*",
     "USE_POLICY*",
 )
@@ -64,7 +66,7 @@ def find_companions(directory: Path) -> list[Path]:
         if file.is_dir():
             continue
         target = Path(os.path.realpath(file))
-        if file.is_symlink() and not any(target.is_relative_to(root) for root in roots):
+        if not any(target.is_relative_to(root) for root in roots):  # a link, or in a folder that is one
             raise UserError(f"{file} is a link to {target}, outside the checkpoint: put the file itself in its place, or remove the link.")
         if file.is_symlink() and not target.exists():
             raise UserError(f"{file} is a link that leads nowhere or in a circle: fetch the file again, or remove the link.")
@@ -81,7 +83,9 @@ def find_companions(directory: Path) -> list[Path]:
 def copy_companions(source: Path, destination: Path) -> None:
     """Copy what is there of config, tokenizer, template and licence files, as `find_companions` has them."""
     for file in find_companions(source):
-        shutil.copyfile(file, destination / file.name)
+        copy = destination / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def describe_weights(file: Path, *, dtype: str | None, fp8: bool) -> None:

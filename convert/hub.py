@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from maverick_jax.convert.companions import COMPANIONS, PARAMS
@@ -18,7 +18,6 @@ from maverick_jax.json_file import read_json
 
 ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 DESCRIPTIONS = (*COMPANIONS, "params.json", INDEX, MANIFEST, "adapter_config.json", "hf_quant_config.json")
-FOLDERS = "*/*"  # `*` takes slashes too: without this, `tokenizer*` would fetch what is in a folder of that name
 LIKE = 0.8  # of two names, by `difflib`
 
 
@@ -41,20 +40,25 @@ def download(name: str) -> Path:
     except ImportError:
         raise UserError(f"{name} is no directory here; to fetch it from the Hugging Face Hub, pip install 'maverick-jax[hub]'.") from None
 
-    def fetch(patterns: Iterable[str], ignored: str | None = None, revision: str | None = None) -> Path:
+    def fetch(patterns: Collection[str], revision: str | None = None) -> Path:
         try:
-            return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=ignored, revision=revision))
+            return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=_deeper(patterns), revision=revision))
         except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
             raise UserError(f"{name} is no directory here and could not be fetched from the Hugging Face Hub: {error}") from error
 
-    directory = fetch(DESCRIPTIONS, FOLDERS)
+    directory = fetch(DESCRIPTIONS)
     revision = directory.name  # the rest is of the same, though somebody changes the repository meanwhile
     if (directory / MANIFEST).is_file():
-        return fetch([f"{PARAMS}/*"], revision=revision)
-    directory = fetch(_shards(directory), FOLDERS, revision)
+        return fetch([f"{PARAMS}/**"], revision)
+    directory = fetch(_shards(directory), revision)
     if any(directory.glob("*.safetensors")):
         return directory
-    return fetch([FILES, SCALES, "*int4*.pt"], FOLDERS, revision)
+    return fetch([FILES, SCALES, "*int4*.pt"], revision)
+
+
+def _deeper(patterns: Collection[str]) -> list[str]:
+    """What `*` shall not reach: for the Hub it takes slashes too, and `tokenizer*` would fetch what is in a folder of that name."""
+    return [f"{pattern.partition('*')[0]}*/*" for pattern in patterns if "*" in pattern and "**" not in pattern]
 
 
 def _shards(directory: Path) -> list[str]:

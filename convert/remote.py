@@ -9,7 +9,7 @@ import functools
 import tempfile
 from typing import TYPE_CHECKING
 
-from maverick_jax.convert.companions import COMPANIONS, MAX_COMPANION, PARAMS
+from maverick_jax.convert.companions import COMPANIONS, MAX_COMPANION, PARAMS, TEMPLATES
 from maverick_jax.convert.manifest import MANIFEST
 from maverick_jax.errors import UserError
 
@@ -45,9 +45,12 @@ def fetch(url: str) -> tempfile.TemporaryDirectory:
 def _copy(source: epath.Path, destination: epath.Path) -> None:
     if not (source / MANIFEST).exists():
         raise UserError(f"{source} is not a finished model directory: it has no {MANIFEST}. Copy one there that `maverick convert` made.")
-    for file in source.iterdir():
+    folder = source / TEMPLATES
+    for file in (*source.iterdir(), *(folder.iterdir() if folder.exists() else ())):
         if file.name == MANIFEST or any(file.match(pattern) for pattern in COMPANIONS):
             if (size := file.stat().length) > MAX_COMPANION:
                 raise UserError(f"{file} has {size:,} bytes, more than the {MAX_COMPANION:,} of any such file: copy the directory again.")
-            (destination / file.name).write_bytes(file.read_bytes())
+            copy = destination / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(file.read_bytes())
     (destination / PARAMS).write_text(str(source / PARAMS))

@@ -25,7 +25,7 @@ from maverick_jax.assets import mini_directory
 from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, hub, open_model_directory, open_source, orbax, remote
 from maverick_jax.convert.agreement import compare_names
 from maverick_jax.convert.building import building, local_path
-from maverick_jax.convert.companions import COMPANIONS, copy_companions, find_companions
+from maverick_jax.convert.companions import COMPANIONS, TEMPLATES, copy_companions, find_companions
 from maverick_jax.convert.foreign import check_directory
 from maverick_jax.convert.manifest import write_manifest
 from maverick_jax.convert.orbax import flatten, unflatten
@@ -141,7 +141,10 @@ def identity(directory: Path) -> dict[str, str]:
       Part of the checkpoint -> digest. Of the weights it covers the names and sizes of up to `SAMPLES` files and a sample of
       their bytes; of a model directory the manifest, which holds digests of all.
     """
-    parts = {"config.json": ("config.json", "params.json"), "the tokenizer": ("tokenizer*", "chat_template*", "generation_config.json")}
+    parts = {
+        "config.json": ("config.json", "params.json"),
+        "the tokenizer": ("tokenizer*", "chat_template*", f"{TEMPLATES}/*", "generation_config.json"),
+    }
     small = {name: sorted(f for pattern in patterns for f in directory.glob(pattern) if f.is_file()) for name, patterns in parts.items()}
     digests = {name: hashlib.sha256(b"".join(file.read_bytes() for file in files)) for name, files in small.items()}
     if (directory / MANIFEST).is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import jinja2
 import numpy as np
 
 from maverick_jax.errors import UserError
+from maverick_jax.json_file import read_json
 from maverick_jax.prompt.budget import TooExpensive, budget_for, check_output
 from maverick_jax.prompt.provenance import Text, joined, written
 from maverick_jax.prompt.sandbox import ChatEnvironment
 
 MAX_SOURCE = 100_000  # characters of a template; the longest that are published have some 30,000
 MAX_MESSAGE = 300  # characters of what a template says
-MAX_FILE = 16_000_000  # bytes of a JSON file that may hold one
 ROLES = frozenset("assistant developer function ipython system tool user".split())  # names that a template may build tokens from
 NAMED_TOKENS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>", "pad_token": "<|finetune_right_pad|>"}  # of the releases
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names for what a model thought, the standard one first
@@ -128,17 +127,7 @@ def _read(file: Path, limit: int) -> str:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(_read(file, MAX_FILE))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} cannot be read ({error}): fetch it again or remove it.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds a {type(values).__name__} instead of an object: fetch it again or remove it.")
-    return values
+    return read_json(file, advice="fetch it again or remove it") if file.is_file() else {}
 
 
 def _by_name(found: Any, file: Path) -> dict[str, str]:
@@ -194,7 +183,7 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its thoughts under the names that templates read, and a known role as the template's own word."""
     thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if thought is not None:
-        message = {"thinking": thought, **message, "reasoning_content": thought}
+        message = {"thinking": thought} | message | {"reasoning_content": thought}
     return message | {"role": written(message["role"])} if message.get("role") in ROLES else message
 
 

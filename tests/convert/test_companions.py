@@ -58,6 +58,10 @@ REFUSED = {
     "out and in and out again": (link("USE_POLICY.md", "../checkpoint/../id_rsa"), f"USE_POLICY.md {OUTSIDE}"),
     "over another link": (chain, f"LICENSE {OUTSIDE}"),
     "over a folder": (through_a_folder, f"LICENSE {OUTSIDE}"),
+    "a folder of templates": (
+        lambda home: ((home / "secret.jinja").write_text(SECRET), link("additional_chat_templates", "..")(home)),
+        f"secret.jinja {OUTSIDE}",
+    ),
     "over what looks like the Hub's cache": (like_the_hub, f"LICENSE {OUTSIDE}"),
     "a neighbour whose name begins as ours": (
         lambda home: ((home / "checkpoint-secret").write_text(SECRET), link("LICENSE", "../checkpoint-secret")(home)),
@@ -101,6 +105,19 @@ def test_links_inside_and_in_the_cache_of_the_hub_are_followed(tmp_path):
         copied = {file.name: file.read_text() for file in (tmp_path / str(number)).iterdir()}
         assert copied == {"config.json": "config.json", "LICENSE": "LICENSE", "tokenizer.json": "own", "tokenizer_config.json": "own"}
         assert not any(file.is_symlink() for file in (tmp_path / str(number)).iterdir())
+
+
+def test_named_templates_in_their_folder_are_carried_along(maverick, tmp_path):
+    """Without them a converted model would answer without its tools."""
+    source = shutil.copytree(maverick.source, tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    model = Path(convert(source, tmp_path / "model", progress=False).out)
+    again = export(model, tmp_path / "again", progress=False)
+    (tmp_path / "local").mkdir()
+    remote._copy(epath.Path(model), epath.Path(tmp_path / "local"))
+    for copy in (model, again, tmp_path / "local"):
+        assert (copy / "additional_chat_templates/tool_use.jinja").read_text() == "tools"
 
 
 def test_folders_and_pipes_are_passed_over(home):

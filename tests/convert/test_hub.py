@@ -20,12 +20,14 @@ DESCRIPTIONS = {
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
     "LICENSE",
     "USE_POLICY.md",
 }
 NOT_WANTED = {
     *("README.md", ".gitattributes", "tower.png", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.gguf", "train.py"),
     *("original/consolidated.00.pth", "original/params.json", "original/tokenizer.model", "tokenizer/tokenizer.json", "LICENSES/MIT"),
+    *("additional_chat_templates/old/tool_use.jinja", "additional_chat_templates/notes.txt"),
     *("onnx/model.onnx", "adapter/model.safetensors", "optimizer.pt", "runs/1/events", "coreml/x.mlpackage", "flax_model.msgpack"),
 }
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}

@@ -146,7 +146,7 @@ def test_broken_templates_name_the_line(tmp_path):
         template(tmp_path, "{{ bos_token }}\n{% for %}")
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(UserError, match=r"tokenizer_config.json cannot be read"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json is not valid JSON"):
         load_template(tmp_path)
 
 

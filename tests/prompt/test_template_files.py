@@ -99,16 +99,16 @@ def test_templates_of_the_processor(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer_config__json": "["}, "tokenizer_config.json cannot be read"),
-        ({"tokenizer_config__json": "[" * 100_000}, "tokenizer_config.json cannot be read"),
-        ({"tokenizer_config__json": "[]"}, "holds a list instead of an object"),
+        ({"tokenizer_config__json": "["}, "tokenizer_config.json is not valid JSON"),
+        ({"tokenizer_config__json": "[" * 100_000}, "tokenizer_config.json is not valid JSON"),
+        ({"tokenizer_config__json": "[]"}, "holds no JSON object"),
         ({"tokenizer_config__json": {"chat_template": 5}}, "neither a text nor a list"),
         ({"tokenizer_config__json": {"chat_template": [{"name": "default"}]}}, "neither a text nor a list"),
         ({"tokenizer_config__json": {"chat_template": ["default"]}}, "neither a text nor a list"),
         ({"tokenizer_config__json": {"chat_template": {"default": None}}}, "neither a text nor a list"),
         ({"tokenizer_config__json": {"chat_template": {"default": "{% for %}"}}}, "has an error in line 1"),
         ({"tokenizer_config__json": {"chat_template": [{"name": "rag", "template": "r"}]}}, "none is 'default'"),
-        ({"chat_template__jinja": "x", "special_tokens_map__json": "{"}, "special_tokens_map.json cannot be read"),
+        ({"chat_template__jinja": "x", "special_tokens_map__json": "{"}, "special_tokens_map.json is not valid JSON"),
     ],
 )
 def test_broken_files_are_one_line(tmp_path, files, message):

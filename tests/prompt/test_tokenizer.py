@@ -128,7 +128,7 @@ def test_ids_beyond_the_tokenizer_are_silent(tokenizer):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", "{", "tokenizer.json is no tokenizer"),
+        ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
         ("tokenizer.json", '{"model": {"type": "nothing"}}', "tokenizer.json is no tokenizer"),
         ("tokenizer.model", "AA== 0\nhello\n", "line 2 is not 'base64 rank'"),
         ("tokenizer.model", "AA== 0\nAQ== 7\n", "line 2 has rank 7 instead of 1"),
