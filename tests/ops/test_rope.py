@@ -55,3 +55,12 @@ def test_vision_angles_are_transformers():
     theirs = Llama4VisionRotaryEmbedding(Llama4VisionConfig(**vision_values())).freqs_ci.numpy()
     ours = np.exp(1j * vision_angles(4, 16, 10000.0).astype(np.float64))
     assert_allclose(ours, theirs.reshape(ours.shape), atol=1e-6)
+
+
+def test_a_rotation_rounds_once():
+    """Heads in bfloat16 turn by float32 angles, sines and cosines; rounded too, these would move positions that are far apart."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((1, 9, 2, 16)), jnp.bfloat16)
+    angles = text_angles(jnp.arange(8000, 8009, dtype=jnp.int32)[None], inverse_frequencies(16, 5e5))
+    expected = rotate(x.astype(jnp.float32), angles).astype(jnp.bfloat16)
+    assert (rotate(x, angles) == expected).all()
