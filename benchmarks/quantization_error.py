@@ -26,7 +26,8 @@ from maverick_jax.prompt import Tokenizer
 from maverick_jax.training.mini.evaluate import accuracy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from oracle.pair import picture_prompt, text_ids
+from oracle.forward import text_ids
+from oracle.pair import picture_prompt
 from oracle.tiny_checkpoints import make_config, make_model, save_checkpoint
 
 EXPERT = "text.layers.3.feed_forward.experts.gate"

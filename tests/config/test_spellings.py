@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from maverick_jax.config import Config
 from oracle.config_spellings import ABSENT, FLAT, LLAMA3, NESTED, write
-from oracle.pair import TOLERANCE
+from oracle.forward import TOLERANCE
 from oracle.port import port
 from oracle.tiny_checkpoints import make_model
 

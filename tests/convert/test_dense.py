@@ -25,7 +25,8 @@ from maverick_jax.inference.cache import KVCache
 from maverick_jax.inference.generate import Generation
 from maverick_jax.plan import make_plan
 from oracle import tiny_checkpoints
-from oracle.pair import TOLERANCE, cached_step, logits, picture_prompt, text_ids
+from oracle.forward import TOLERANCE, cached_step, logits, text_ids
+from oracle.pair import picture_prompt
 
 DENSE = dict(num_hidden_layers=4, moe_layers=[], num_local_experts=0, num_experts_per_tok=0)
 WITHOUT = 1 << 20  # transformers computes no attention without chunks: one larger than any prompt is the same

@@ -15,7 +15,8 @@ from maverick_jax.checkpoint import load
 from maverick_jax.convert import convert, export, open_model_directory, open_source
 from maverick_jax.sharding import make_mesh
 from oracle import tiny_checkpoints
-from oracle.pair import TOLERANCE, logits, picture_prompt
+from oracle.forward import TOLERANCE, logits
+from oracle.pair import picture_prompt
 
 EXPERTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 

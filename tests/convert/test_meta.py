@@ -16,8 +16,8 @@ from maverick_jax.checkpoint import load
 from maverick_jax.config import Config
 from maverick_jax.convert import convert, names, open_model_directory, open_source, torch_file
 from oracle import tiny_checkpoints
+from oracle.forward import TOLERANCE, logits
 from oracle.meta_checkpoints import save_meta_checkpoint
-from oracle.pair import TOLERANCE, logits
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

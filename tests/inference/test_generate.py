@@ -15,7 +15,8 @@ from maverick_jax.inference import generate as generation
 from maverick_jax.inference import sizes
 from maverick_jax.inference.generate import Generation, generate
 from maverick_jax.sharding import make_mesh
-from oracle.pair import Pair, picture_prompt, text_ids
+from oracle.forward import text_ids
+from oracle.pair import Pair, picture_prompt
 from oracle.plain import PATCH, SIDE, VISION, plain_model
 from oracle.port import port
 from oracle.tiny_checkpoints import make_model, text_values

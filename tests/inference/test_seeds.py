@@ -8,7 +8,7 @@ import pytest
 from maverick_jax.errors import UserError
 from maverick_jax.inference.generate import generate
 from maverick_jax.inference.sampling import RowSampling, Sampling, sample
-from oracle.pair import logits
+from oracle.forward import logits
 from oracle.plain import plain_model
 
 PROMPTS = [[4, 5, 6], [7, 8, 9, 10, 11], [12]]

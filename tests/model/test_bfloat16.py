@@ -15,7 +15,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4Router
 from maverick_jax.model import moe
 from maverick_jax.model.attention import Piece
 from maverick_jax.ops.norm import rms_norm
-from oracle.pair import text_ids
+from oracle.forward import text_ids
 from oracle.port import port
 from oracle.tiny_checkpoints import make_model, text_values
 

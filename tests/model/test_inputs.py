@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.cache import KVCache
-from oracle.pair import cached_step, logits
+from oracle.forward import cached_step, logits
 from oracle.plain import PATCH, SIDE, VISION, plain_config, plain_model
 
 IDS = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.int32)

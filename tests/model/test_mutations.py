@@ -13,7 +13,7 @@ import pytest
 from maverick_jax.config import TextConfig
 from maverick_jax.model import attention, moe
 from maverick_jax.sharding import Local
-from oracle.pair import TOLERANCE, text_ids
+from oracle.forward import TOLERANCE, text_ids
 from oracle.port import port
 
 VISIBLE = 1e-2  # a hundred times the tolerance: a mutation is never mistaken for rounding

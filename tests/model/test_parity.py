@@ -9,7 +9,8 @@ from numpy.testing import assert_allclose
 
 from maverick_jax.model.attention import Piece
 from maverick_jax.model.llama4 import Llama4
-from oracle.pair import TOLERANCE, logits, picture_prompt, text_ids
+from oracle.forward import TOLERANCE, logits, text_ids
+from oracle.pair import picture_prompt
 
 
 def test_text_over_three_chunks(tiny):

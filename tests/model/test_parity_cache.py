@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose
 from transformers import Llama4TextConfig
 
 from maverick_jax.inference.cache import KVCache
-from oracle.pair import TOLERANCE, Pair, cached_step, forms_for_tpu, text_ids
+from oracle.forward import TOLERANCE, cached_step, forms_for_tpu, text_ids
+from oracle.pair import Pair
 from oracle.port import port
 from oracle.tiny_checkpoints import make_model, text_values
 

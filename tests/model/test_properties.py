@@ -5,7 +5,8 @@ import hypothesis.strategies as st
 import numpy as np
 from numpy.testing import assert_allclose
 
-from oracle.pair import TOLERANCE, Pair, logits, text_ids
+from oracle.forward import TOLERANCE, logits, text_ids
+from oracle.pair import Pair
 from oracle.port import port
 from oracle.tiny_checkpoints import PATCH, make_config, make_model
 

@@ -11,7 +11,7 @@ from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.model import get_abstract_model, parameter_name
 from maverick_jax.model.quantized import COMPONENTS, QuantizedWeight, quantizable, quantized_leaves, set_quantized
-from oracle.pair import TOLERANCE, logits, text_ids
+from oracle.forward import TOLERANCE, logits, text_ids
 from oracle.quantized import model_of, quantize_arrays, small_model
 
 EXPERTS = "text.layers.1.feed_forward.experts"

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 
 from maverick_jax.inference.cache import KVCache
 from maverick_jax.model import Llama4
-from oracle.pair import TOLERANCE, cached_step
+from oracle.forward import TOLERANCE, cached_step
 from oracle.plain import plain_model
 
 CHUNK, BORDER = 8192, 8192

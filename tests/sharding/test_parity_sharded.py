@@ -13,7 +13,8 @@ from transformers import Llama4TextConfig
 from maverick_jax.inference.cache import KVCache
 from maverick_jax.sharding import LATENCY, THROUGHPUT, TRAINING, AllToAll, get_layout, make_mesh
 from maverick_jax.sharding.attend import CACHE
-from oracle.pair import TOLERANCE, cached_step, forms_for_tpu, logits, picture_prompt, text_ids
+from oracle.forward import TOLERANCE, cached_step, forms_for_tpu, logits, text_ids
+from oracle.pair import picture_prompt
 from oracle.port import port
 from oracle.tiny_checkpoints import make_model, text_values
 

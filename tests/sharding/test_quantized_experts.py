@@ -14,7 +14,7 @@ from maverick_jax.errors import UserError
 from maverick_jax.ops.quantize import FORMATS, QuantizedArray, dequantize, quantize
 from maverick_jax.ops.swiglu import ExpertWeights
 from maverick_jax.sharding import LATENCY, THROUGHPUT, Local, make_mesh
-from oracle.pair import TOLERANCE, logits, text_ids
+from oracle.forward import TOLERANCE, logits, text_ids
 from oracle.quantized import model_of, quantize_arrays, small_model
 
 E, D, F, T = 8, 16, 64, 29
