@@ -1,10 +1,12 @@
 # make demo    install into .venv, convert the embedded checkpoint, ask it about two pictures on 8 simulated devices
-# make test    install the test and torch extras, run all tests; EXTRAS=test leaves out what compares with PyTorch
+# make test    install the test and torch extras, run all tests; EXTRAS=test leaves out what compares with PyTorch,
+#              WORKERS=1 takes half the memory (10 GB) and twice the time
 # make lint    ruff and pyright
 
 PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= test,torch
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 
 .PHONY: demo test lint clean
@@ -13,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/maverick demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
