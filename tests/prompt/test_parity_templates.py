@@ -296,7 +296,11 @@ def bad_choices(a: int):
     """
 
 
-@pytest.mark.parametrize("tool", [no_hint, undescribed, undocumented, strange, bad_choices, 7, "f", len, Thing], ids=lambda tool: getattr(tool, "__name__", repr(tool)))
+@pytest.mark.parametrize(
+    "tool",
+    [no_hint, undescribed, undocumented, strange, bad_choices, 7, "f", len, Thing],
+    ids=lambda tool: getattr(tool, "__name__", repr(tool)),
+)
 def test_tools_without_a_schema(tool):
     with pytest.raises(UserError) as refused:
         tool_schema(tool)
