@@ -21,7 +21,7 @@ from maverick_jax.prompt.byte_level import byte_alphabet
 from maverick_jax.prompt.tokenizer_model import read_tokenizer_model
 
 FILES = ("tokenizer.json", "tokenizer.model")
-BOUNDS = {"max_bytes": 256 << 20, "max_values": 8_000_000}  # Llama 4's has 28 MB and 1.6 million values
+MAX_BYTES, MAX_VALUES = 256 << 20, 8_000_000  # of a tokenizer.json; Llama 4's has 28 MB and 1.6 million values
 
 
 class Tokenizer:
@@ -55,7 +55,9 @@ class Tokenizer:
         if file is None:
             raise UserError(f"{path} has no {' or '.join(FILES)}: copy one from the checkpoint's repository.")
         try:
-            return cls(read_json(file, **BOUNDS) if file.suffix == ".json" else read_tokenizer_model(file))
+            return cls(
+                read_json(file, max_bytes=MAX_BYTES, max_values=MAX_VALUES) if file.suffix == ".json" else read_tokenizer_model(file)
+            )
         except UserError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception
