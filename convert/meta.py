@@ -35,7 +35,7 @@ def open_meta(directory: Path, config: Config) -> Source:
     Widths are those of the tensors: `params.json` only implies them (spec section 5.3).
 
     Raises:
-      UserError: torch is not installed, a rank is missing, a file holds code, or tensors and `params.json` disagree.
+      UserError: a rank is missing, a file holds more than tensors, or tensors and `params.json` disagree.
     """
     spellings = [read_file_names(file) for file in _files(directory, FILES)]
     ranks, spelling = [some.tensors for some in spellings], spellings[0]

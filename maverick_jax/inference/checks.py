@@ -120,10 +120,17 @@ def check_room(prompts: list[np.ndarray], max_new_tokens: int, config: TextConfi
 
 
 def whole_numbers(items: list, name: str) -> list[int]:
-    ids = [whole(item) for item in items]
-    if None in ids:
-        raise UserError(f"{name} holds {shown(items[ids.index(None)])}: expected whole numbers.")
-    return ids  # type: ignore[return-value]
+    """The ints that all items are.
+
+    Raises:
+      UserError: names the first that is none.
+    """
+    ids = []
+    for item in items:
+        if (id := whole(item)) is None:
+            raise UserError(f"{name} holds {shown(item)}: expected whole numbers.")
+        ids.append(id)
+    return ids
 
 
 def listed(values: Any) -> list | None:
