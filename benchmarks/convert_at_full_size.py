@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 
 from maverick_jax.config import Config, TextConfig
-from maverick_jax.convert import safetensors
-from maverick_jax.convert.names import find_places
+from maverick_jax.convert.formats import safetensors
+from maverick_jax.convert.formats.names import find_places
 
 # In a process of its own, which says when it began and ended, and the most memory it held.
 CONVERT = """

@@ -18,7 +18,7 @@ import numpy as np
 import maverick_jax as mj
 from maverick_jax.assets import mini_directory
 from maverick_jax.convert import convert, open_model_directory, open_source
-from maverick_jax.convert.steps import multiply_out
+from maverick_jax.convert.build.steps import multiply_out
 from maverick_jax.model.parameter import Sides
 from maverick_jax.model.quantized import COMPONENTS
 from maverick_jax.ops.quantize import FORMATS

@@ -1,13 +1,12 @@
 """Checkpoints from PyTorch to Orbax and back, and what is in them."""
 
-from maverick_jax.convert.companions import PARAMS
-from maverick_jax.convert.inventory import Inventory, inspect, table
-from maverick_jax.convert.manifest import MANIFEST
-from maverick_jax.convert.model_directory import ModelDirectory, open_model_directory
-from maverick_jax.convert.recognize import open_source
-from maverick_jax.convert.source import Source
-from maverick_jax.convert.to_orbax import Summary, convert
-from maverick_jax.convert.to_pytorch import export
+from maverick_jax.convert.build.model_directory import ModelDirectory, open_model_directory
+from maverick_jax.convert.build.to_orbax import Summary, convert
+from maverick_jax.convert.build.to_pytorch import export
+from maverick_jax.convert.formats.companions import MANIFEST, PARAMS
+from maverick_jax.convert.formats.recognize import open_source
+from maverick_jax.convert.formats.source import Source
+from maverick_jax.convert.proof.inventory import Inventory, inspect, table
 
 __all__ = [
     "MANIFEST",

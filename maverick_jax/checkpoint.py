@@ -22,13 +22,16 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from maverick_jax.assets import mini_directory
-from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, hub, open_model_directory, open_source, orbax, remote
-from maverick_jax.convert.agreement import compare_names
-from maverick_jax.convert.building import building, local_path
-from maverick_jax.convert.companions import COMPANIONS, TEMPLATES, copy_companions, find_companions
-from maverick_jax.convert.foreign import check_directory
-from maverick_jax.convert.manifest import write_manifest
-from maverick_jax.convert.orbax import flatten, unflatten
+from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, open_model_directory, open_source
+from maverick_jax.convert.build import orbax, remote
+from maverick_jax.convert.build.building import building
+from maverick_jax.convert.build.manifest import write_manifest
+from maverick_jax.convert.build.orbax import flatten, unflatten
+from maverick_jax.convert.formats import hub
+from maverick_jax.convert.formats.agreement import compare_names
+from maverick_jax.convert.formats.companions import COMPANIONS, TEMPLATES, copy_companions, find_companions
+from maverick_jax.convert.formats.foreign import check_directory
+from maverick_jax.convert.formats.recognize import local_path
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
 from maverick_jax.model.quantized import set_quantized

@@ -28,8 +28,8 @@ from transformers.utils import logging
 
 import maverick_jax as mj
 from maverick_jax.convert import convert, export, inspect
-from maverick_jax.convert.compare import compare
-from maverick_jax.convert.verify import verify
+from maverick_jax.convert.proof.compare import compare
+from maverick_jax.convert.proof.verify import verify
 from maverick_jax.ops.quantize import dequantize
 
 logging.set_verbosity_error()

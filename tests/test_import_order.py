@@ -1,6 +1,7 @@
-"""Lower packages never import higher ones: what a module may know is decided by where it lies (DESIGN section 2)."""
+"""Lower packages never import higher ones, and no two modules each other: what a module may know is decided by where it lies."""
 
 import ast
+import graphlib
 import os
 from pathlib import Path
 
@@ -19,6 +20,7 @@ ORDER = [  # lowest first; neighbours on one line do not know each other
     {"cli", "__main__"},
 ]
 BASE = ORDER[0]
+ROOMS = ["formats", "build", "proof"]  # of `convert`, lowest first
 RANK = {package: rank for rank, packages in enumerate(ORDER) for package in packages}
 PROMPT_USERS = {"assets", "inference", "serving", "training", "plan", "cli", "__main__"}
 
@@ -64,6 +66,54 @@ def allowed(importer: str, imported: str) -> bool:
     if imported == "":  # the package's face imports everything
         return RANK[importer] == len(ORDER) - 1
     return RANK[imported] < RANK[importer]
+
+
+def module_name(path: Path) -> str:
+    """`ops/rope.py` -> `maverick_jax.ops.rope`; a package is its `__init__.py`."""
+    return ".".join(["maverick_jax", *path.with_suffix("").parts]).removesuffix(".__init__")
+
+
+def imported_modules(tree: ast.AST, modules: set[str]) -> set[str]:
+    """Those of `modules` that are imported anywhere in a file, for type checkers too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & modules or {node.module}
+    return found & modules
+
+
+def find_circle(code: dict[str, str]) -> list[str]:
+    """Modules that import each other in a ring, the first again at the end; none gives an empty list."""
+    graph = {module: imported_modules(ast.parse(text), set(code)) - {module} for module, text in code.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_two_modules_import_each_other():
+    """Inside a package too, and for type checkers too: of two files in a circle neither can be read first."""
+    assert not find_circle({module_name(path): (ROOT / path).read_text(encoding="utf-8") for path in sources()})
+
+
+def test_a_circle_is_found():
+    """A rule that never fails keeps nothing."""
+    ring = {"a": "if TYPE_CHECKING:\n    from b import B", "b": "def f():\n    import c", "c": "from a import A", "d": "import a"}
+    assert set(find_circle(ring)) == {"a", "b", "c"}
+    assert not find_circle({"a": "from b import c", "b": "", "b.c": "import b"})
+
+
+@pytest.mark.parametrize("path", [path for path in sources() if path.parts[0] == "convert" and path.parts[1] in ROOMS], ids=str)
+def test_the_rooms_of_convert_point_downwards(path):
+    """What reads knows nothing of what makes, and what makes nothing of what proves."""
+    modules = {module_name(path) for path in sources()}
+    imported = imported_modules(ast.parse((ROOT / path).read_text(encoding="utf-8")), modules)
+    above = {f"maverick_jax.convert.{room}" for room in ROOMS[ROOMS.index(path.parts[1]) + 1 :]} | {"maverick_jax.convert"}
+    assert not {name for name in imported if name in above or name.rpartition(".")[0] in above - {"maverick_jax.convert"}}
 
 
 @pytest.mark.parametrize("path", sources(), ids=str)

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from maverick_jax.convert import convert
-    from maverick_jax.convert.estimate import estimate
+    from maverick_jax.convert.build.estimate import estimate
     from maverick_jax.errors import UserError
     from maverick_jax.ops.quantize import FORMATS
 

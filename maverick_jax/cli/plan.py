@@ -83,7 +83,7 @@ def _compile(plan):
 def _config(model: str):
     """A preset by its name; anything else is a directory."""
     from maverick_jax.config import Config
-    from maverick_jax.convert.foreign import refuse_foreign
+    from maverick_jax.convert.formats.foreign import refuse_foreign
     from maverick_jax.errors import UserError
 
     if model in PRESETS:

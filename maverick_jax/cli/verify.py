@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     import sys
 
-    from maverick_jax.convert.verify import verify
+    from maverick_jax.convert.proof.verify import verify
 
     quiet_accelerator_search()
     progress = not (args.quiet or args.json)
@@ -60,7 +60,7 @@ def _compare(model: str, source: str, progress: bool):
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         note("not compared with transformers: pip install 'maverick-jax[torch]' transformers")
         return None
-    from maverick_jax.convert.compare import compare
+    from maverick_jax.convert.proof.compare import compare
     from maverick_jax.errors import UserError
 
     try:

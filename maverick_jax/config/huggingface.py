@@ -8,15 +8,13 @@ Sources: spec section 1.1, transformers' `configuration_llama4.py` and `modeling
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from maverick_jax.config import checks
 from maverick_jax.config.checks import Rule, list_of, one_of, show, spell, without_null
 from maverick_jax.config.parts import NOPE_INTERVAL, RopeScaling, TextConfig, VisionConfig
 from maverick_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from maverick_jax.config.model import Config
 
 TEXT_SAME = (  # same name and meaning in the file and in TextConfig
     "vocab_size hidden_size intermediate_size intermediate_size_mlp num_hidden_layers num_attention_heads "
@@ -250,9 +248,9 @@ def _read_vision(prefix: str, values: dict[str, Any]) -> VisionConfig:
     return VisionConfig(**{name: given.get(name, VISION_DEFAULTS[name]) for name in VISION_SAME}, rope_theta=theta)
 
 
-def write(config: Config) -> dict[str, Any]:
-    """The `config.json` (transformers 5.x spelling) of a model: what `read` reads back to an equal `Config`."""
-    text = config.text
+def write(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` (transformers 5.x spelling) of a `Config` with these fields: what `read` reads back to the same."""
+    text, vision = fields["text"], fields["vision"]
     rope: dict[str, Any] = {"rope_theta": text.rope_theta, "rope_type": "default"}
     if text.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **dataclasses.asdict(text.rope_scaling)}
@@ -265,28 +263,27 @@ def write(config: Config) -> dict[str, Any]:
         "moe_layers": list(text.moe_layers),
         "no_rope_layers": [int(i not in text.nope_layers) for i in range(text.num_hidden_layers)],
         "rope_parameters": rope,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_id),
-        "pad_token_id": config.pad_token_id,
-        "dtype": config.dtype,
+        "bos_token_id": fields["bos_token_id"],
+        "eos_token_id": list(fields["eos_token_id"]),
+        "pad_token_id": fields["pad_token_id"],
+        "dtype": fields["dtype"],
     }
     if text.attention_chunk_size is None:  # transformers takes no null: it wants a number, and uses it on no layer of this type
         text_values |= {"attention_chunk_size": text.max_position_embeddings, "layer_types": ["full_attention"] * text.num_hidden_layers}
-    if config.vision is None:
+    if vision is None:
         return {"architectures": ["Llama4ForCausalLM"], **text_values}
-    vision = config.vision
     vision_values = {name: getattr(vision, name) for name in VISION_SAME} | {
         "model_type": "llama4_vision_model",
         "hidden_act": "gelu",
         "rope_parameters": {"rope_theta": vision.rope_theta, "rope_type": "default"},
-        "dtype": config.dtype,
+        "dtype": fields["dtype"],
     }
     return {
         "architectures": ["Llama4ForConditionalGeneration"],
         "model_type": "llama4",
-        "image_token_index": config.image_token_index,
+        "image_token_index": fields["image_token_index"],
         "tie_word_embeddings": text.tie_word_embeddings,
-        "dtype": config.dtype,
+        "dtype": fields["dtype"],
         "text_config": text_values,
         "vision_config": vision_values,
     }

@@ -82,7 +82,7 @@ class Config:
 
     def to_huggingface(self) -> dict[str, Any]:
         """The contents of a `config.json` (transformers 5.x spelling) that describes this model."""
-        return huggingface.write(self)
+        return huggingface.write(vars(self))
 
     def _with_generation_config(self, file: Path) -> Config:
         """Stop ids of `generation_config.json` win: fine-tunes change them there."""

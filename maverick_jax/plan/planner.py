@@ -1,77 +1,21 @@
-"""A plan: everything that is known about a case before anyone rents anything."""
+"""Make plans: of one mesh, of the best, or of all that divide and fit."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
-from maverick_jax.plan import report
 from maverick_jax.plan.case import Case
-from maverick_jax.plan.memory import Memory, memory
-from maverick_jax.plan.roofline import Cost, Prefill, decode, prefill
-from maverick_jax.plan.room import largest_batch, largest_context, refusal
+from maverick_jax.plan.memory import memory
+from maverick_jax.plan.report import Plan
+from maverick_jax.plan.roofline import decode, prefill
+from maverick_jax.plan.room import largest_batch, largest_context
 from maverick_jax.plan.search import candidates
 from maverick_jax.plan.topology import Topology
 from maverick_jax.sharding.layout import INFERENCE, Layout, get_layout
 from maverick_jax.sharding.mesh import AXES as MESH_AXES
-
-GPU_DEFAULT_SHARE = 0.75  # of a GPU's memory, jax's XLA_PYTHON_CLIENT_MEM_FRACTION
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a case costs; `str(plan)` is what `maverick plan` prints.
-
-    Attributes:
-      case: the question.
-      mesh_chosen: the mesh was not given: it is the best of those that divide.
-      memory: bytes per device.
-      decode: one step of a full cache.
-      prefill: reading the prompts.
-      largest_batch, largest_context: what fits if the other stays (0: nothing does).
-      curve: (batch, cost of a decode step) from 1 to the largest batch.
-    """
-
-    case: Case
-    mesh_chosen: bool
-    memory: Memory
-    decode: Cost
-    prefill: Prefill
-    largest_batch: int
-    largest_context: int
-    curve: tuple[tuple[int, Cost], ...]
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.fits
-
-    @property
-    def refusal(self) -> str:
-        """One line for a plan that does not fit: by how much, and what would."""
-        return refusal(self.case, mesh_chosen=self.mesh_chosen)
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader must know beside the numbers."""
-        case, found = self.case, []
-        if case.batch % case.row_ways:
-            found.append(
-                f"batch {case.batch} is no multiple of {case.row_ways}: devices share rows, and each row's cache lies on "
-                f"{case.sequence_ways(case.batch)} by its sequence."
-            )
-        if case.topology.chip.is_gpu and self.memory.needed > GPU_DEFAULT_SHARE * self.memory.capacity:
-            found.append("jax takes 75 % of a GPU's memory by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.94.")
-        return found
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return report.as_dict(self)
-
-    def __str__(self) -> str:
-        return report.as_text(self)
 
 
 def make_plan(

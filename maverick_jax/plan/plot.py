@@ -6,7 +6,7 @@ from pathlib import Path
 
 from maverick_jax.errors import UserError
 from maverick_jax.plan.chips import GIB
-from maverick_jax.plan.planner import Plan
+from maverick_jax.plan.report import Plan
 
 
 def save_plot(plan: Plan, file: str | Path) -> None:

@@ -1,0 +1,1 @@
+"""What is made: model directories, and Hugging Face checkpoints again. A kill at any moment leaves nothing half-made."""

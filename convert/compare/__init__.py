@@ -1,5 +1,0 @@
-"""A model directory beside transformers, stage by stage: both sides run, and what they hold is compared."""
-
-from maverick_jax.convert.compare.comparison import TOLERANCE, Comparison, Row, compare
-
-__all__ = ["TOLERANCE", "Comparison", "Row", "compare"]

@@ -1,0 +1,143 @@
+"""A repository of the Hugging Face Hub: what is fetched of it, without a network, and what is never asked."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+
+from maverick_jax.checkpoint import resolve
+from maverick_jax.convert.formats.shards import INDEX
+
+NAME = "meta-llama/Llama-4-Maverick"
+DESCRIPTIONS = {
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "LICENSE",
+    "USE_POLICY.md",
+}
+NOT_WANTED = {
+    *("README.md", ".gitattributes", "tower.png", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.gguf", "train.py"),
+    *("original/consolidated.00.pth", "original/params.json", "original/tokenizer.model", "tokenizer/tokenizer.json", "LICENSES/MIT"),
+    *("additional_chat_templates/old/tool_use.jinja", "additional_chat_templates/notes.txt"),
+    *("onnx/model.onnx", "adapter/model.safetensors", "optimizer.pt", "runs/1/events", "coreml/x.mlpackage", "flax_model.msgpack"),
+}
+SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+MODEL = {"config.json", "manifest.json", "tokenizer.json", "params/_CHECKPOINT_METADATA", "params/state/text.norm/zarr.json"}
+META = {"params.json", "tokenizer.model", "LICENSE", "consolidated.00.pth", "consolidated.01.pth", "fp8_scales_0.pt", "fp8_scales_1.pt"}
+REPOSITORIES = {  # what there is, what of it is fetched
+    "shards": (DESCRIPTIONS | NOT_WANTED | SHARDS | {INDEX}, DESCRIPTIONS | SHARDS | {INDEX}),
+    "shards and a stale file beside them": (DESCRIPTIONS | SHARDS | {INDEX, "model.safetensors"}, DESCRIPTIONS | SHARDS | {INDEX}),
+    "shards beside Meta's": (DESCRIPTIONS | SHARDS | {INDEX} | META, DESCRIPTIONS | SHARDS | {INDEX, "params.json", "tokenizer.model"}),
+    "one file": (DESCRIPTIONS | NOT_WANTED | {"model.safetensors"}, DESCRIPTIONS | {"model.safetensors"}),
+    "Meta's files": (META | NOT_WANTED, META),
+    "a model directory": (MODEL | NOT_WANTED | {"model.safetensors"}, MODEL),
+    "an adapter": ({"adapter_config.json", "adapter_model.safetensors", "README.md"}, {"adapter_config.json"}),
+    "another format": ({"config.json", "model.gguf"}, {"config.json"}),
+}  # fmt: skip
+
+
+class Hub(types.ModuleType):
+    """What we use of `huggingface_hub`, over a list of names. Its rule for patterns is the real one."""
+
+    def __init__(self, files: set[str], cache: Path):
+        super().__init__("huggingface_hub")
+        self.files, self.cache, self.asked = files, cache, []
+
+    def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, ignore_patterns=None) -> str:
+        self.asked.append((repo_id, revision))
+        folder = self.cache / "snapshots/0123abcd"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in filter_repo_objects(self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            index = {"weight_map": dict(zip("ab", sorted(SHARDS), strict=True))}
+            (folder / name).write_text(json.dumps(index) if name == INDEX else "")
+        return str(folder)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def hub(here, tmp_path, monkeypatch) -> Hub:
+    module = Hub(set(), tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return module
+
+
+@pytest.mark.parametrize("case", REPOSITORIES)
+def test_what_is_read_is_fetched_and_no_more(hub, case):
+    """The same weights come two or three times in a repository, and are 800 GB each time."""
+    hub.files, wanted = REPOSITORIES[case]
+    directory = resolve(NAME)
+    assert {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()} == wanted
+    assert {name for name, _ in hub.asked} == {NAME}
+    assert [revision for _, revision in hub.asked] == [None, *["0123abcd"] * (len(hub.asked) - 1)]  # never of two revisions
+
+
+@pytest.mark.parametrize(
+    ("directories", "name", "message"),
+    [
+        (["models/maverick"], "models/Maverick", "models/Maverick does not exist: did you mean models/maverick? Or to fetch it from the"),
+        (["models/maverick-fp8", "models/maverick-int8"], "models/maverick-int4", "did you mean models/maverick-"),
+        (["models/scout"], "models/gemma", "models/gemma does not exist, and models is a directory here: check the path; or to fetch it"),
+        (
+            ["models/maverick"],
+            "model/maverick",
+            "did you mean models/maverick? Or to fetch it from the Hugging Face Hub, `hf download model/",
+        ),
+        (["checkpoints"], "checkpoints/maverick", "does not exist, and checkpoints is a directory here"),
+    ],
+)
+def test_a_path_with_a_slip_is_not_asked_of_the_hub(hub, here, directories, name, message, refused):
+    """It waits for a network, tells a stranger what is on the disk, and ends with an error about access rights."""
+    for directory in directories:
+        (here / directory).mkdir(parents=True)
+    with refused(message):
+        resolve(name)
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    "name", ["./maverick", "../maverick", "models/maverick/", "~/maverick", "/maverick", "a/b/c", "maverick", "-/x", "ключ/x"]
+)
+def test_what_is_no_id_is_a_path(hub, name, refused):
+    with refused("does not exist"):
+        resolve(name)
+    assert hub.asked == []
+
+
+def test_other_directories_here_do_not_matter(hub, here):
+    (here / "data/meta-llama").mkdir(parents=True)
+    (here / "meta-llama-notes").mkdir()
+    (here / "meta-llama").touch()  # a file
+    hub.files = {"config.json", "model.safetensors"}
+    assert resolve(NAME).name == "0123abcd"
+
+
+def test_an_answer_of_the_hub_is_one_line(hub, monkeypatch, refused):
+    def gated(*_, **__):
+        raise RuntimeError("401 Client Error.\n\nCannot access gated repo\nfor url …")
+
+    monkeypatch.setattr(hub, "snapshot_download", gated)
+    with refused(f"{NAME} is no directory here and could not be fetched from the Hugging Face Hub: 401 Client Error."):
+        resolve(NAME)
+
+
+def test_without_its_client_the_way_to_get_it_is_named(here, monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with refused(f"{NAME} is no directory here; to fetch it from the Hugging Face Hub, pip install 'maverick-jax[hub]'."):
+        resolve(NAME)
