@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
-from maverick_jax.plan.case import Case
+from maverick_jax.plan.case import Case, Ways
 from maverick_jax.plan.memory import prefill_piece, prefill_rows
 from maverick_jax.plan.weights import ATTENTION, DENSE, EMBEDDING, ROUTED, SHARED, SMALL, UNEMBEDDING, VISION, itemsize
 from maverick_jax.sharding.attend import CACHE as CACHE_AXES
@@ -23,21 +24,23 @@ class Cost:
       read: bytes from its memory, by what is read.
       products: floating-point operations, by component ("scores": queries times keys, and weights times values).
       sent: bytes over its links in one direction, by collective.
+      crossed: bytes to other hosts in one direction, by collective; a part of the devices' exchange that `sent` does not count.
       collectives: how many there are; what starting one takes is not in `seconds`.
-      seconds: of memory, compute and links, each alone.
+      seconds: of memory, compute, links and, with several hosts, network, each alone.
       distinct: experts of a mixture layer that the whole batch hits.
     """
 
     read: dict[str, float]
     products: dict[str, float]
     sent: dict[str, float]
+    crossed: dict[str, float]
     collectives: int
     seconds: dict[str, float]
     distinct: float
 
     @property
     def step(self) -> float:
-        """Seconds if all three overlap perfectly: the limit."""
+        """Seconds if all of them overlap perfectly: the limit."""
         return max(self.seconds.values())
 
     @property
@@ -55,13 +58,30 @@ def distinct_experts(experts: int, tokens: float) -> float:
     return experts * (1 - (1 - 1 / experts) ** tokens)
 
 
-def all_reduce(ways: int, size: float) -> float:
-    """Bytes that each of `ways` devices sends to sum an array of `size` bytes: ring of reduce-scatter and all-gather."""
-    return 2 * (ways - 1) / ways * size
+class Sent(NamedTuple):
+    """Bytes that one device sends for a collective: over the fast links of its host, and to other hosts."""
+
+    inside: float
+    across: float
 
 
-def all_gather(ways: int, size: float) -> float:
-    """Bytes that each of `ways` devices sends until all have an array of `size` bytes. An all-to-all sends as much."""
+def all_reduce(ways: Ways, size: float) -> Sent:
+    """To sum an array of `size` bytes: a ring of reduce-scatter and all-gather, in each host and between them its shares."""
+    return Sent(2 * _leaves(ways.inside, size), 2 * _leaves(ways.across, size / ways.inside))
+
+
+def all_gather(ways: Ways, size: float) -> Sent:
+    """Until all have an array of `size` bytes, which hosts exchange in shares."""
+    return Sent(_leaves(ways.inside, size), _leaves(ways.across, size / ways.inside))
+
+
+def all_to_all(ways: Ways, size: float) -> Sent:
+    """To send each of the devices its part of `size` bytes."""
+    return Sent(_leaves(ways.inside, size) / ways.across, _leaves(ways.across, size))
+
+
+def _leaves(ways: int, size: float) -> float:
+    """What does not stay at home of something divided among so many."""
     return (ways - 1) / ways * size
 
 
@@ -115,7 +135,8 @@ def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
     experts, hit, routed_tokens, distinct = _experts(case, rows * tokens)
 
     slots, pairs = _attention(case, tokens, start)
-    parts = case.sequence_ways(rows) if tokens == 1 else 1
+    sharing = case.among(case.split_sequence(rows) if tokens == 1 else ())
+    parts = sharing.total
     (kv_heads,) = case.local(("kv_heads",), (text.num_key_value_heads,))
     (heads,) = case.local(("heads",), (text.num_attention_heads,))
     weights = {part: float(size) for part, size in case.weight_bytes.items() if part not in (VISION, EMBEDDING)}
@@ -137,10 +158,12 @@ def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
     if text.moe_layers:
         products[ROUTED] = 2.0 * elements[ROUTED] / experts * routed_tokens
 
-    links = _links(case, own_rows * tokens, asking_rows * tokens, rows * tokens)
+    exchanges = _exchanges(case, rows, tokens)
     if parts > 1:  # float32 sums of the parts of a row's cache
-        links["attention parts all-reduce"] = (text.num_hidden_layers, all_reduce(parts, asking_rows * heads * text.head_dim * 4))
-    sent = {name: count * size for name, (count, size) in links.items()}
+        size = asking_rows * heads * text.head_dim * 4
+        exchanges["attention parts all-reduce"] = (text.num_hidden_layers, all_reduce(sharing, size))
+    sent = {name: count * each.inside for name, (count, each) in exchanges.items() if each.inside}
+    crossed = {name: count * each.across for name, (count, each) in exchanges.items() if each.across}
     chip = case.topology.chip
     in_experts = products.get(ROUTED, 0.0)
     expert_rate = chip.fp8_flops if case.dtype == "fp8" else chip.flops
@@ -149,7 +172,9 @@ def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
         "compute": (sum(products.values()) - in_experts) / chip.flops + in_experts / expert_rate,
         "links": sum(sent.values()) / chip.link,
     }
-    return Cost(read, products, sent, sum(count for count, _ in links.values()), seconds, distinct)
+    if case.topology.hosts > 1:
+        seconds["network"] = sum(crossed.values()) / chip.network
+    return Cost(read, products, sent, crossed, sum(count for count, _ in exchanges.values()), seconds, distinct)
 
 
 def _experts(case: Case, tokens: int) -> tuple[int, float, float, float]:
@@ -182,24 +207,31 @@ def _attention(case: Case, tokens: int, start: int) -> tuple[int, int]:
     return slots, pairs
 
 
-def _links(case: Case, own_tokens: int, asking_tokens: int, all_tokens: int) -> dict[str, tuple[int, float]]:
-    """Collectives of a step: how many of each kind, and the bytes that one device sends in one."""
+def _exchanges(case: Case, rows: int, tokens: int) -> dict[str, tuple[int, Sent]]:
+    """Collectives of a step: how many of each kind, and what one device sends in one."""
     text = case.config.text
     layers, mixtures = text.num_hidden_layers, len(text.moe_layers)
-    own, asking = own_tokens * token_bytes(case), asking_tokens * token_bytes(case)
-    dispatched = math.ceil(all_tokens / case.ways("tokens")) * token_bytes(case)
-    to_experts = all_gather(case.split("expert", text.num_local_experts), dispatched) if mixtures else 0.0
+    (own_rows,) = case.local(("batch",), (rows,))
+    (asking_rows,) = case.local((CACHE_AXES[0],), (rows,))
+    own, asking = own_rows * tokens * token_bytes(case), asking_rows * tokens * token_bytes(case)
+    dispatched = math.ceil(rows * tokens / case.ways("tokens")) * token_bytes(case)
+
+    def among(axis: str, size: int) -> Ways:
+        return case.among(case.split(axis, size))
+
+    regrouped = case.among(case.split("batch", rows) ^ case.split(CACHE_AXES[0], rows))
+    to_experts = all_to_all(among("expert", text.num_local_experts), dispatched) if mixtures else Sent(0, 0)
     found = {
-        "embedding all-reduce": (1, all_reduce(case.split("vocab", text.vocab_size), own)),
-        "attention all-reduce": (layers, all_reduce(case.split("heads", text.num_attention_heads), asking)),
-        "attention all-gather": (layers, all_gather(own_tokens // asking_tokens, own)),
-        "dense all-reduce": (layers - mixtures, all_reduce(case.split("mlp", text.intermediate_size_mlp), own)),
-        "shared expert all-reduce": (mixtures, all_reduce(case.split("mlp", text.intermediate_size), own)),
+        "embedding all-reduce": (1, all_reduce(among("vocab", text.vocab_size), own)),
+        "attention all-reduce": (layers, all_reduce(among("heads", text.num_attention_heads), asking)),
+        "attention all-gather": (layers, all_gather(regrouped, max(own, asking))),
+        "dense all-reduce": (layers - mixtures, all_reduce(among("mlp", text.intermediate_size_mlp), own)),
+        "shared expert all-reduce": (mixtures, all_reduce(among("mlp", text.intermediate_size), own)),
         "all-to-all to experts": (mixtures, to_experts),
         "all-to-all from experts": (mixtures, to_experts),
-        "routed expert all-reduce": (mixtures, all_reduce(case.split("expert_mlp", text.intermediate_size), dispatched)),
+        "routed expert all-reduce": (mixtures, all_reduce(among("expert_mlp", text.intermediate_size), dispatched)),
     }
-    return {name: (count, size) for name, (count, size) in found.items() if count and size}
+    return {name: (count, each) for name, (count, each) in found.items() if count and any(each)}
 
 
 def token_bytes(case: Case) -> int:
