@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 from collections.abc import Sequence
 
 import jax
@@ -100,7 +101,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in AXES or not size.isdigit() or int(size) < 1 or axis in sizes:
+        if axis not in AXES or not re.fullmatch("0*[1-9][0-9]{0,8}", size) or axis in sizes:
             raise UserError(f"--mesh {text!r}: {part!r} is not AXIS=SIZE with AXIS one of {', '.join(AXES)}, each at most once.")
         sizes[axis] = int(size)
     return sizes

@@ -13,6 +13,7 @@ examples:
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", help="throughput or latency (default: throughput; with --search: all)")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float32, or routed experts in fp8, int8 or int4 (default: bfloat16)")
     parser.add_argument("--batch", type=int, default=64, metavar="B", help="rows that decode together (default: 64)")
-    parser.add_argument("--context", type=int, metavar="T", help="tokens that each row has room for (default: 8192, or what the model takes)")
+    parser.add_argument(
+        "--context", type=int, metavar="T", help="tokens that each row has room for (default: 8192, or what the model takes)"
+    )
     parser.add_argument("--search", action="store_true", help="compare the meshes that divide and fit, the best first")
     parser.add_argument("--compile", action="store_true", help="ask the real compiler about the decode step (extra tpu or cuda13; no chip)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -49,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--search tries every mesh: leave out --mesh.")
     if args.plot is not None:
         check_plot(args.plot)
+    if args.compile:
+        _check_compiler(args.topology)
     config = _config(args.model)
     question = {"topology": args.topology, "layout": args.layout, "dtype": args.dtype, "batch": args.batch, "context": args.context}
     if args.search:
@@ -71,13 +76,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compile(plan):
-    """The decode step of a plan (of a search: of the best) by the real compiler."""
+def _check_compiler(topology: str) -> None:
+    """Whether it is there and knows these devices, before there is anything to compile."""
     import jax
 
-    from maverick_jax.plan.compiled import compile_decode
+    from maverick_jax.plan.targets import devices_of
+    from maverick_jax.plan.topology import Topology
 
     jax.config.update("jax_platforms", "cpu")  # compiling needs no accelerator, and takes none from others
+    devices_of(Topology.parse(topology))
+
+
+def _compile(plan):
+    """The decode step of a plan (of a search: of the best) by the real compiler."""
+    from maverick_jax.plan.compiled import compile_decode
+
     print(f"compiling the decode step of {plan.case.topology.name} …", file=sys.stderr)
     return compile_decode(plan.case)
 
@@ -90,7 +103,7 @@ def _config(model: str):
 
     if model in PRESETS:
         return getattr(Config, model)()
-    if not model or not Path(model).is_dir():
-        raise UserError(f"model {model!r} is neither {' nor '.join(PRESETS)} nor a directory.")
+    if not os.path.exists(model):
+        raise UserError(f"model {model!r} is neither {' nor '.join(PRESETS)} nor a directory, of which a plan reads config.json alone.")
     refuse_foreign(Path(model))
     return Config.from_directory(model)

@@ -20,7 +20,7 @@ from maverick_jax.sharding.mesh import AXES as MESH_AXES
 
 CONTEXT = 8192  # tokens, one attention chunk of the releases
 BEST = Range(whole, 1, float("inf"), "a whole number, 1 or more")
-DEVICES = Range(whole, 1, 2**20, "a whole number of devices, 1 or more")
+DEVICES = Range(whole, 1, 2**20, "a whole number, 1 to 1,048,576 devices")
 
 
 def make_plan(

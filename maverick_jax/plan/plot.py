@@ -26,18 +26,18 @@ def check_plot(file: str | Path) -> None:
     Raises:
       UserError: matplotlib is missing, the name ends in no known format, or the folder is not there or not to be written to.
     """
-    file = Path(file)
+    name, file = repr(os.fspath(file)), Path(file)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("a plot needs matplotlib: install maverick-jax with the extra `notebooks`.")
     if file.suffix.lower().removeprefix(".") not in FORMATS:
-        raise UserError(f"plot {str(file)!r} has no ending of a picture: name a file that ends in .{', .'.join(FORMATS)}.")
+        raise UserError(f"plot {name} has no ending of a picture: name a file that ends in .{', .'.join(FORMATS)}.")
     if file.is_dir():
-        raise UserError(f"plot {str(file)!r} is a folder: name a file.")
+        raise UserError(f"plot {name} is a folder: name a file.")
     if not file.parent.is_dir():
-        raise UserError(f"plot {str(file)!r}: there is no folder {str(file.parent)!r}: make it first.")
+        raise UserError(f"plot {name}: there is no folder {str(file.parent)!r}: make it first.")
     for place in (file.parent, file):
         if place.exists() and not os.access(place, os.W_OK):
-            raise UserError(f"plot {str(file)!r} cannot be written: you have no permission to write {str(place)!r}.")
+            raise UserError(f"plot {name} cannot be written: you have no permission to write {str(place)!r}.")
 
 
 def save_plot(plan: Plan, file: str | Path, *, model: str) -> None:

@@ -6,8 +6,11 @@ Source of the method: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 200
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from maverick_jax.plan.case import Case, Ways
@@ -113,9 +116,12 @@ class Prefill:
 
 def prefill(case: Case) -> Prefill:
     rows, piece = prefill_rows(case), prefill_piece(case)
-    costs = [step(case, rows, min(piece, case.context - start), start) for start in range(0, case.context, piece)]
-    seconds = sum(cost.step for cost in costs)
-    spent = {kind: sum(cost.step for cost in costs if cost.binds == kind) for kind in costs[0].seconds}
+    rest = case.context % piece
+    costs = steps(case, rows, piece, range(0, case.context - rest, piece))
+    spent: collections.Counter[str] = collections.Counter()
+    for cost in itertools.chain(costs, steps(case, rows, rest, [case.context - rest]) if rest else ()):
+        spent[cost.binds] += cost.step
+    seconds = sum(spent.values())
     return Prefill(
         rows=rows,
         piece=piece,
@@ -128,13 +134,17 @@ def prefill(case: Case) -> Prefill:
 
 def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
     """`rows` rows advance by `tokens` tokens each, `start` tokens after their beginnings."""
+    return next(steps(case, rows, tokens, [start]))
+
+
+def steps(case: Case, rows: int, tokens: int, starts: Iterable[int]) -> Iterator[Cost]:
+    """One step for each of `starts`: a long prompt has hundreds of thousands, which differ by what their queries see."""
     text, size = case.config.text, itemsize(case.dtype)
     D = text.hidden_size
     (own_rows,) = case.local(("batch",), (rows,))
     (asking_rows,) = case.local((CACHE_AXES[0],), (rows,))
     experts, hit, routed_tokens, distinct = _experts(case, rows * tokens)
 
-    slots, pairs = _attention(case, tokens, start)
     sharing = case.among(case.split_sequence(rows) if tokens == 1 else ())
     parts = sharing.total
     (kv_heads,) = case.local(("kv_heads",), (text.num_key_value_heads,))
@@ -145,36 +155,34 @@ def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
         weights[UNEMBEDDING], elements[UNEMBEDDING] = float(case.weight_bytes[EMBEDDING]), elements[EMBEDDING]
     if text.moe_layers:
         weights[ROUTED] *= hit / experts
-    read = {
-        **weights,
-        EMBEDDING: own_rows * tokens * D * size,
-        "cache": 2 * asking_rows * kv_heads * slots * text.head_dim * size / parts,
-    }
+    weights[EMBEDDING] = own_rows * tokens * D * size
 
     used = {ATTENTION: asking_rows * tokens, UNEMBEDDING: own_rows}  # of a prompt only the last token has logits
     used |= dict.fromkeys((DENSE, SHARED, SMALL), own_rows * tokens)
     products = {part: 2.0 * elements[part] * count for part, count in used.items() if part in elements}
-    products["scores"] = 4.0 * asking_rows * heads * text.head_dim * pairs / parts
     if text.moe_layers:
         products[ROUTED] = 2.0 * elements[ROUTED] / experts * routed_tokens
 
     exchanges = _exchanges(case, rows, tokens)
     if parts > 1:  # float32 sums of the parts of a row's cache
-        size = asking_rows * heads * text.head_dim * 4
-        exchanges["attention parts all-reduce"] = (text.num_hidden_layers, all_reduce(sharing, size))
+        sums = asking_rows * heads * text.head_dim * 4
+        exchanges["attention parts all-reduce"] = (text.num_hidden_layers, all_reduce(sharing, sums))
     sent = {name: count * each.inside for name, (count, each) in exchanges.items() if each.inside}
     crossed = {name: count * each.across for name, (count, each) in exchanges.items() if each.across}
+    collectives = sum(count for count, _ in exchanges.values())
     chip = case.topology.chip
     in_experts = products.get(ROUTED, 0.0)
-    expert_rate = chip.fp8_flops if case.dtype == "fp8" else chip.flops
-    seconds = {
-        "memory": sum(read.values()) / chip.bandwidth,
-        "compute": (sum(products.values()) - in_experts) / chip.flops + in_experts / expert_rate,
-        "links": sum(sent.values()) / chip.link,
-    }
+    compute = (sum(products.values()) - in_experts) / chip.flops + in_experts / (chip.fp8_flops if case.dtype == "fp8" else chip.flops)
+    exchange = {"links": sum(sent.values()) / chip.link}
     if case.topology.hosts > 1:
-        seconds["network"] = sum(crossed.values()) / chip.network
-    return Cost(read, products, sent, crossed, sum(count for count, _ in exchanges.values()), seconds, distinct)
+        exchange["network"] = sum(crossed.values()) / chip.network
+
+    for slots, pairs in _attention(case, tokens, starts):
+        cache = 2 * asking_rows * kv_heads * slots * text.head_dim * size / parts
+        scores = 4.0 * asking_rows * heads * text.head_dim * pairs / parts
+        read, made = weights | {"cache": cache}, products | {"scores": scores}
+        seconds = {"memory": sum(read.values()) / chip.bandwidth, "compute": compute + scores / chip.flops} | exchange
+        yield Cost(read, made, sent, crossed, collectives, seconds, distinct)
 
 
 def _experts(case: Case, tokens: int) -> tuple[int, float, float, float]:
@@ -192,19 +200,20 @@ def _experts(case: Case, tokens: int) -> tuple[int, float, float, float]:
     return held, max(1.0, hit), max(1.0, group * held / E), distinct_experts(E, tokens)
 
 
-def _attention(case: Case, tokens: int, start: int) -> tuple[int, int]:
-    """Of one row, summed over the layers: cache slots read, and pairs of a query and a key that it sees.
+def _attention(case: Case, tokens: int, starts: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Of one row, summed over the layers: cache slots read, and pairs of a query and a key that it sees, for each of `starts`.
 
     A decode step of a RoPE layer reads its whole buffer, whatever part of it belongs to the current chunk.
     """
     text = case.config.text
-    slots = pairs = 0
-    for layer in range(text.num_hidden_layers):
-        chunk = text.chunk_of_layer(layer)
-        before = start if chunk is None else min(start, chunk - 1) if tokens == 1 else start % chunk
-        slots += before + tokens
-        pairs += tokens * before + tokens * (tokens + 1) // 2
-    return slots, pairs
+    layers = collections.Counter(text.chunk_of_layer(layer) for layer in range(text.num_hidden_layers))
+    for start in starts:
+        slots = pairs = 0
+        for chunk, count in layers.items():
+            before = start if chunk is None else min(start, chunk - 1) if tokens == 1 else start % chunk
+            slots += count * (before + tokens)
+            pairs += count * (tokens * before + tokens * (tokens + 1) // 2)
+        yield slots, pairs
 
 
 def _exchanges(case: Case, rows: int, tokens: int) -> dict[str, tuple[int, Sent]]:

@@ -67,7 +67,9 @@ class Topology:
             more = [Topology(self.chip, shape) for shape in self.chip.shapes]
             return [topology for topology in more if topology.devices > self.devices]
         of_host = self.devices // self.hosts
-        others = sorted((chip for chip in CHIPS.values() if chip.host >= of_host and chip.memory > self.chip.memory), key=lambda c: c.memory)
+        others = sorted(
+            (chip for chip in CHIPS.values() if chip.host >= of_host and chip.memory > self.chip.memory), key=lambda c: c.memory
+        )
         doubled = [of_host * 2**i for i in range(1, 8) if of_host * 2**i < self.chip.host]
         return [
             *(_gpus(self.chip, number, self.hosts) for number in [*doubled, self.chip.host] if number > of_host),
@@ -86,7 +88,11 @@ def _parse_gpus(name: str, chip: Chip, shape: str) -> Topology:
     if 1 <= of_host <= chip.host and 1 <= hosts <= MOST_HOSTS:
         return _gpus(chip, of_host, hosts)
     many, rest = divmod(of_host, chip.host)
-    cure = f"{chip.name}:{chip.host}x{many}" if hosts == 1 and not rest and many > 1 else f"{chip.name}:{chip.host} or {chip.name}:{chip.host}x2"
+    cure = (
+        f"{chip.name}:{chip.host}x{many}"
+        if hosts == 1 and not rest and many > 1
+        else f"{chip.name}:{chip.host} or {chip.name}:{chip.host}x2"
+    )
     raise UserError(
         f"topology {shown(name)} is unknown: {chip.name} comes as 1 to {chip.host} of one {chip.group}, and as up to {MOST_HOSTS:,} such "
         f"{chip.group}s: write {cure}."
