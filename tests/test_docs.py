@@ -29,7 +29,8 @@ def test_a_public_name_says_what_it_is(name):
     text = inspect.getdoc(value) or ""
     assert re.match(r"[^\n]{10,}(\n[^\n]+)*?[.:](\s|$)", text), f"{name}: {text[:100]!r}"
     if inspect.isclass(value):
-        assert "__doc__" in vars(value) and not text.startswith(f"{name}("), f"{name} has only what Python makes of its fields"
+        assert "__doc__" in vars(value), f"{name} has its parent's docstring"
+        assert not text.startswith(f"{name}("), f"{name} has only what Python makes of its fields"
 
 
 def described(function) -> list[str]:

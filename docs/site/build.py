@@ -7,7 +7,6 @@ Needs the extra `docs`, and no network. A warning, a name that is not there or a
 
 from __future__ import annotations
 
-import importlib
 import re
 import shutil
 import sys
@@ -45,7 +44,7 @@ def main(out: Path) -> None:
 def resolve_lazy_names() -> None:
     """pdoc reads a module's dictionary, where names that are imported on first use are not."""
     for name in maverick_jax.__all__:
-        vars(maverick_jax)[name] = getattr(importlib.import_module("maverick_jax"), name)
+        setattr(maverick_jax, name, getattr(maverick_jax, name))
 
 
 def write_page(page: str, out: Path) -> None:

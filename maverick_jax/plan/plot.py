@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from maverick_jax.errors import UserError
 from maverick_jax.plan.chips import GIB
 from maverick_jax.plan.report import Plan
+from maverick_jax.plan.roofline import Cost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +20,8 @@ FORMATS = ("png", "pdf", "svg", "jpg", "webp")
 NARROW = 0.035  # of the bar: a shorter piece has no room for its figure
 BLUES = ("#1f4e79", "#2e75b6", "#5b9bd5", "#9dc3e6", "#7f9fbf", "#b7c9dd", "#d0dbe8", "#44668a")
 CACHES, TEMPORARIES, INK, GRID = ("#548235", "#a9d18e"), "#f4b183", "#333333", "#d9d9d9"
+INKED = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+STYLE: dict[Any, Any] = INKED | {"font.size": 10, "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def check_plot(file: str | Path) -> None:
@@ -54,15 +58,15 @@ def save_plot(plan: Plan, file: str | Path, *, model: str) -> None:
     from matplotlib.figure import Figure
 
     case = plan.case
-    plain = {"font.size": 10, "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "maverick"}
-    with rc_context(plain | {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11, 6.5), layout="constrained")
-        figure.suptitle(f"{model} in {case.dtype} on {case.topology.name}", fontsize=15, fontweight="bold", x=0.01, ha="left")
-        memory, speed = figure.subfigures(2, 1, height_ratios=(2, 3))
+        title = f"{model} in {case.dtype} on {case.topology.name}"
+        figure.suptitle(title, fontsize=15, fontweight="bold", x=0.01, ha="left", parse_math=False)  # a folder's name may have a $
+        memory, speed = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 3))[:, 0]
         _memory(memory.subplots(), plan)
         per_user, in_total = speed.subplots(1, 2)
-        _speed(per_user, plan, "tokens/s per user", [1 / cost.step for _, cost in plan.curve])
-        _speed(in_total, plan, "tokens/s in total", [batch / cost.step for batch, cost in plan.curve])
+        _speed(per_user, plan, "tokens/s per user", lambda batch, cost: 1 / cost.step)
+        _speed(in_total, plan, "tokens/s in total", lambda batch, cost: batch / cost.step)
         partial = Path(file).with_suffix(f".partial{Path(file).suffix}")
         try:
             figure.savefig(partial, dpi=150)
@@ -95,22 +99,25 @@ def _memory(axes: Axes, plan: Plan) -> None:
     axes.legend(fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, handlelength=1)
 
 
-def _speed(axes: Axes, plan: Plan, title: str, speeds: list[float]) -> None:
-    """One line over the batch; above it what binds, from where on."""
+def _speed(axes: Axes, plan: Plan, title: str, speed: Callable[[int, Cost], float]) -> None:
+    """One line over the batch, with the batch that was asked about; above it what binds, from where on."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    batches = [batch for batch, _ in plan.curve]
-    axes.plot(batches, speeds, marker="o", markersize=4, color=BLUES[1], linewidth=2)
-    if plan.case.batch in batches:
-        asked = speeds[batches.index(plan.case.batch)]
-        axes.plot(plan.case.batch, asked, marker="o", markersize=9, color=TEMPORARIES, markeredgecolor=INK)
-        right = speeds[-1] < speeds[0]  # of a line that falls there is room
-        place = {"xytext": (6 if right else -6, 7), "textcoords": "offset points", "ha": "left" if right else "right"}
-        axes.annotate(f"{asked:,.0f}", (plan.case.batch, asked), fontweight="bold", **place)
-    for i, (batch, cost) in enumerate(plan.curve):
-        if i == 0 or cost.binds != plan.curve[i - 1][1].binds:
+    asked = plan.case.batch
+    points = sorted((dict(plan.curve) | {asked: plan.decode}).items())
+    speeds = [speed(batch, cost) for batch, cost in points]
+    axes.plot([batch for batch, _ in points], speeds, marker="o", markersize=4, color=BLUES[1], linewidth=2)
+    height, falls = speed(asked, plan.decode), speeds[-1] < speeds[0]
+    axes.plot(asked, height, marker="o", markersize=9, color=TEMPORARIES, markeredgecolor=INK)
+    # Of a line that falls there is room to the right.
+    place: dict[str, Any] = {"xytext": (6 if falls else -6, 7), "textcoords": "offset points", "ha": "left" if falls else "right"}
+    axes.annotate(f"{height:,.0f}", (asked, height), fontweight="bold", **place)
+    bound = ""
+    for batch, cost in points:
+        if cost.binds != bound:
+            bound = cost.binds
             axes.axvline(batch, color=GRID, zorder=0)
-            axes.text(batch, 1.0, f" {cost.binds} binds", transform=axes.get_xaxis_transform(), fontsize=9, va="top", color="#7f7f7f")
+            axes.text(batch, 1.0, f" {bound} binds", transform=axes.get_xaxis_transform(), fontsize=9, va="top", color="#7f7f7f")
     axes.set_title(f"at most, {title}", loc="left", fontsize=10, pad=12)
     axes.set(xlabel="batch", xscale="log", yscale="log", ylim=(min(speeds) / 1.5, max(speeds) * 2.5))
     for axis, steps in ((axes.xaxis, (1.0,)), (axes.yaxis, (1.0, 2.0, 5.0))):

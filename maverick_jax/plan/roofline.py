@@ -118,7 +118,7 @@ def prefill(case: Case) -> Prefill:
     rows, piece = prefill_rows(case), prefill_piece(case)
     rest = case.context % piece
     costs = steps(case, rows, piece, range(0, case.context - rest, piece))
-    spent: collections.Counter[str] = collections.Counter()
+    spent: dict[str, float] = collections.defaultdict(float)
     for cost in itertools.chain(costs, steps(case, rows, rest, [case.context - rest]) if rest else ()):
         spent[cost.binds] += cost.step
     seconds = sum(spent.values())

@@ -48,7 +48,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v6e-64")):
             os.environ.setdefault(name, value)
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        settings = dict(TPU_SETTINGS.get(chip.name, {}))
+        settings: dict[str, Any] = dict(TPU_SETTINGS.get(chip.name, {}))
         if topology.shape == "1x1":  # of which libtpu expects four on a host
             settings["chips_per_host_bounds"] = (1, 1, 1)
         return _describe("tpu", "tpu", topology_name=f"{TPU_NAMES.get(chip.name, chip.name)}:{topology.shape}", **settings)
