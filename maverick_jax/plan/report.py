@@ -12,7 +12,7 @@ from maverick_jax.plan.memory import RESERVE, Memory
 from maverick_jax.plan.roofline import Cost, Prefill, token_bytes
 from maverick_jax.plan.room import refusal
 
-GPU_DEFAULT_SHARE = 0.75  # of a GPU's memory, jax's XLA_PYTHON_CLIENT_MEM_FRACTION
+GPU_DEFAULT_SHARE = 0.75  # of a GPU's memory, jax's XLA_CLIENT_MEM_FRACTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
             lies = f"each row's cache lies on {parts} by its sequence" if parts > 1 else "each of these has a row's whole cache"
             found.append(f"batch {case.batch} is no multiple of {case.row_ways}: devices share rows, and {lies}.")
         if case.topology.chip.is_gpu and self.memory.needed > GPU_DEFAULT_SHARE * self.memory.capacity:
-            found.append("jax takes 75 % of a GPU's memory by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.94.")
+            found.append("jax takes 75 % of a GPU's memory by default: set XLA_CLIENT_MEM_FRACTION=0.94.")
         return found
 
     def as_dict(self) -> dict[str, Any]:
