@@ -78,11 +78,12 @@ def _question(plan: Plan) -> list[str]:
     case = plan.case
     chip = case.topology.chip
     network = f", network {chip.network / 1e9:,.0f} GB/s" if case.topology.hosts > 1 else ""
+    many = f"{case.topology.devices:,} devices" if case.topology.devices > 1 else "1 device"
     halves = f" ({chip.devices_per_chip} of each chip)" if chip.devices_per_chip > 1 else ""
     return [
         f"{_parameters(case.parameter_count)}, {case.weight_total / 1e9:,.2f} GB in {case.dtype}; "
         f"batch {case.batch:,}, context {case.context:,}",
-        f"{case.topology.name}: {case.topology.devices:,} devices{halves} of {chip.memory / GIB:.0f} GiB "
+        f"{case.topology.name}: {many}{halves} of {chip.memory / GIB:.0f} GiB "
         f"at {chip.bandwidth / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.0f} TFLOP/s, links {chip.link / 1e9:,.0f} GB/s each way{network}",
         f"mesh {case.mesh_name}{' (the best that divides)' if plan.mesh_chosen else ''}, layout {case.layout.name}",
         *(f"note: {note}" for note in plan.notes),

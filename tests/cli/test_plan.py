@@ -130,7 +130,7 @@ def test_what_does_not_fit(maverick, arguments, excess):
 
 def test_nothing_suffices(maverick):
     """Scout in float32, the whole of it on every device: no single change is made up."""
-    question = "plan --model scout --topology v5e:16x16 --mesh data=256 --dtype float32 --batch 4096 --context 10485760"
+    question = "plan --model scout --topology v5e:16x16 --mesh data=256 --dtype float32 --batch 4096 --context 1048576"
     expect(maverick(*question.split()), ["no single change"])
 
 
