@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maverick_jax import __version__
-from maverick_jax.cli import options
+from maverick_jax.cli import compilation, options
 from maverick_jax.cli.parser import whole
 
 if TYPE_CHECKING:
@@ -35,9 +35,11 @@ LINE = 64  # marks
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo", metavar="DIR", help="where the model directory and the pictures go (default: demo)")
     parser.add_argument("--example", type=whole, default=22, metavar="N", help="which held-out question (default: 22)")
+    compilation.add_argument(parser)
 
 
 @options.on_every_process
+@compilation.programs_kept
 def run(args: argparse.Namespace) -> int:
     import jax
     from PIL import Image

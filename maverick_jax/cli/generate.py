@@ -9,7 +9,7 @@ examples:
 
 import argparse
 
-from maverick_jax.cli import options, streams
+from maverick_jax.cli import compilation, options, streams
 from maverick_jax.cli.parser import words
 
 
@@ -19,9 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format (base models)")
     options.add_model_arguments(parser)
     options.add_sampling_arguments(parser)
+    compilation.add_argument(parser)
 
 
 @options.on_every_process
+@compilation.programs_kept
 def run(args: argparse.Namespace) -> int:
     from maverick_jax.errors import UserError
     from maverick_jax.inference.chat import Chat
