@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from maverick_jax.cli import compilation, options
+from maverick_jax.cli import compilation, options, status
 
 HELP = "/image FILE   add a picture to the next question\n/reset        forget the conversation\n/quit         end"
 
@@ -84,7 +84,7 @@ def _answer(chat, question: str, pictures: list, *, as_json: bool) -> None:
 
     answer = ""
     try:
-        for portion in chat.stream(question, pictures):
+        for portion in status.awaited("computing", chat.stream(question, pictures)):
             answer += portion
             if not as_json:
                 print(portion, end="", flush=True)

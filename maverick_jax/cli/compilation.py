@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -51,15 +52,16 @@ def kept(asked: str | None) -> Iterator[None]:
 
     of_jax = jax.config.values["jax_compilation_cache_dir"]
     folder = _folder(asked, of_jax)
+    ours = asked is not None or not of_jax  # else it is the user's, with settings of his own
     settings = {"jax_compilation_cache_dir": folder}
-    if asked is not None or not of_jax:  # else it is the user's, with settings of his own
+    if ours:
         settings |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
     try:
-        with _troubles_told(folder):
+        with _troubles_told(folder if ours else None):
             yield
     finally:
         for name, value in before.items():
@@ -71,18 +73,22 @@ def _folder(asked: str | None, of_jax: str | None) -> str | None:
     """Where to keep programs; None: nowhere."""
     if asked in OFF:
         return None
-    if asked is None and of_jax:
-        return of_jax
-    root = Path(asked or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     if asked is None:
-        root /= "maverick-jax"
-    if not root.is_absolute() and asked is None:  # nobody's home
-        return None
+        if of_jax:
+            return of_jax
+        home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        if not home.is_absolute():  # a user who has no home
+            return None
+        root = home / "maverick-jax"
+    elif "://" in asked:  # a bucket, which jax opens
+        return asked
+    else:
+        root = Path(asked).absolute()
     folder = root / _this_kind_of_machine()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # who can write here can have his code run
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(13, os.strerror(13), str(folder))
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         _forget_oldest(folder)
     except OSError as error:
         _say(streams.reason(error))

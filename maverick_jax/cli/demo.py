@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maverick_jax import __version__
-from maverick_jax.cli import compilation, options
+from maverick_jax.cli import compilation, options, status
 from maverick_jax.cli.parser import whole
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{path}{'/' if path.is_dir() else ''}")
 
     _heading("every parameter on its devices")
-    model = load(out, mesh=make_mesh(expert=math.gcd(DEVICES, jax.device_count())))
+    mesh = make_mesh(expert=math.gcd(DEVICES, jax.device_count()))
+    with status.doing("loading the model"):
+        model = load(out, mesh=mesh)
     _print_experts(model)
 
     _heading("two pictures that the model has never seen")
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     chat = Chat(model, max_new_tokens=32)
     print(f"question  {question}\nanswer    ", end="", flush=True)
     answer = ""
-    for portion in chat.stream(question, images):
+    for portion in status.awaited("computing", chat.stream(question, images)):
         answer += portion
         print(portion, end="", flush=True)
     print(f"\nexpected  {expected}")

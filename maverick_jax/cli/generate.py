@@ -9,7 +9,7 @@ examples:
 
 import argparse
 
-from maverick_jax.cli import compilation, options, streams
+from maverick_jax.cli import compilation, options, status, streams
 from maverick_jax.cli.parser import words
 
 
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     seen = options.digest(b"".join(image.tobytes() for image in images))
     chat = Chat(options.load_model(args, pictures=seen), **options.chat_options(args))
     answer = ""
-    for portion in chat.complete(chat.raw_prompt(text)) if args.raw else chat.stream(text, images):
+    portions = chat.complete(chat.raw_prompt(text)) if args.raw else chat.stream(text, images)
+    for portion in status.awaited("computing", portions):
         answer += portion
         if not args.json:
             print(portion, end="", flush=True)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from maverick_jax.cli import interrupt, status
 from maverick_jax.cli.parser import given_words, real, whole
 
 ACCELERATORS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")  # TPU, NVIDIA, WSL, AMD
@@ -42,9 +43,12 @@ def on_every_process(run: Callable[[argparse.Namespace], int]) -> Callable[[argp
 
     @functools.wraps(run)
     def joined(args: argparse.Namespace) -> int:
-        quiet_accelerator_search()
-        from maverick_jax.sharding import multihost
+        with status.doing("starting jax"):
+            quiet_accelerator_search()
+            from maverick_jax.sharding import multihost
 
+        status.watch_compiler()
+        interrupt.before_leaving(multihost.tell_interrupted)
         with multihost.joined(), _one_voice():
             multihost.check_same(_arguments(args))
             return run(args)
@@ -126,7 +130,9 @@ def load_model(args: argparse.Namespace, **inputs: str) -> Llama4:
     checkpoint = open_checkpoint(directory)
     note_all(checkpoint.notes)
     axes = parse_mesh(args.mesh) if args.mesh else default_mesh(checkpoint.config)
-    return read_model(checkpoint, mesh=make_mesh(**axes) if math.prod(axes.values()) > 1 else None, layout=args.layout, dtype=args.dtype)
+    mesh = make_mesh(**axes) if math.prod(axes.values()) > 1 else None
+    with status.doing("loading the model"):
+        return read_model(checkpoint, mesh=mesh, layout=args.layout, dtype=args.dtype)
 
 
 def default_mesh(config: Any) -> dict[str, int]:
