@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     ours = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    interrupt.hint("")
     try:
         streams.require_output()
         ended = _run(arguments, ours)
@@ -84,7 +85,7 @@ def make_parser() -> Parser:
         description="Llama 4 (Maverick, Scout) in JAX.",
         epilog="maverick COMMAND --help, or maverick help COMMAND, says the rest, with examples.",
     )
-    parser.add_argument("--version", action="version", version=f"maverick-jax {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"maverick-jax {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"maverick_jax.cli.{name}")
