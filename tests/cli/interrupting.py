@@ -65,6 +65,12 @@ def command(name: str, folder: Path) -> list[str]:
     return [*MAVERICK, "plan", "-m", str(folder), *topology.split(), "--compile"]
 
 
+def heed_the_signal() -> None:
+    """A shell's background job ignores SIGINT, and so would all that it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupt_process(words: list[str], after_s: float, times: int = 1, typed: bytes = b"") -> Outcome:
     """Signals to a process that has no terminal; standard input stays open behind what is typed."""
     with tempfile.TemporaryFile() as err:
@@ -148,6 +154,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="COMMAND", help=f"{', '.join(LATEST_S)} (default: all)")
     parser.add_argument("--moments", type=int, default=20, metavar="N", help="of each, in each of the two ways (default: 20)")
     args = parser.parse_args()
+    heed_the_signal()
     wrong = 0
     for name in args.names or LATEST_S:
         if name == "plan" and importlib.util.find_spec("libtpu") is None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from interrupting import INTERRUPT, LATEST_S, LINE, interrupt, interrupt_process
+from interrupting import INTERRUPT, LATEST_S, LINE, heed_the_signal, interrupt, interrupt_process
 
 from maverick_jax.cli.main import main
 
@@ -48,6 +48,11 @@ def last_words():
     time.sleep(600)
 atexit.register(last_words)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heed():
+    heed_the_signal()
 
 
 @pytest.mark.parametrize("name", list(LATEST_S))
