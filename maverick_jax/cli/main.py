@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": "will it fit, how fast can it be, on devices that need not be there",
     "completion": "the Tab key completes commands, options and files",
 }
+ON_THE_HOST = ("inspect", "export")  # Orbax starts jax's backend to read a checkpoint: no accelerator is taken from others for that
 MISTAKE = 2
 
 
@@ -68,6 +69,8 @@ def _run(arguments: list[str], ours: bool) -> int:
         return int(end.code or 0)
     if "run" not in args:
         parser.error("a command is missing")
+    if ours and arguments[0] in ON_THE_HOST:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if ours and not any(vars(args).get(name) for name in ("json", "quiet")):
         status.speak()
     return args.run(args)
