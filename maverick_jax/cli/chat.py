@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from maverick_jax.cli import options
+from maverick_jax.cli import compilation, options, status
 
 HELP = "/image FILE   add a picture to the next question\n/reset        forget the conversation\n/quit         end"
 
@@ -21,9 +21,11 @@ HELP = "/image FILE   add a picture to the next question\n/reset        forget t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_arguments(parser)
     options.add_sampling_arguments(parser)
+    compilation.add_argument(parser)
 
 
 @options.on_every_process
+@compilation.programs_kept
 def run(args: argparse.Namespace) -> int:
     from maverick_jax.errors import UserError
     from maverick_jax.inference.chat import Chat
@@ -82,7 +84,7 @@ def _answer(chat, question: str, pictures: list, *, as_json: bool) -> None:
 
     answer = ""
     try:
-        for portion in chat.stream(question, pictures):
+        for portion in status.awaited("computing", chat.stream(question, pictures)):
             answer += portion
             if not as_json:
                 print(portion, end="", flush=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maverick_jax import __version__
-from maverick_jax.cli import options
+from maverick_jax.cli import compilation, options, status
+from maverick_jax.cli.parser import whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,10 +34,12 @@ LINE = 64  # marks
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo", metavar="DIR", help="where the model directory and the pictures go (default: demo)")
-    parser.add_argument("--example", type=int, default=22, metavar="N", help="which held-out question (default: 22)")
+    parser.add_argument("--example", type=whole, default=22, metavar="N", help="which held-out question (default: 22)")
+    compilation.add_argument(parser)
 
 
 @options.on_every_process
+@compilation.programs_kept
 def run(args: argparse.Namespace) -> int:
     import jax
     from PIL import Image
@@ -51,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.example < 0:
         raise UserError(f"--example is {args.example}: it counts from 0.")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a file: name a folder.")
     question, left, right, expected = digits.held_out_examples(args.example + 1)[args.example]
 
     request_cpu_devices(DEVICES)  # before anything starts jax's backend
@@ -68,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{path}{'/' if path.is_dir() else ''}")
 
     _heading("every parameter on its devices")
-    model = load(out, mesh=make_mesh(expert=math.gcd(DEVICES, jax.device_count())))
+    mesh = make_mesh(expert=math.gcd(DEVICES, jax.device_count()))
+    with status.doing("loading the model"):
+        model = load(out, mesh=mesh)
     _print_experts(model)
 
     _heading("two pictures that the model has never seen")
@@ -84,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     chat = Chat(model, max_new_tokens=32)
     print(f"question  {question}\nanswer    ", end="", flush=True)
     answer = ""
-    for portion in chat.stream(question, images):
+    for portion in status.awaited("computing", chat.stream(question, images)):
         answer += portion
         print(portion, end="", flush=True)
     print(f"\nexpected  {expected}")

@@ -8,20 +8,22 @@ examples:
 """
 
 import argparse
-import sys
 
-from maverick_jax.cli import options
+from maverick_jax.cli import compilation, options, status, streams
+from maverick_jax.cli.parser import words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
+    parser.add_argument("prompt", type=words, metavar="PROMPT", help="the question; - reads it from standard input")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format (base models)")
     options.add_model_arguments(parser)
     options.add_sampling_arguments(parser)
+    compilation.add_argument(parser)
 
 
 @options.on_every_process
+@compilation.programs_kept
 def run(args: argparse.Namespace) -> int:
     from maverick_jax.errors import UserError
     from maverick_jax.inference.chat import Chat
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     text = args.prompt
     if text == "-":
-        text = multihost.exchange(sys.stdin.read() if multihost.is_first() else None)[0]
+        text = multihost.exchange(streams.read_input() if multihost.is_first() else None)[0]
     if not text.strip():
         raise UserError("the prompt is empty: ask something.")
     if args.raw and (args.image or args.system):
@@ -39,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     seen = options.digest(b"".join(image.tobytes() for image in images))
     chat = Chat(options.load_model(args, pictures=seen), **options.chat_options(args))
     answer = ""
-    for portion in chat.complete(chat.raw_prompt(text)) if args.raw else chat.stream(text, images):
+    portions = chat.complete(chat.raw_prompt(text)) if args.raw else chat.stream(text, images)
+    for portion in status.awaited("computing", portions):
         answer += portion
         if not args.json:
             print(portion, end="", flush=True)

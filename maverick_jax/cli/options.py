@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import glob
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from maverick_jax.cli import interrupt, status
+from maverick_jax.cli.parser import given_words, real, whole
+
+DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")  # TPU, NVIDIA, WSL, AMD
 
 if TYPE_CHECKING:
     from maverick_jax.inference.generate import Generation
@@ -25,13 +33,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights and activations (default: as stored)")
 
 
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
-
-
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead, without a progress bar")
@@ -42,9 +43,12 @@ def on_every_process(run: Callable[[argparse.Namespace], int]) -> Callable[[argp
 
     @functools.wraps(run)
     def joined(args: argparse.Namespace) -> int:
-        quiet_accelerator_search()
-        from maverick_jax.sharding import multihost
+        with status.doing("starting jax"):
+            quiet_accelerator_search()
+            from maverick_jax.sharding import multihost
 
+        status.watch_compiler()
+        interrupt.before_leaving(multihost.tell_interrupted)
         with multihost.joined(), _one_voice():
             multihost.check_same(_arguments(args))
             return run(args)
@@ -90,7 +94,11 @@ def _arguments(args: argparse.Namespace) -> dict[str, str]:
 
     from maverick_jax import __version__
 
-    values = {name: value for name, value in vars(args).items() if name not in ("run", "debug", "model", "source", "image", "out")}
+    values = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("run", "debug", "model", "source", "image", "out", "compilation_cache")
+    }
     return {
         "the version": f"maverick-jax {__version__} with jax {jax.__version__}",
         "the command": args.run.__module__.rpartition(".")[2],
@@ -122,7 +130,9 @@ def load_model(args: argparse.Namespace, **inputs: str) -> Llama4:
     checkpoint = open_checkpoint(directory)
     note_all(checkpoint.notes)
     axes = parse_mesh(args.mesh) if args.mesh else default_mesh(checkpoint.config)
-    return read_model(checkpoint, mesh=make_mesh(**axes) if math.prod(axes.values()) > 1 else None, layout=args.layout, dtype=args.dtype)
+    mesh = make_mesh(**axes) if math.prod(axes.values()) > 1 else None
+    with status.doing("loading the model"):
+        return read_model(checkpoint, mesh=mesh, layout=args.layout, dtype=args.dtype)
 
 
 def default_mesh(config: Any) -> dict[str, int]:
@@ -134,14 +144,16 @@ def default_mesh(config: Any) -> dict[str, int]:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token (default: 0)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the tokens that together reach probability P")
-    parser.add_argument("--min-p", type=float, metavar="P", help="sample among tokens at least P times as likely as the likeliest")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (default: 0)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated")
+    parser.add_argument("--system", type=given_words, metavar="TEXT", help="system message")
+    parser.add_argument("--max-new-tokens", type=whole, default=512, metavar="N", help="longest answer (default: 512)")
+    parser.add_argument("--temperature", type=real, default=0.0, metavar="T", help="0 takes the most likely token (default: 0)")
+    parser.add_argument("--top-k", type=whole, metavar="K", help="sample among the K most likely tokens")
+    parser.add_argument("--top-p", type=real, metavar="P", help="sample among the tokens that together reach probability P")
+    parser.add_argument("--min-p", type=real, metavar="P", help="sample among tokens at least P times as likely as the likeliest")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the random numbers (default: 0)")
+    parser.add_argument(
+        "--stop", type=given_words, action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer instead of streaming")
 
 
@@ -174,5 +186,17 @@ def as_json(text: str, generation: Generation) -> str:
 
 
 def quiet_accelerator_search() -> None:
-    """jax logs that it looked for a TPU or GPU; people who have none need not read it."""
+    """jax logs that it looked for a TPU or GPU; people who have none need not read it.
+
+    Where libtpu is installed jax starts it even without a TPU, and it complains on standard error, five lines from C++.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import jax
+
+    if jax.config.values["jax_platforms"] is None and importlib.util.find_spec("libtpu") and not accelerator_in_sight():
+        jax.config.update("jax_platforms", "cpu")
+
+
+def accelerator_in_sight() -> bool:
+    """Whether jax might find one: a device of a kind that we know, or a plugin that may know of others."""
+    return any(map(glob.glob, DEVICES)) or bool(importlib.metadata.entry_points(group="jax_plugins"))
