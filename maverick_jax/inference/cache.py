@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from maverick_jax.config import TextConfig
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import Range, shown, whole
 from maverick_jax.model.attention import Piece
-from maverick_jax.model.inputs import known
 from maverick_jax.model.parameter import float_dtype
 from maverick_jax.ops.attention import Keys
 from maverick_jax.sharding.attend import CACHE
@@ -132,10 +132,10 @@ class KVCache:
 
     def __repr__(self) -> str:
         """A line, whatever stands for the arrays: under `jit` and in trees of specs too."""
-        held = known(self.lengths_B) if isinstance(self.lengths_B, jax.Array) else None
-        rows = "" if held is None else f"{len(held)} rows of "
-        tokens = "" if held is None else f", {shown(held.tolist())} in it"
-        return f"KVCache({len(self.layers)} layers, {rows}up to {self.max_length:,} tokens{tokens})"
+        room, held = f"up to {self.max_length:,} tokens", self.lengths_B
+        if not isinstance(held, jax.Array) or isinstance(held, Tracer) or not held.is_fully_addressable:
+            return f"KVCache({len(self.layers)} layers, rows of {room})"
+        return f"KVCache({len(self.layers)} layers, {len(held)} rows of {room}, {shown(held.tolist())} in them)"
 
     @property
     def nbytes(self) -> int:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.core import Tracer
-
-if TYPE_CHECKING:
-    from maverick_jax.model.llama4 import Llama4
 
 
 class SignatureOfInit:
@@ -23,7 +20,7 @@ class SignatureOfInit:
         return inspect.Signature(arguments)
 
 
-def describe(model: Llama4) -> str:
+def describe(model: Any) -> str:
     """`Llama4(48 layers, 24 with 128 experts, vision, 401,583,781,376 parameters, bfloat16, on data=1, expert=8, tensor=1)`."""
     text, embedding = model.config.text, jax.tree.leaves(model.text.embedding)[0]
     parts = [f"{text.num_hidden_layers} layers"]
