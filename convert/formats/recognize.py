@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from maverick_jax.config import Config
+from maverick_jax.config.checks import path_of
 from maverick_jax.convert.formats.foreign import refuse_foreign
 from maverick_jax.convert.formats.huggingface import open_huggingface
 from maverick_jax.convert.formats.meta import open_meta
@@ -30,8 +31,8 @@ def local_path(path: str | Path) -> Path:
     """A path on a disk.
 
     Raises:
-      UserError: an address in an object store, where a directory cannot be renamed.
+      UserError: no path, or an address in an object store, where a directory cannot be renamed.
     """
     if "://" in str(path):
         raise UserError(f"{path} is no directory of a disk: convert on a disk, then copy the result there.")
-    return Path(path)
+    return path_of("path", path)

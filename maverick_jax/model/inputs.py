@@ -7,6 +7,7 @@ Shape suffixes: B batch, T tokens, N tiles, C channels, S pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,12 +16,15 @@ import numpy as np
 from jax.core import Tracer
 
 from maverick_jax.config import TextConfig, VisionConfig
+from maverick_jax.config.checks import show
 from maverick_jax.errors import UserError
 
 if TYPE_CHECKING:
     from maverick_jax.inference.cache import KVCache
 
 Array = jax.Array | np.ndarray
+Rows = Array | Sequence[Sequence[int]]
+Lengths = Array | Sequence[int]
 BRIGHTEST = 2.0  # resampling may overshoot 1 a little; a picture in 0..255 was never scaled
 
 
@@ -87,6 +91,8 @@ def check_patches(is_patch_BT: Array, tiles: Array | None, vision: VisionConfig 
 
 def check_cache(cache: KVCache, config: TextConfig, added_B: Array) -> None:
     """Is the cache this model's, for as many rows, and is there room for the tokens that each row adds?"""
+    if not hasattr(cache, "lengths_B"):
+        raise UserError(f"cache is {show(cache)}: it must be a KVCache, which KVCache.create gives.")
     buffers = {layer.key_BKSd.shape[:2] + layer.key_BKSd.shape[3:] for layer in cache.layers}
     mine = (added_B.shape[0], config.num_key_value_heads, config.head_dim)
     if len(cache.layers) != config.num_hidden_layers or buffers != {mine}:
@@ -115,12 +121,12 @@ def known(array: Array) -> np.ndarray | None:
 
 
 def _array(values: Any, name: str) -> Array:
-    if isinstance(values, jax.Array | np.ndarray):
-        return values
+    """On the host, where this process can see the values: on one device they could not meet a model on another."""
     try:
-        return np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths; a tensor that wants its gradient
+        seen = known(values if isinstance(values, jax.Array) else np.asarray(values))
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths; a tensor that wants its gradient; deleted
         raise UserError(f"{name} is no array ({error}).") from error
+    return values if seen is None else seen
 
 
 def _kind(array: Array) -> str:

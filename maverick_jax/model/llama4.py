@@ -5,7 +5,7 @@ Shape suffixes: B batch, T tokens, N tiles, S pixels, D model width, V vocabular
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from maverick_jax.config import Config
+from maverick_jax.config.checks import show
 from maverick_jax.errors import UserError
 from maverick_jax.model import inputs
 from maverick_jax.model.attention import Piece
-from maverick_jax.model.inputs import Array
-from maverick_jax.model.parameter import weight
+from maverick_jax.model.compiled import compiled
+from maverick_jax.model.inputs import Array, Lengths, Rows
+from maverick_jax.model.parameter import float_dtype, weight
+from maverick_jax.model.shown import SignatureOfInit, describe
 from maverick_jax.model.text import RESIDUAL, Text
 from maverick_jax.model.vision import Vision
 from maverick_jax.ops.linear import linear
@@ -37,6 +40,9 @@ def identity(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 class Llama4(nnx.Module):
     """Llama 4 Maverick, Scout, or any model with their architecture.
 
+    `model(token_ids, tiles)` gives logits. Its steps, `encode_tiles`, `embed`, `hidden` and `logits`, are for functions of your
+    own that you compile: outside `jit` they run operation by operation.
+
     Args:
       config: sizes and switches.
       dispatcher: moves tokens to their experts; `Local()` keeps them on one device.
@@ -44,7 +50,12 @@ class Llama4(nnx.Module):
       constrain: `constrain(x, logical_axes)` pins an activation to a layout.
       dtype: of weights and activations; None takes the config's.
       rngs: for initial values. `get_abstract_model` describes a model without making any.
+
+    Raises:
+      UserError: an argument is none of these.
     """
+
+    __signature__ = SignatureOfInit()
 
     def __init__(
         self,
@@ -56,8 +67,9 @@ class Llama4(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
-        dtype = jnp.dtype(dtype or config.dtype)
-        dispatcher, attend = dispatcher or Local(), attend or AttendHere()
+        dispatcher, attend = Local() if dispatcher is None else dispatcher, AttendHere() if attend is None else attend
+        _check_parts(config, dispatcher, attend, constrain, rngs)
+        dtype = float_dtype(config.dtype if dtype is None else dtype)
         self.text = Text(config.text, dispatcher=dispatcher, attend=attend, constrain=constrain, dtype=dtype, rngs=rngs)
         if config.vision is not None:
             self.vision = Vision(config.vision, constrain=constrain, dtype=dtype, rngs=rngs)
@@ -66,21 +78,25 @@ class Llama4(nnx.Module):
         self.constrain = constrain
         self.directory: str | None = None  # where it was loaded from: home of its tokenizer and chat template
 
+    @overload
+    def __call__(self, token_ids: Rows, tiles: Array | None = None, *, lengths: Lengths | None = None, cache: None = None) -> jax.Array: ...
+
+    @overload
     def __call__(
-        self,
-        token_ids: Array,
-        tiles: Array | None = None,
-        *,
-        lengths: Array | None = None,
-        cache: KVCache | None = None,
-    ) -> jax.Array | tuple[jax.Array, KVCache]:
+        self, token_ids: Rows, tiles: Array | None = None, *, lengths: Lengths | None = None, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]: ...
+
+    def __call__(self, token_ids: Rows, tiles: Array | None = None, *, lengths: Lengths | None = None, cache: KVCache | None = None) -> Any:
         """Logits of every token.
 
+        Outside `jit` the call is compiled, once per shape of the inputs; the program serves other weights too. Within a function
+        that jax transforms it becomes a part of that.
+
         Args:
-          token_ids: [B, T] int32.
+          token_ids: [B, T] whole numbers, or a list of equally long lists.
           tiles: [N, 3, S, S] float32 in -1..1, the tiles of all pictures in the order of their `<|patch|>` tokens.
-          lengths: [B] int32 real tokens per row; what follows is padding. None: all T.
-          cache: what earlier calls left; the tokens continue it.
+          lengths: [B] whole numbers, real tokens per row; what follows is padding. None: all T.
+          cache: what earlier calls left; the tokens continue it. It can be continued once more, by others.
 
         Returns:
           [B, T, V] float32; with a cache a pair (logits, cache).
@@ -100,16 +116,34 @@ class Llama4(nnx.Module):
         inputs.check_patches(is_patch, pictures, self.config.vision)
         if cache is not None:
             inputs.check_cache(cache, self.config.text, lengths)
+        logits, cache = self._forward(token_ids, is_patch, pictures, lengths, cache)
+        return logits if cache is None else (logits, cache)
+
+    def __repr__(self) -> str:
+        """A line; `nnx.display(nnx.state(model))` shows every parameter."""
+        return describe(self)
+
+    __str__ = __repr__
+
+    @compiled
+    def _forward(
+        self, token_ids: Array, is_patch: Array, pictures: Array | None, lengths: Array, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
         features = None if pictures is None else self.encode_tiles(pictures)
         index = jnp.cumsum(is_patch.reshape(-1)).reshape(is_patch.shape) - 1
         x, cache, _ = self.hidden(self.embed(token_ids, features, index), lengths, cache)
-        return self.logits(x) if cache is None else (self.logits(x), cache)
+        return self.logits(x), cache
 
     def encode_tiles(self, tiles_N3SS: Array) -> jax.Array:
-        """[N, 3, S, S] -> [N * tokens_per_tile, D]: what takes the place of the `<|patch|>` tokens."""
-        if self.config.vision is None:
-            raise UserError("this checkpoint has no vision tower: it takes text only.")
-        features = linear(self.vision(jnp.asarray(tiles_N3SS)), self.projector[...])
+        """[N, 3, S, S] -> [N * tokens_per_tile, D]: what takes the place of the `<|patch|>` tokens.
+
+        Raises:
+          UserError: a checkpoint without a vision tower, no tiles, or other arrays than theirs.
+        """
+        pixels = inputs.tiles_of(tiles_N3SS, self.config.vision)
+        if pixels is None:
+            raise UserError("there are no tiles to encode.")
+        features = linear(self.vision(jnp.asarray(pixels)), self.projector[...])
         return features.reshape(-1, features.shape[-1])
 
     def embed(self, token_ids_BT: Array, features_ID: jax.Array | None = None, index_BT: Array | None = None) -> jax.Array:
@@ -137,6 +171,18 @@ class Llama4(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] normed hidden states -> [..., V] float32."""
         return self.text.logits(x)
+
+
+def _check_parts(config: Any, dispatcher: Any, attend: Any, constrain: Any, rngs: Any) -> None:
+    for name, value, holds, expected in (
+        ("config", config, isinstance(config, Config), "a Config, such as Config.maverick()"),
+        ("dispatcher", dispatcher, callable(dispatcher) and not isinstance(dispatcher, type), "a dispatcher, such as Local()"),
+        ("attend", attend, hasattr(attend, "in_order") and not isinstance(attend, type), "AttendHere() or AttendOnMesh(mesh, layout)"),
+        ("constrain", constrain, callable(constrain) and not isinstance(constrain, type), "a function, such as Constrain(mesh, layout)"),
+        ("rngs", rngs, isinstance(rngs, nnx.Rngs | _SameKey), "an nnx.Rngs, such as nnx.Rngs(0)"),
+    ):
+        if not holds:
+            raise UserError(f"{name} is {show(value)}: it must be {expected}.")
 
 
 def look_up(table_VD: jax.Array, ids_BT: Array) -> jax.Array:
