@@ -26,11 +26,11 @@ def explain(begin: bytes) -> str | None:
       The end of a sentence that begins with the file's name.
     """
     if not begin:
-        return "is empty: the download did not begin, or the disk was full; fetch it again."
+        return "is empty, for a download did not begin or a disk was full: fetch it again."
     if begin.startswith(LFS):
         return "is a pointer of git-lfs, and not the file itself: run `git lfs pull` in its directory."
     if PAGE.match(begin):
-        return "is a page of HTML, such as a server sends where a login is missing: log in (`hf auth login`) and fetch it again."
+        return "is a page of HTML, as a server sends where a login is missing: fetch it again, logged in (`hf auth login`)."
     kind = next((kind for start, kind in KINDS.items() if begin.startswith(start)), None)
     return f"is {kind}." if kind else None
 
@@ -41,5 +41,5 @@ def explain_text(begin: bytes) -> str | None:
         return known
     if TEXT.issuperset(begin):
         said = " ".join(begin[: SHOWN + 1].decode("ascii").split())[:SHOWN]
-        return f"is text ({said!r}…): a server's answer in the place of the file; fetch it again."
+        return f"is text, a server's answer in the place of the file ({said!r}…): fetch it again."
     return None

@@ -77,14 +77,18 @@ class ModelSource:
         chunk = self.model.chunk_shape(name)
         ends = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         out = np.empty([end - begin for begin, end in ends], dtype)
-        for cell in itertools.product(*(range(begin // step, -(-end // step)) for (begin, end), step in zip(ends, chunk, strict=True))):
+        cells = [*itertools.product(*(range(begin // step, -(-end // step)) for (begin, end), step in zip(ends, chunk, strict=True)))]
+        for cell in cells:
             common = [
                 (max(begin, at * step), min(end, at * step + step), begin, at * step)
                 for (begin, end), at, step in zip(ends, cell, chunk, strict=True)
             ]
             outside = tuple(slice(first - begin, last - begin) for first, last, begin, _ in common)
             inside = tuple(slice(first - start, last - start) for first, last, _, start in common)
-            out[outside] = self._read_chunk(name, cell, chunk, dtype)[inside]
+            values = self._read_chunk(name, cell, chunk, dtype)[inside]
+            if len(cells) == 1:
+                return values
+            out[outside] = values
         return out
 
     def _read_chunk(self, name: str, cell: Cell, chunk: Shape, dtype: np.dtype) -> np.ndarray:
@@ -155,9 +159,11 @@ def open_model_source(directory: str | Path) -> ModelSource:
     """Open a finished model directory to be read again.
 
     Raises:
-      UserError: as `open_model_directory`.
+      UserError: as `open_model_directory`; or a chunk is missing or cut short.
     """
-    return ModelSource(open_model_directory(directory))
+    model = open_model_directory(directory)
+    model.check_chunks()
+    return ModelSource(model)
 
 
 def open_origin(path: str | Path, target: str | None) -> Source | ModelSource:

@@ -66,6 +66,8 @@ def _mark(path: Path) -> None:
     file = path / "state" / MARK / ".zarray"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(NOTHING) + "\n")
+    for path in (file, file.parent):
+        sync(path)
 
 
 def forget_occasion(path: Path) -> None:

@@ -164,7 +164,7 @@ def check_target(target: str | None, quantize: str | Collection[str] | None) -> 
     named = [name.strip() if isinstance(name, str) else name for name in names if name != ""]
     _check_names(target, named)
     if target not in FORMATS or not named:
-        raise UserError(f"quantize {quantize!r} takes a format, one of {', '.join(FORMATS)}, and some of {', '.join(COMPONENTS)}.")
+        raise UserError(f"quantize {quantize!r} takes a format that quantizes ({', '.join(FORMATS)}), and some of {', '.join(COMPONENTS)}.")
     return tuple(component for component in COMPONENTS if component in named)
 
 

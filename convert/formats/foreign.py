@@ -74,9 +74,9 @@ def _no_file(looks: Looks) -> str:
         try:
             mode = file.stat().st_mode
         except FileNotFoundError:
-            return f"has {name}, a link to {os.readlink(file)}, which is not there (a download that was removed in part): fetch it again."
+            return f"has {name}, a link to {os.readlink(file)}, which is not there, as if a download was removed in part: fetch it again."
         except OSError as error:
-            return f"has {name}, which cannot be read ({error.strerror}): put the file itself in its place."
+            return f"has {name}, which cannot be read ({error.strerror}): fetch it again, or put the file itself in its place."
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
             return f"has {name}, which is {kind} and no file: put the file itself in its place."
@@ -147,8 +147,6 @@ def _tokenizer(looks: Looks) -> str:
 def _nothing(looks: Looks) -> str:
     if looks.has_weights or looks.has("config.json", "params.json"):
         return ""
-    if not looks.files:
-        return "is empty: it has neither config.json nor params.json."
     inside = [name for name in sorted(looks.files) if any((looks.directory / name / file).is_file() for file in DESCRIPTIONS)]
     if inside:
         return f"is not a checkpoint, but holds {some_of(inside)}: give one of its folders, such as {looks.directory / inside[0]}."

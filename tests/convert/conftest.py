@@ -43,7 +43,8 @@ class Case:
         with warnings.catch_warnings():  # torch's, about a buffer of transformers
             warnings.simplefilter("ignore")
             tiny_checkpoints.save_checkpoint(self.model, self.source)
-        shutil.copyfile(mini_directory() / "tokenizer.json", self.source / "tokenizer.json")
+        for name in ("tokenizer.json", "chat_template.jinja"):
+            shutil.copyfile(mini_directory() / name, self.source / name)
         (self.source / "USE_POLICY.md").write_text("be good")
         (self.source / "README.md").write_text("not ours to copy")
         convert(self.source, self.converted, progress=False)

@@ -133,7 +133,10 @@ DAMAGED = {
     "tensor in another shard": (swap_home, f".safetensors ... {INDEX} ...: fetch both again."),
     "index that climbs out": (climb_out, f"{INDEX} has no weight_map from tensors to files beside it"),
     "index without a map": (lambda s: (s / INDEX).write_text("{}"), f"{INDEX} has no weight_map"),
-    "index that is no JSON": (lambda s: (s / INDEX).write_text("<html>"), f"{INDEX} is not valid JSON"),
+    "index that is no JSON": (
+        lambda s: (s / INDEX).write_text("<html>"),
+        f"{INDEX} is a page of HTML, as a server sends where a login is missing: fetch it again, logged in",
+    ),
     "unknown quantization": (quantize_otherwise, "config.json: quant_method 'fbgemm_fp8' is not supported"),
     "no weights": (lose_weights, f"source is not a Hugging Face checkpoint: it has neither model.safetensors nor {INDEX}"),
     "no config": (lambda s: (s / "config.json").unlink(), "source is not a checkpoint: it has neither config.json nor params.json"),
@@ -142,11 +145,11 @@ DAMAGED = {
     "a tensor of an exabyte": (claim_an_exabyte, ".safetensors has a damaged header (... does not begin where ... ends): fetch it again."),
     "a shard that links to itself": (
         lambda s: link_to_itself(shard_of(s, Q_PROJ)),
-        f"{INDEX} names model-...safetensors, which is not there",
+        "source has model-...safetensors, which cannot be read (Too many levels of symbolic links): fetch it again",
     ),
     "a config that links to itself": (
         lambda s: link_to_itself(s / "config.json"),
-        "source is not a checkpoint: it has neither config.json",
+        "source has config.json, which cannot be read (Too many levels of symbolic links): fetch it again",
     ),
     "links in a circle": (turn_in_a_circle, "source is a link that leads nowhere or in a circle: give the directory itself."),
     "nothing at all": (shutil.rmtree, "source does not exist"),
@@ -173,7 +176,7 @@ def test_a_destination_that_exists_is_kept(maverick, tmp_path, refused):
 
 def test_a_destination_that_cannot_be_made_is_named(maverick, tmp_path, refused):
     (tmp_path / "file").touch()
-    with refused("file/out.partial cannot be made (Not a directory): choose another destination."):
+    with refused("file/out cannot be made, for ...file is no directory: choose another destination."):
         convert(maverick.source, tmp_path / "file/out", progress=False)
 
 
@@ -191,7 +194,7 @@ def test_a_destination_that_may_not_be_written_is_named(maverick, tmp_path, monk
 
 def test_a_destination_behind_links_in_a_circle_is_named(maverick, tmp_path, refused):
     (tmp_path / "circle").symlink_to("circle")
-    with refused("circle/out.partial cannot be made (Too many levels of symbolic links): choose another destination."):
+    with refused("circle/out cannot be made, for ...circle is no directory: choose another destination."):
         convert(maverick.source, tmp_path / "circle/out", progress=False)
     with refused("circle exists: choose another destination"):
         convert(maverick.source, tmp_path / "circle", progress=False)
@@ -263,7 +266,7 @@ def test_a_manifest_from_elsewhere_is_refused(maverick, tmp_path, manifest, mess
 
 
 def test_export_of_a_hugging_face_directory_is_refused(maverick, tmp_path, refused):
-    with refused("source is not a finished model directory: it has no manifest.json. Make one with `maverick convert`."):
+    with refused("source is a checkpoint of PyTorch, and no model directory: `maverick convert` makes one of it."):
         export(maverick.source, tmp_path / "out", progress=False)
     assert not list(tmp_path.glob("out*"))
 

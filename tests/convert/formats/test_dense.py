@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration, Llama4TextConfig
 
 from maverick_jax import Config, load, make_mesh, save
+from maverick_jax.assets import mini_directory
 from maverick_jax.convert import convert, export
 from maverick_jax.convert.formats import tied
 from maverick_jax.convert.proof.compare import compare
