@@ -35,16 +35,24 @@ def fetch(url: str) -> tempfile.TemporaryDirectory:
     Raises:
       UserError: no access, what it takes is not installed, or there is no finished model directory.
     """
-    from etils import epath
-
     hub.refuse_page(url)
     if not url.startswith(STORE):
         raise UserError(f"{url}: of object stores only {STORE} is supported.")
     _check_reachable(url)
     local = tempfile.TemporaryDirectory(prefix="maverick-")
+    with contextlib.ExitStack() as undo:
+        undo.callback(local.cleanup)
+        _fetch_into(local.name, url)
+        undo.pop_all()
+    return local
+
+
+def _fetch_into(folder: str, url: str) -> None:
+    from etils import epath
+
     try:
         with _quiet():
-            _copy(epath.Path(url), epath.Path(local.name))
+            _copy(epath.Path(url), epath.Path(folder))
     except UserError:
         raise
     except ImportError as error:
@@ -52,7 +60,6 @@ def fetch(url: str) -> tempfile.TemporaryDirectory:
     except Exception as error:  # the client raises many kinds
         denied = "Forbidden" in str(error) or getattr(error, "code", None) in (401, 403)
         raise UserError(f"{url} cannot be read ({error}){f': {LOGIN}' if denied else '.'}") from error
-    return local
 
 
 def _check_reachable(url: str) -> None:

@@ -92,7 +92,7 @@ def convert(
         the experts.
       workers: threads; None: `conversion.WORKERS`, or the machine's cores if they are fewer. Large slices use fewer.
       digests: note SHA-256 of the source's files and digests of all tensors, for `verify`.
-      progress: show a bar with bytes, rate, time left and the current tensor on stderr.
+      progress: show a bar with bytes, rate, time left and the current tensor on stderr, if that is a terminal.
 
     Returns:
       What was done, with notes that its owner may want to read.
@@ -122,7 +122,7 @@ def convert(
             require_space(partial, sum(part.bytes_written for part in every if not conversion.is_noted(part)))
         own = share(every, process, count)
         files = [file for number, file in enumerate(source.files) if number * count // len(source.files) == process]
-        total, disable = sum(part.bytes_read for part in own), not progress or process != 0
+        total, disable = sum(part.bytes_read for part in own), None if progress and process == 0 else True
         with tqdm(total=total, unit="B", unit_scale=True, disable=disable, dynamic_ncols=True) as bar:
             conversion.run(own, files, workers=workers, bar=bar)
         if isinstance(source, ModelSource):

@@ -70,7 +70,7 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
       model_dir: a finished model directory.
       hf_dir: must not exist; it is built in `HF_DIR.partial/` and renamed once.
       target: bfloat16 or float32; None keeps what is stored: plain weights, or FP8 experts in the official layout.
-      progress: show a bar with bytes and rate on stderr.
+      progress: show a bar with bytes and rate on stderr, if that is a terminal.
 
     Returns:
       `hf_dir`.
@@ -96,7 +96,7 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
     total = sum(tensor.nbytes for tensor in tensors.values())
     stored.check_files()
     begun = ("*.safetensors", INDEX, *COMPANIONS)
-    with building(hf_dir, afresh=begun) as partial, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    with building(hf_dir, afresh=begun) as partial, tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
         require_space(partial, total)
         shards = _split(tensors)
         for file, inside in shards.items():

@@ -63,7 +63,7 @@ def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, worke
       model_dir: a finished model directory.
       source_dir: the checkpoint or model directory that it was made from, or a Hub id; None compares with nothing.
       workers: threads; None: as many as `convert` takes.
-      progress: show a bar on stderr.
+      progress: show a bar on stderr, if that is a terminal.
 
     Returns:
       What was looked at; what is wrong is in its `problems`, one line each, and raises nothing.
@@ -98,7 +98,7 @@ def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, worke
 
 
 def _bar(what: str, total: int, progress: bool) -> tqdm:
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None if progress else True, dynamic_ncols=True)
 
 
 def _changed_files(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
