@@ -188,6 +188,27 @@ def test_a_repaired_directory_does_not_go_on_with_what_was_wrong(model, tmp_path
     assert verify(tmp_path / "out", model).problems == []
 
 
+def test_what_an_earlier_attempt_read_is_held_against_its_digest_too(maverick, tmp_path, monkeypatch, refused):
+    """It was stopped between two chunks of a tensor, and had seen the damaged one only."""
+    monkeypatch.setattr(places, "BLOCK", 3 << 10)
+    convert(maverick.source, tmp_path / "model")
+    flip(min((tmp_path / "model/params/state/text.embedding/c").rglob("*/0")))
+    with monkeypatch.context() as patch:
+        do = Conversion._do
+
+        def stop(self, part):
+            if part.step.weight == "text.embedding" and part.number == 1:
+                raise KeyboardInterrupt
+            do(self, part)
+
+        patch.setattr(Conversion, "_do", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "model", tmp_path / "out", target="float32", workers=1)
+    with refused("text.embedding is not what was written"):
+        convert(tmp_path / "model", tmp_path / "out", target="float32")
+    assert sorted(os.listdir(tmp_path)) == ["model"]
+
+
 def test_as_it_is_a_model_directory_needs_no_converting(maverick, tmp_path, refused):
     with refused("converted is a model directory, converted already: use it as it is, name another --format"):
         convert(maverick.converted, tmp_path / "out")
