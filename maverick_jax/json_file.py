@@ -41,7 +41,8 @@ def read_json(
         with open(file, "rb") as stream:
             text = stream.read(found.st_size)  # no more, though it may grow meanwhile
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({os.strerror(error.errno or 0)}): {advice}.") from error
+        cure = "give yourself the right to" if isinstance(error, PermissionError) else advice
+        raise UserError(f"{file} cannot be read ({os.strerror(error.errno or 0)}): {cure}.") from error
     if (instead := stand_ins.explain(text[: stand_ins.ENOUGH])) is not None:
         raise UserError(f"{file} {instead}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from maverick_jax.convert.build.remote import STORE
 from maverick_jax.convert.build.writer import array_path, array_spec
 from maverick_jax.convert.formats.agreement import compare_layers
 from maverick_jax.convert.formats.companions import MANIFEST, PARAMS
-from maverick_jax.convert.formats.foreign import refuse_foreign
+from maverick_jax.convert.formats.foreign import check_directory, refuse_foreign
 from maverick_jax.convert.formats.places import Index, Shape
 from maverick_jax.errors import UserError
 from maverick_jax.json_file import read_json
@@ -98,6 +99,8 @@ class ModelDirectory:
             for file in self.chunk_files(name):
                 if not file.is_file() or file.stat().st_size != size:
                     raise UserError(f"{file}, a part of {name}, is missing or cut short: copy or convert the checkpoint again.")
+                if not os.access(file, os.R_OK):
+                    raise UserError(f"{file}, a part of {name}, cannot be read (Permission denied): give yourself the right to.")
 
     def chunk_files(self, name: str) -> Iterator[Path]:
         """The file of every chunk of a parameter, in C order; one by one, for a stranger may have said that there are a billion."""
@@ -178,6 +181,9 @@ def recognize_manifest(directory: Path) -> dict[str, Any]:
     Raises:
       UserError: it is none, and what it is instead if that can be seen.
     """
+    check_directory(directory)
+    if (directory / PARAMS).is_dir():
+        check_directory(directory / PARAMS)
     if not (directory / MANIFEST).is_file():
         looks = refuse_foreign(directory)
         if looks.has_weights and not looks.has(PARAMS):

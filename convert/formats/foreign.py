@@ -179,9 +179,11 @@ def read_optional(file: Path) -> dict[str, Any]:
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse what is no directory."""
+    """Refuse what is no directory, or none that may be read."""
     try:
         if directory.is_dir():
+            if not os.access(directory, os.R_OK | os.X_OK):
+                raise UserError(f"{directory} cannot be read (Permission denied): give yourself the right to.")
             return
     except OSError as error:
         raise UserError(f"{directory} cannot be opened: {error.strerror}.") from error

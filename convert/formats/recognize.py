@@ -41,10 +41,9 @@ def find_directory(path: str | Path) -> Path:
       UserError: there is no such directory, and nothing could be fetched.
     """
     directory = local_path(path)
-    if not os.path.isdir(directory):  # unlike `is_dir` it knows no name that is too long
-        if _is_on_hub(path):
-            return hub.download(str(path))
-        check_directory(directory)
+    if _is_on_hub(path):
+        return hub.download(str(path))
+    check_directory(directory)
     return directory
 
 

@@ -18,7 +18,7 @@ from maverick_jax.convert.formats.companions import PARAMS
 from maverick_jax.convert.formats.foreign import refuse_foreign
 from maverick_jax.convert.formats.huggingface import read_names
 from maverick_jax.convert.formats.meta import FILES, SCALES, read_file_names
-from maverick_jax.convert.formats.recognize import local_path
+from maverick_jax.convert.formats.recognize import find_directory
 from maverick_jax.convert.formats.shards import check_names
 from maverick_jax.convert.formats.tensor_file import Tensor
 from maverick_jax.convert.formats.torch_file import read_index
@@ -86,7 +86,7 @@ def inspect(directory: str | Path) -> Inventory:
     Raises:
       UserError: it is neither, or it is incomplete.
     """
-    directory = local_path(directory)
+    directory = find_directory(directory)
     notes: tuple[str, ...] = ()
     if (directory / PARAMS).exists():
         found = open_model_directory(directory).parameters

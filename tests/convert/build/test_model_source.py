@@ -189,7 +189,7 @@ def test_a_repaired_directory_does_not_go_on_with_what_was_wrong(model, tmp_path
 
 
 def test_what_an_earlier_attempt_read_is_held_against_its_digest_too(maverick, tmp_path, monkeypatch, refused):
-    """It was stopped between two chunks of a tensor, and had seen the damaged one only."""
+    """It was stopped within a tensor, behind the damaged chunk, which the next one need not read."""
     monkeypatch.setattr(places, "BLOCK", 3 << 10)
     convert(maverick.source, tmp_path / "model")
     flip(min((tmp_path / "model/params/state/text.embedding/c").rglob("*/0")))
@@ -197,7 +197,7 @@ def test_what_an_earlier_attempt_read_is_held_against_its_digest_too(maverick, t
         do = Conversion._do
 
         def stop(self, part):
-            if part.step.weight == "text.embedding" and part.number == 1:
+            if part.step.weight == "text.embedding" and part.number == 8:
                 raise KeyboardInterrupt
             do(self, part)
 

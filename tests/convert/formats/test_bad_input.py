@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from maverick_jax.config import Config
 from maverick_jax.convert import convert, export, inspect, open_model_directory
+from maverick_jax.convert.build import to_pytorch
+from maverick_jax.convert.build.estimate import estimate
 from maverick_jax.convert.build.writer import Writer
 from maverick_jax.convert.formats import safetensors
 from maverick_jax.convert.formats.shards import INDEX
+from maverick_jax.convert.proof.verify import verify
 
 Q_PROJ = "language_model.model.layers.3.self_attn.q_proj.weight"
 
@@ -278,6 +281,39 @@ def test_an_unreadable_file_is_named(source, monkeypatch, refused):
     monkeypatch.setattr(safetensors, "open", denied, raising=False)
     with refused("model.safetensors cannot be read: Permission denied."):
         safetensors.read_header(source / "model.safetensors")
+
+
+def test_what_may_not_be_read_is_named(maverick, tmp_path, monkeypatch, refused):
+    """By every command; asked of the system, for permissions do not bind the root user."""
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.R_OK)
+    for call, directory in (
+        (lambda d: convert(d, tmp_path / "out"), maverick.source),
+        (inspect, maverick.source),
+        (inspect, maverick.converted),
+        (lambda d: export(d, tmp_path / "out"), maverick.converted),
+        (verify, maverick.converted),
+        (open_model_directory, maverick.converted),
+    ):
+        with refused(f"{directory} cannot be read (Permission denied): give yourself the right to."):
+            call(directory)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_destination_in_a_folder_that_may_not_be_written_is_named(maverick, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    for make, directory in ((convert, maverick.source), (estimate, maverick.source), (export, maverick.converted)):
+        with refused("out cannot be made, for you may not write into"):
+            make(directory, tmp_path / "new/out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_leaves_no_empty_directories(maverick, tmp_path, monkeypatch, refused):
+    """Those above the result included; what an export has written is no use to the next."""
+    with monkeypatch.context() as patch:
+        patch.setattr(to_pytorch, "_blocks", lambda *_: [][0])
+        with pytest.raises(IndexError):
+            export(maverick.converted, tmp_path / "new/deep/out")
+    assert not list(tmp_path.iterdir())
 
 
 TEXT = {"model_type": "llama4_text", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
