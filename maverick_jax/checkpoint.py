@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,9 @@ from maverick_jax.convert.build import orbax, remote
 from maverick_jax.convert.build.building import building
 from maverick_jax.convert.build.manifest import write_manifest
 from maverick_jax.convert.build.orbax import flatten, unflatten
-from maverick_jax.convert.formats import hub
 from maverick_jax.convert.formats.agreement import compare_names
 from maverick_jax.convert.formats.companions import COMPANIONS, TEMPLATES, copy_companions, find_companions
-from maverick_jax.convert.formats.foreign import check_directory
-from maverick_jax.convert.formats.recognize import local_path
+from maverick_jax.convert.formats.recognize import find_directory, local_path
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
 from maverick_jax.model.parameter import float_dtype
@@ -140,16 +137,9 @@ def resolve(path: str | Path | None) -> Path:
     """
     if path is None:
         return mini_directory()
-    directory = path_of("path", path)
     if "://" in str(path):
         return Path(remote.fetch(str(path).rstrip("/")).name)
-    if os.path.isdir(directory):  # unlike `is_dir` it knows no name that is too long
-        return directory
-    if os.path.exists(directory):
-        check_directory(directory)
-    if hub.is_id(str(path)):
-        return hub.download(str(path))
-    raise UserError(f"{directory} does not exist.")
+    return find_directory(path)
 
 
 def identity(directory: Path) -> dict[str, str]:

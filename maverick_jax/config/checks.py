@@ -91,9 +91,9 @@ def path_of(name: str, value: Any) -> Path:
     """A path that a caller gives, `~` being the home directory.
 
     Raises:
-      UserError: neither a text nor a `Path`, or an empty text.
+      UserError: neither a text nor a `Path`, or a text that names nothing.
     """
-    if not isinstance(value, str | os.PathLike) or not str(value).strip():
+    if not isinstance(value, str | os.PathLike) or not str(value).strip() or "\0" in str(value):
         raise UserError(f"{name} is {show(value)}: it must be a path.")
     return Path(os.path.expanduser(value))
 
