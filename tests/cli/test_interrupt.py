@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from interrupting import INTERRUPT, LATEST_S, LINE, heed_the_signal, interrupt, interrupt_process
+from interrupting import HARD_LIMIT_S, INTERRUPT, LATEST_S, LINE, heed_the_signal, interrupt, interrupt_process
 
 from maverick_jax.cli.main import main
 
@@ -92,7 +92,7 @@ def test_a_command_may_answer_it_itself():
         process.send_signal(signal.SIGINT)
         assert not select.select([process.stderr], [], [], 0.5)[0]
         process.send_signal(signal.SIGINT)
-        assert process.communicate() == ("", f"{LINE}\n")
+        assert process.communicate(timeout=HARD_LIMIT_S) == ("", f"{LINE}\n")
         assert process.returncode == 130
 
 
@@ -100,7 +100,7 @@ def test_while_the_interpreter_ends():
     with subprocess.Popen([sys.executable, "-c", ENDING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ending\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate() == ("", f"{LINE}\n")
+        assert process.communicate(timeout=HARD_LIMIT_S) == ("", f"{LINE}\n")
         assert process.returncode == 130
 
 
