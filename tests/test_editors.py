@@ -35,7 +35,7 @@ WRONG = {
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """The interpreter of a fresh environment with an editable install of this checkout; its other packages are those of this one."""
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="77")
     checkout, environment = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("environment")
     for name in ("pyproject.toml", "README.md", "LICENSE", "maverick_jax", "sharding", "convert"):
         (checkout / name).symlink_to(ROOT / name)
