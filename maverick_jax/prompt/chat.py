@@ -13,7 +13,7 @@ import numpy as np
 
 from maverick_jax.config import Config, VisionConfig
 from maverick_jax.errors import UserError
-from maverick_jax.prompt.images import tile_image
+from maverick_jax.prompt.images import as_tiles
 from maverick_jax.prompt.llama4_format import encode_dialog
 from maverick_jax.prompt.template import ChatTemplate
 from maverick_jax.prompt.tokenizer import Tokenizer
@@ -103,25 +103,10 @@ def _with_pictures(ids: list[int], images: list[Any], tokenizer: Tokenizer, visi
     marker = tokenizer.id_of("<|image|>")
     if ids.count(marker) != len(images):
         raise UserError(f"the chat template placed {ids.count(marker)} of {len(images)} pictures: put them into user messages.")
-    cut = [_cut(image, vision) for image in images]
+    cut = [as_tiles(image, vision) for image in images]
     blocks = iter(image_tokens(rows, columns, vision.tokens_per_tile, tokenizer) for _, (rows, columns) in cut)
     expanded = [token for id in ids for token in (next(blocks) if id == marker else [id])]
     return Prompt(expanded, np.concatenate([tiles for tiles, _ in cut]))
-
-
-def _cut(image: Any, vision: VisionConfig) -> tuple[np.ndarray, tuple[int, int]]:
-    """What `tile_image` makes of a picture, or has made of it already."""
-    if not isinstance(image, tuple):
-        return tile_image(image, vision)
-    try:
-        tiles, (rows, columns) = image
-        count = rows * columns + (rows * columns > 1)
-        fits = tiles.shape == (count, 3, vision.image_size, vision.image_size)
-    except (TypeError, ValueError, AttributeError):
-        fits = False
-    if not fits:
-        raise UserError(f"image {_short(image)} is no pair of tiles and (rows, columns) for this model: give what tile_image returns.")
-    return image
 
 
 def image_tokens(rows: int, columns: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:
