@@ -12,6 +12,7 @@ import os
 import sys
 
 from maverick_jax import __version__
+from maverick_jax.cli import interrupt
 
 COMMANDS = {
     "demo": "convert the embedded mini model, ask it about two pictures on 8 devices",
@@ -24,7 +25,6 @@ COMMANDS = {
     "plan": "will it fit, how fast can it be, on devices that need not be there",
 }
 MISTAKE = 2
-INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args.debug:
             raise
-        return INTERRUPTED
+        return interrupt.end()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -60,6 +60,3 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=module.run)
     return parser
 
-
-if __name__ == "__main__":
-    sys.exit(main())
