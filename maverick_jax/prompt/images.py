@@ -74,7 +74,7 @@ def _read(source: Any) -> bytes:
     if hasattr(source, "read"):
         return _read_open(source)
     if not isinstance(source, (str, os.PathLike)):
-        raise UserError(f"picture {reprlib.repr(source)} is a {type(source).__name__}: give a file, its bytes, a PIL picture or an array.")
+        raise UserError(f"picture {reprlib.repr(source)} is neither a file, the bytes of one, a PIL picture nor an array.")
     if ADDRESS.match(str(source)):
         raise UserError(f"picture {source} is an address, which is not fetched: give a file, or its bytes.")
     file = Path(source)
