@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from maverick_jax import __version__
 from maverick_jax.cli import options
+from maverick_jax.cli.answers import print_answer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,11 +84,8 @@ def run(args: argparse.Namespace) -> int:
     _heading("a question about them")
     chat = Chat(model, max_new_tokens=32)
     print(f"question  {question}\nanswer    ", end="", flush=True)
-    answer = ""
-    for portion in chat.stream(question, images):
-        answer += portion
-        print(portion, end="", flush=True)
-    print(f"\nexpected  {expected}")
+    answer = print_answer(chat.stream(question, images))
+    print(f"expected  {expected}")
 
     _heading("tokens per expert, a mark for each of the 128")
     assert chat.last is not None

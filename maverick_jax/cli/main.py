@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "what is in a checkpoint: names, shapes, dtypes, bytes",
     "generate": "answer one prompt",
     "chat": "talk, with pictures",
+    "tokens": "how many tokens a prompt has, and which",
     "plan": "will it fit, how fast can it be, on devices that need not be there",
 }
 MISTAKE = 2
@@ -59,4 +60,3 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=module.run)
     return parser
-
