@@ -12,7 +12,8 @@ examples:
 
 import argparse
 
-from maverick_jax.cli.options import add_report_arguments, note, note_all, on_every_process, positive
+from maverick_jax.cli.options import add_report_arguments, note, note_all, on_every_process
+from maverick_jax.cli.parser import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from maverick_jax import __version__
 from maverick_jax.cli import options
 from maverick_jax.cli.answers import print_answer
+from maverick_jax.cli.parser import whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,7 @@ LINE = 64  # marks
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo", metavar="DIR", help="where the model directory and the pictures go (default: demo)")
-    parser.add_argument("--example", type=int, default=22, metavar="N", help="which held-out question (default: 22)")
+    parser.add_argument("--example", type=whole, default=22, metavar="N", help="which held-out question (default: 22)")
 
 
 @options.on_every_process

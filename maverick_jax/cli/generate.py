@@ -9,14 +9,14 @@ examples:
 """
 
 import argparse
-import sys
 
-from maverick_jax.cli import options
+from maverick_jax.cli import options, streams
 from maverick_jax.cli.answers import print_answer
+from maverick_jax.cli.parser import words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
+    parser.add_argument("prompt", type=words, metavar="PROMPT", help="the question; - reads it from standard input")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format (base models)")
     options.add_model_arguments(parser)
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     text = args.prompt
     if text == "-":
-        text = multihost.exchange(sys.stdin.read() if multihost.is_first() else None)[0]
+        text = multihost.exchange(streams.read_input() if multihost.is_first() else None)[0]
     if not text.strip():
         raise UserError("the prompt is empty: ask something.")
     if args.raw and (args.image or args.system):

@@ -31,10 +31,6 @@ class Keyboard:
     """
 
     def __init__(self):
-        from maverick_jax.errors import UserError
-
-        if sys.stdin is None:
-            raise UserError("standard input is closed: there is nobody to talk with.")
         self.at_terminal = sys.stdin.isatty()
         self.draft = ""
         with contextlib.suppress(AttributeError):  # the bytes of a file name need not be UTF-8

@@ -6,13 +6,14 @@ jax only inside `run`, so that `--help` is quick.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 
 from maverick_jax import __version__
-from maverick_jax.cli import interrupt
+from maverick_jax.cli import interrupt, streams
+from maverick_jax.cli.parser import Parser, refuse_unknown
+from maverick_jax.errors import UserError
 
 COMMANDS = {
     "demo": "convert the embedded mini model, ask it about two pictures on 8 devices",
@@ -24,39 +25,77 @@ COMMANDS = {
     "chat": "talk, with pictures",
     "tokens": "how many tokens a prompt has, and which",
     "plan": "will it fit, how fast can it be, on devices that need not be there",
+    "completion": "the Tab key completes commands, options and files",
 }
 MISTAKE = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit status."""
-    args = _parser().parse_args(arguments)
-    from maverick_jax.errors import UserError
-
+    """Run the command line, or `arguments` as if they stood there. Returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
     try:
-        return args.run(args)
+        streams.require_output()
+        status = _run(arguments)
+        sys.stdout.flush()  # the end of the process is too late to learn of a full disk
+        return status
     except UserError as error:
-        if args.debug:
+        if debug:
             raise
-        print(f"maverick: {error}", file=sys.stderr)
-        return MISTAKE
+        return _mistake(str(error))
     except KeyboardInterrupt:
-        if args.debug:
+        if debug:
             raise
         return interrupt.end()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if debug:
+            raise
+        return _mistake(streams.reason(error))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="maverick", description="Llama 4 (Maverick, Scout) in JAX.")
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] in ([], ["help"]):  # `maverick`, `maverick help`, `maverick help COMMAND`
+        arguments = [*arguments[1:], "--help"]
+    if not arguments[0].startswith("-"):
+        refuse_unknown(arguments[0], list(COMMANDS))
+    try:
+        parser = make_parser()
+        args = parser.parse_args(arguments)
+    except SystemExit as end:  # it has printed its help, or the version
+        return int(end.code or 0)
+    if "run" not in args:
+        parser.error("a command is missing")
+    return args.run(args)
+
+
+def _mistake(text: str) -> int:
+    print(f"maverick: {text}", file=sys.stderr)
+    return MISTAKE
+
+
+def make_parser() -> Parser:
+    """The grammar of all commands."""
+    parser = Parser(
+        prog="maverick",
+        description="Llama 4 (Maverick, Scout) in JAX.",
+        epilog="maverick COMMAND --help, or maverick help COMMAND, says the rest, with examples.",
+    )
     parser.add_argument("--version", action="version", version=f"maverick-jax {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"maverick_jax.cli.{name}")
-        sub = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=module.run)
     return parser
+
+
+def complete_words() -> None:
+    """Where the shell asks what may come next: answer it, and end."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(make_parser(), always_complete_options="long")

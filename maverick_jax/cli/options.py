@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from maverick_jax.cli.parser import given_words, real, whole
+
 if TYPE_CHECKING:
     from maverick_jax.inference.generate import Generation
     from maverick_jax.model import Llama4
@@ -23,13 +25,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXES", help="such as data=1,expert=8,tensor=1 (default: all devices on expert)")
     parser.add_argument("--layout", metavar="NAME", help="throughput, latency or training (default: throughput)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights and activations (default: as stored)")
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,14 +129,16 @@ def default_mesh(config: Any) -> dict[str, int]:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token (default: 0)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the tokens that together reach probability P")
-    parser.add_argument("--min-p", type=float, metavar="P", help="sample among tokens at least P times as likely as the likeliest")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (default: 0)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated")
+    parser.add_argument("--system", type=given_words, metavar="TEXT", help="system message")
+    parser.add_argument("--max-new-tokens", type=whole, default=512, metavar="N", help="longest answer (default: 512)")
+    parser.add_argument("--temperature", type=real, default=0.0, metavar="T", help="0 takes the most likely token (default: 0)")
+    parser.add_argument("--top-k", type=whole, metavar="K", help="sample among the K most likely tokens")
+    parser.add_argument("--top-p", type=real, metavar="P", help="sample among the tokens that together reach probability P")
+    parser.add_argument("--min-p", type=real, metavar="P", help="sample among tokens at least P times as likely as the likeliest")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the random numbers (default: 0)")
+    parser.add_argument(
+        "--stop", type=given_words, action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer instead of streaming")
 
 

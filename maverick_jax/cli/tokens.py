@@ -14,10 +14,12 @@ import argparse
 import collections
 import itertools
 import json
-import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from maverick_jax.cli import streams
 from maverick_jax.cli.answers import harmless
+from maverick_jax.cli.parser import given_words, words
 
 if TYPE_CHECKING:
     from maverick_jax.prompt.listing import Token
@@ -26,9 +28,9 @@ LONGEST_RUN = 2  # of one token; more are a line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
+    parser.add_argument("prompt", type=words, metavar="PROMPT", help="the question; - reads it from standard input")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--system", type=given_words, metavar="TEXT", help="system message")
     parser.add_argument("--raw", action="store_true", help="the text as it is, without the chat format (base models)")
     parser.add_argument("-m", "--model", metavar="DIR", help="model directory or PyTorch checkpoint (default: the mini model)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.errors import UserError
     from maverick_jax.prompt import Tokenizer
 
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = streams.read_input() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise UserError("the prompt is empty: ask something.")
     if args.raw and (args.image or args.system):
@@ -67,13 +69,13 @@ def _listed(text, args, directory, config, tokenizer) -> list[Token]:
 
     if args.raw:
         begin = config.bos_token_id
-        return [Token(begin, tokenizer.spelling(begin), TEMPLATE), *list_tokens([Text(text)], [], tokenizer, config)]
+        return [Token(begin, tokenizer.spelling(begin), True, TEMPLATE), *list_tokens([Text(text)], [], tokenizer, config)]
     system = [{"role": "system", "content": args.system}] if args.system else []
     pieces, images = compose([*system, user_message(text, args.image)], template=load_template(directory))
     return list_tokens(pieces, images, tokenizer, config)
 
 
-def _lines(tokens: list[Token]):
+def _lines(tokens: list[Token]) -> Iterator[str]:
     """A line for every token, or for a run of the same one, as the `<|patch|>`s of a picture's tile are."""
     at = 0
     for token, run in itertools.groupby(tokens):
@@ -86,21 +88,22 @@ def _lines(tokens: list[Token]):
 
 
 def _written(token: Token) -> str:
-    """On one line, with the spaces at its ends to be seen; bytes of a part of a character by their numbers."""
+    """Control tokens by their names; text in quotes, so that spaces are seen; a part of a character as its bytes."""
     try:
         text = token.spelling.decode()
     except UnicodeDecodeError:
         return "".join(f"\\x{byte:02x}" for byte in token.spelling)
-    return harmless(json.dumps(text, ensure_ascii=False))
+    return text if token.special else harmless(json.dumps(text, ensure_ascii=False))
 
 
 def _total(tokens: list[Token], context: int) -> str:
     """How many, of which kind, and how much of the context that is."""
-    sources = collections.Counter(token.source.partition(" ")[0].rstrip(",") for token in tokens)
+    sources = collections.Counter(token.source.rstrip(" 0123456789") for token in tokens)  # all pictures together
     parts = ", ".join(f"{count:,} {name}" for name, count in sources.items())
     total = f"{len(tokens):,} tokens ({parts}): {len(tokens) / context:.1%} of the context of {context:,}"
     return total if len(tokens) <= context else f"{total}, which is too long"
 
 
 def _as_dict(token: Token) -> dict[str, object]:
-    return {"id": token.id, "text": token.spelling.decode(errors="backslashreplace"), "from": token.source}
+    text = token.spelling.decode(errors="backslashreplace")
+    return {"id": token.id, "text": text, "special": token.special, "from": token.source}

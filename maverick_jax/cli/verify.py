@@ -10,7 +10,8 @@ examples:
 
 import argparse
 
-from maverick_jax.cli.options import add_report_arguments, note, note_all, positive, quiet_accelerator_search
+from maverick_jax.cli.options import add_report_arguments, note, note_all, quiet_accelerator_search
+from maverick_jax.cli.parser import positive
 
 DIFFERENT = 1
 

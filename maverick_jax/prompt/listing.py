@@ -20,11 +20,13 @@ class Token:
 
     Attributes:
       spelling: UTF-8 bytes that it is written with, perhaps part of a character.
-      source: `template`, `text` (somebody's words), `template, text` of one that joins both, or `picture 1` and so on.
+      special: it controls the model; text that is spelled alike is not.
+      source: `template`, `text` (somebody's words), `template + text` of one that joins both, or `picture 1` and so on.
     """
 
     id: int
     spelling: bytes
+    special: bool
     source: str
 
 
@@ -43,7 +45,7 @@ def list_tokens(pieces: Sequence[Text], images: Sequence[Any], tokenizer: Tokeni
     for token in tokens:
         if token.id == tokenizer.id_of(IMAGE):
             number, block = next(pictures)
-            expanded += [Token(id, tokenizer.spelling(id), f"picture {number}") for id in block]
+            expanded += [Token(id, tokenizer.spelling(id), True, f"picture {number}") for id in block]
         else:
             expanded.append(token)
     return expanded
@@ -51,11 +53,14 @@ def list_tokens(pieces: Sequence[Text], images: Sequence[Any], tokenizer: Tokeni
 
 def _of_piece(piece: Text, tokenizer: Tokenizer) -> Iterator[Token]:
     """The tokens' bytes are the text's, in order. Where they are not, because a tokenizer changes what it reads, all counts as given."""
+    ids = tokenizer.encode_authored(piece, piece.own)
     written = str.encode(piece)
     own = b"".join(bytes([mark]) * len(char.encode()) for char, mark in zip(str.__str__(piece), own_of(piece), strict=True))
+    special = set(tokenizer.special.values())
     at = 0
-    for id in tokenizer.encode_authored(piece, piece.own):
+    for id in ids:
         spelling = tokenizer.spelling(id)
         authors = set(own[at : at + len(spelling)]) if written.startswith(spelling, at) else set()
         at += len(spelling)
-        yield Token(id, spelling, ", ".join(name for mark, name in ((OWN[0], TEMPLATE), (GIVEN[0], TEXT)) if mark in authors) or TEXT)
+        source = " + ".join(name for mark, name in ((OWN[0], TEMPLATE), (GIVEN[0], TEXT)) if mark in authors) or TEXT
+        yield Token(id, spelling, id in special, source)
