@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from maverick_jax.errors import UserError
@@ -88,7 +88,7 @@ class Chat:
         """The answer to `text` about `images`, a picture or a list of them as `load_picture` takes them."""
         return "".join(self.stream(text, images))
 
-    def stream(self, text: str, images: Any = ()) -> Iterator[str]:
+    def stream(self, text: str, images: Any = ()) -> Generator[str, None, None]:
         """The answer in portions of whole characters.
 
         The conversation grows by question and answer once the answer is complete. An answer that is stopped (Ctrl-C, or the iterator is
@@ -101,7 +101,7 @@ class Chat:
         question = user_message(text, cut)
         return self._answer(question, self.complete(self.prompt([*self.messages, question])))
 
-    def _answer(self, question: dict[str, Any], portions: Iterator[str]) -> Iterator[str]:
+    def _answer(self, question: dict[str, Any], portions: Iterator[str]) -> Generator[str, None, None]:
         answer = ""
         try:
             for portion in portions:

@@ -183,18 +183,18 @@ def listed_pictures(images: Any) -> list[Any]:
     Raises:
       UserError: neither.
     """
-    file = isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(images, "read")
-    if file or isinstance(images, Image.Image) or is_array(images) or _is_cut(images):
-        return [images]
     try:
-        return list(images)
+        return [images] if _is_one(images) else list(images)
     except TypeError:
         raise UserError(f"images is {reprlib.repr(images)}: expected a list of pictures.") from None
 
 
-def _is_cut(image: Any) -> bool:
-    """Whether it looks like what `tile_image` returns."""
-    return isinstance(image, tuple) and len(image) == 2 and isinstance(image[1], tuple) and all(isinstance(n, int) for n in image[1])
+def _is_one(images: Any) -> bool:
+    """Whether it is a picture itself, or the pair that `tile_image` returns."""
+    if isinstance(images, tuple):
+        return len(images) == 2 and isinstance(images[1], tuple) and all(isinstance(n, int) for n in images[1])
+    file = isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(images, "read")
+    return file or isinstance(images, Image.Image) or is_array(images)
 
 
 def choose_canvas(width: int, height: int, *, tile: int, max_tiles: int) -> tuple[int, int]:

@@ -212,7 +212,7 @@ def test_a_model_from_nowhere():
 
     with pytest.raises(UserError, match="not loaded from a directory"):
         Chat(Lost())
-    with pytest.raises(UserError, match="model is 'OUT': open it with maverick_jax.load"):
+    with pytest.raises(UserError, match=r"model is 'OUT': open it with maverick_jax\.load"):
         Chat("OUT")
 
 
