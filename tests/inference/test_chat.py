@@ -9,6 +9,7 @@ import inspect
 import numpy as np
 import pytest
 from PIL import Image
+from scripted import CONFIG, TOKENIZER, Model, Scripted
 
 import maverick_jax as mj
 from maverick_jax.assets import mini_directory
@@ -16,37 +17,9 @@ from maverick_jax.errors import UserError
 from maverick_jax.inference import chat as chat_module
 from maverick_jax.inference.chat import Chat
 from maverick_jax.inference.sampling import Sampling
-from maverick_jax.prompt import Tokenizer, render, tile_image
-from maverick_jax.training.mini.definition import mini_config, mini_tokenizer
+from maverick_jax.prompt import render, tile_image
 
-TOKENIZER = Tokenizer(mini_tokenizer())
-CONFIG = mini_config(mini_tokenizer())
 RED = Image.new("RGB", (60, 32), "red")
-
-
-class Scripted:
-    """Stands for `Generation`: notes the prompts, and says the next answer a few tokens at a time."""
-
-    answers: list[str]
-    seen: list[tuple[list[int], np.ndarray | None]]
-
-    def __init__(self, model, prompts, *, tiles, max_new_tokens, sampling):
-        (prompt,) = prompts
-        self.seen.append((prompt, tiles))
-        self.settings = (max_new_tokens, sampling)
-
-    def __iter__(self):
-        ids = TOKENIZER.encode(self.answers.pop(0))
-        for start in range(0, len(ids), 3):
-            yield [ids[start : start + 3]]
-
-
-class Model(mj.Llama4):
-    config = CONFIG
-    directory = mini_directory()
-
-    def __init__(self):
-        pass
 
 
 @pytest.fixture
@@ -109,38 +82,31 @@ def test_half_a_character_at_the_end_is_shown_as_such(script, monkeypatch):
     assert Chat(Model())("?") == "a\ufffd"
 
 
-@pytest.mark.parametrize("stopped", [KeyboardInterrupt, GeneratorExit], ids=["Ctrl-C", "closed"])
-def test_an_answer_that_is_stopped_stays_as_far_as_it_went(script, monkeypatch, stopped):
+@pytest.mark.parametrize("how", ["Ctrl-C", "closed"])
+def test_an_answer_that_is_stopped_stays_as_far_as_it_went(script, how):
     """The next question may be about it: the model must know what it has said, and what was asked."""
-    monkeypatch.setattr(Scripted, "__iter__", lambda self: broken_off(TOKENIZER.encode("half an answer"), stopped()))
+    script.answers += [["half", KeyboardInterrupt()]]
     chat = Chat(Model())
     stream = chat.stream("Who?", images=[RED])
-    assert next(stream) == "half an answer"
-    if stopped is GeneratorExit:
+    said = [next(stream)]
+    if how == "closed":
         stream.close()
     else:
         with pytest.raises(KeyboardInterrupt):
-            next(stream)
+            said.extend(stream)
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
     assert chat.messages[0]["content"][1] == {"type": "text", "text": "Who?"}
-    assert chat.messages[1]["content"] == "half an answer"
+    assert chat.messages[1]["content"] == ("half" if how == "Ctrl-C" else said[0])
 
 
-@pytest.mark.parametrize("said", [False, True], ids=["nothing said", "something said"])
-def test_an_error_leaves_no_trace(script, monkeypatch, said):
-    """The conversation grows by a question and its answer, or not at all; so it does if Ctrl-C comes before the first word."""
+@pytest.mark.parametrize("answer", [["a", UserError("no room")], [KeyboardInterrupt()]], ids=["error", "Ctrl-C before the first word"])
+def test_what_is_no_answer_leaves_no_trace(script, answer):
+    """The conversation grows by a question and its answer, or not at all."""
+    script.answers.append(answer)
     chat = Chat(Model())
-    error = UserError("no room") if said else KeyboardInterrupt()
-    monkeypatch.setattr(Scripted, "__iter__", lambda self: broken_off(TOKENIZER.encode("a") if said else [], error))
-    with pytest.raises(type(error)):
+    with pytest.raises(type(answer[-1])):
         chat("?")
     assert chat.messages == []
-
-
-def broken_off(ids, error):
-    if ids:
-        yield [ids]
-    raise error
 
 
 def test_a_picture_stays_what_it_was(script, tmp_path):
@@ -309,7 +275,7 @@ def test_what_is_shown_of_them_is_short(script):
     script.answers += ["a"]
     chat = Chat(Model())
     chat("?", images=[RED])
-    assert repr(chat) == f"Chat({mini_directory()!r}, 2 messages)"
+    assert repr(chat) == f"Chat('{mini_directory()}', 2 messages)"
     prompt = chat.prompt(chat.messages)
     assert repr(prompt) == f"Prompt({len(prompt.token_ids)} tokens, tiles [3, 3, 32, 32])"
     assert repr(chat.template) == f"ChatTemplate('{mini_directory()}': default)"
