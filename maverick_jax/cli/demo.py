@@ -22,6 +22,7 @@ from maverick_jax.cli.parser import whole
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
     from maverick_jax.inference.chat import Chat
     from maverick_jax.inference.generate import Generation
@@ -41,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @options.on_every_process
 def run(args: argparse.Namespace) -> int:
     import jax
-    from PIL import Image
-
     from maverick_jax.assets import digits, mini_directory
     from maverick_jax.checkpoint import load
     from maverick_jax.convert import convert
@@ -78,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
     print(digits.draw(*pictures))
     images = [digits.picture(pixels) for pixels in pictures]
     assert model.config.vision is not None
-    side = model.config.vision.image_size
-    for name, image in zip(("left.png", "right.png"), images, strict=True) if multihost.is_first() else ():
-        image.resize((side, side), Image.Resampling.BILINEAR).save(Path(args.out) / name)  # exactly the tile that the model sees
+    if multihost.is_first():
+        save_pictures(images, Path(args.out), model.config.vision.image_size)
 
     _heading("a question about them")
     chat = Chat(model, max_new_tokens=32)
@@ -100,6 +98,14 @@ def run(args: argparse.Namespace) -> int:
         options.note("maverick: the answer is wrong.")
         return 1
     return 0
+
+
+def save_pictures(images: list[Image], folder: Path, side: int) -> None:
+    """The left and the right picture, exactly the tiles that the model sees."""
+    from PIL.Image import Resampling
+
+    for name, image in zip(("left.png", "right.png"), images, strict=True):
+        image.resize((side, side), Resampling.BILINEAR).save(folder / name)
 
 
 def _heading(text: str) -> None:
