@@ -17,12 +17,30 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import TypedDict
 
+from maverick_jax.config.checks import show
 from maverick_jax.errors import UserError
 
 PORT = 8482  # where jax itself puts the coordinator on a TPU
 ADDRESS, PORT_VARIABLE, COUNT, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TOKEN, BIND_ADDRESS = "MAVERICK_RUN_TOKEN", "JAX_COORDINATOR_BIND_ADDRESS"
 MOST_PROCESSES = 2**16
+HOW_MANY, WHICH = "how many processes there are", "which of them this one is, from 0"
+MEANING = {
+    ADDRESS: "HOST:PORT of process 0",
+    COUNT: HOW_MANY,
+    PROCESS: WHICH,
+    "SLURM_JOB_ID": "the number of the job",
+    "SLURM_STEP_NUM_TASKS": HOW_MANY,
+    "SLURM_PROCID": WHICH,
+    "SLURM_LOCALID": "which process of its machine this one is, from 0",
+    "OMPI_COMM_WORLD_SIZE": HOW_MANY,
+    "OMPI_COMM_WORLD_RANK": WHICH,
+    "OMPI_COMM_WORLD_LOCAL_RANK": "which process of its machine this one is, from 0",
+    "TPU_WORKER_ID": "which host of its slice this one is, from 0",
+    "MEGASCALE_NUM_SLICES": "how many slices there are",
+    "MEGASCALE_SLICE_ID": "which slice this host is in, from 0",
+    "JOB_COMPLETION_INDEX": "which pod of the job this one is, from 0",
+}
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 METADATA_S = 5.0  # for the whole answer: a machine elsewhere may have a name server that never answers
 METADATA_BYTES = 2**20  # a slice of ten thousand hosts
@@ -60,12 +78,15 @@ class Cluster:
 
 
 class Found(TypedDict, total=False):
-    """What one launcher tells; the user's JAX_* variables fill in and overrule."""
+    """What one launcher tells, and by which variable; the user's JAX_* variables fill in and overrule."""
 
     found_by: str
     address: str
+    address_by: str
     count: int
+    count_by: str
     process: int
+    process_by: str
     local_device: int | None
     token: str
 
@@ -88,32 +109,37 @@ def find_cluster(
       UserError: the variables contradict each other, are no numbers, or something is missing.
     """
     found = _open_mpi(environment) or _slurm(environment) or _tpu(environment, tpu_metadata) or _kubernetes(environment, full_name) or {}
-    found_by = found.get("found_by", "the environment")
-    if environment.get(ADDRESS) or environment.get(COUNT) or environment.get(PROCESS):
+    found_by, users = found.get("found_by", ""), {name for name in (ADDRESS, COUNT, PROCESS) if environment.get(name)}
+    if users:
         found_by = f"{found_by} and the JAX_* variables" if found else "the JAX_* variables"
-    count = _number(environment, COUNT) if environment.get(COUNT) else found.get("count")
-    process = _number(environment, PROCESS) if environment.get(PROCESS) else found.get("process")
-    address = environment.get(ADDRESS) or found.get("address")
-    if count == 1 or (count, process, address) == (None, None, None) or (count is None and not environment.get(ADDRESS)):
+    count = _number(environment, COUNT) if COUNT in users else found.get("count")
+    process = _number(environment, PROCESS) if PROCESS in users else found.get("process")
+    address = environment[ADDRESS] if ADDRESS in users else found.get("address")
+    count_by, process_by, address_by = (
+        variable if variable in users else by
+        for variable, by in ((COUNT, found.get("count_by")), (PROCESS, found.get("process_by")), (ADDRESS, found.get("address_by")))
+    )
+    if (count == 1 and PROCESS not in users) or (count is None and not users):
         return None
-    for value, variable, what in (
-        (count, COUNT, "how many processes there are"),
-        (process, PROCESS, "which of them this one is, from 0"),
-        (address, ADDRESS, "HOST:PORT of process 0"),
-    ):
-        if value is None:
-            raise UserError(f"{found_by} announces several processes but not {what}: set {variable}.")
+    for value, variable in ((count, COUNT), (process, PROCESS), (address, ADDRESS)):
+        if value is None and count != 1:
+            read = ", ".join(filter(None, (address_by, count_by, process_by)))
+            raise UserError(f"{found_by} ({read}) announces several processes but not {MEANING[variable]}: set {variable}.")
     assert count is not None
     assert process is not None
-    if not 2 <= count <= MOST_PROCESSES:
-        raise UserError(f"{found_by} announces {count} processes: a run has 1 to {MOST_PROCESSES:,}; mend {COUNT}.")
+    if not 1 <= count <= MOST_PROCESSES:
+        raise UserError(f"{count_by} announces {count} processes: a run has 1 to {MOST_PROCESSES:,}; mend it.")
     if not 0 <= process < count:
-        raise UserError(f"this is process {process} of {count} by {found_by}: they count from 0 to {count - 1}; mend {PROCESS} or {COUNT}.")
+        raise UserError(
+            f"this is process {process} by {process_by}, of {count} by {count_by}: they count from 0 to {count - 1}; mend the one that is wrong."
+        )
+    if count == 1:
+        return None
     # The user's own numbers may join processes of several jobs; a launcher's belong to one.
     token = environment.get(TOKEN) or ("" if environment.get(COUNT) and environment.get(PROCESS) else found.get("token", ""))
     bind = environment.get(BIND_ADDRESS)
     return Cluster(
-        _address(ADDRESS, str(address), environment),
+        _address(str(address_by), str(address), environment),
         count,
         process,
         found_by,
@@ -127,9 +153,18 @@ def _address(variable: str, address: str, environment: Mapping[str, str]) -> str
     host, colon, port = address.rpartition(":")
     if not colon or (":" in host and not address.startswith("[")):  # a name, or a bare IPv6 address
         host, port = address, environment.get(PORT_VARIABLE) or str(PORT)
-    if not _is_host(host) or not _is_number(port) or not 0 < int(port) < 65536:
-        raise UserError(f"{variable} {address!r} is not HOST:PORT: give a name or address of process 0's machine and a free port there.")
+        if not _is_port(port):
+            raise UserError(f"{PORT_VARIABLE} is {show(port)}, not the number of a port, 1 to 65535.")
+    if not _is_host(host) or not _is_port(port):
+        raise UserError(
+            f"{variable} {show(address)} is not HOST:PORT: give a name or address of process 0's machine and a free port there"
+            f"{'' if variable in (ADDRESS, BIND_ADDRESS) else f', by {ADDRESS}'}."
+        )
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _is_port(text: str) -> bool:
+    return _is_number(text) and 0 < int(text) < 65536
 
 
 def _is_host(text: str) -> bool:
@@ -150,9 +185,11 @@ def _is_number(text: str) -> bool:
 
 
 def _number(environment: Mapping[str, str], variable: str) -> int:
-    if not _is_number(environment[variable]):
-        raise UserError(f"{variable} is {environment[variable]!r}, not a number.")
-    return int(environment[variable])
+    text = environment.get(variable)
+    if text is None or not _is_number(text):
+        found = "is not set" if text is None else f"is {show(text)}, not a number"
+        raise UserError(f"{variable} {found}: it must be {MEANING[variable]}.")
+    return int(text)
 
 
 def _slurm(environment: Mapping[str, str]) -> Found | None:
@@ -160,13 +197,19 @@ def _slurm(environment: Mapping[str, str]) -> Found | None:
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
     if not all(environment.get(name) for name in names):
         return None
-    first = re.match(r"([^,\[]+)(?:\[(\w+))?", environment["SLURM_STEP_NODELIST"])  # node7, node[003-010,12], a,b
+    nodes = environment["SLURM_STEP_NODELIST"]
+    first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)  # node7, node[003-010,12], a,b
+    if first is None:
+        raise UserError(f"SLURM_STEP_NODELIST is {show(nodes)}, no list of machines such as node[1-4]: start the run by srun.")
     shared = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")[:2] not in ("1", "1(", "1,")
     return {
         "found_by": "SLURM",
-        "address": f"{''.join(filter(None, first.groups()))}:{_free_port(_number(environment, 'SLURM_JOB_ID'))}" if first else "",
+        "address": f"{''.join(filter(None, first.groups()))}:{_free_port(_number(environment, 'SLURM_JOB_ID'))}",
+        "address_by": "SLURM_STEP_NODELIST",
         "count": _number(environment, "SLURM_STEP_NUM_TASKS"),
+        "count_by": "SLURM_STEP_NUM_TASKS",
         "process": _number(environment, "SLURM_PROCID"),
+        "process_by": "SLURM_PROCID",
         "local_device": _own_device(environment, "SLURM_LOCALID") if shared else None,
         "token": f"SLURM {environment['SLURM_JOB_ID']}.{environment.get('SLURM_STEP_ID', '')}",
     }
@@ -179,7 +222,9 @@ def _open_mpi(environment: Mapping[str, str]) -> Found | None:
     found: Found = {
         "found_by": "Open MPI",
         "count": _number(environment, "OMPI_COMM_WORLD_SIZE"),
+        "count_by": "OMPI_COMM_WORLD_SIZE",
         "process": _number(environment, "OMPI_COMM_WORLD_RANK"),
+        "process_by": "OMPI_COMM_WORLD_RANK",
         "local_device": _own_device(environment, "OMPI_COMM_WORLD_LOCAL_RANK")
         if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1") != "1"
         else None,
@@ -189,6 +234,7 @@ def _open_mpi(environment: Mapping[str, str]) -> Found | None:
     if uri:
         host = f"[{uri[2]}]" if ":" in uri[2] else uri[2]
         found["address"] = f"{host}:{_free_port(int(uri[1]) // 2**12)}"  # job ids are multiples of 2^12
+        found["address_by"] = "OMPI_MCA_orte_hnp_uri"
     return found
 
 
@@ -196,14 +242,18 @@ def _tpu(environment: Mapping[str, str], metadata: Callable[[str], str | None] |
     """A host of a TPU slice, or of several: from Google Kubernetes Engine's variables or the machine's metadata."""
     if "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu"):
         return None
-    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    worker = environment.get("TPU_WORKER_ID")
+    workers_by = "TPU_PROCESS_ADDRESSES" if environment.get("TPU_PROCESS_ADDRESSES") else "TPU_WORKER_HOSTNAMES"
+    worker_by = "TPU_WORKER_ID"
+    workers, worker = environment.get(workers_by), environment.get(worker_by)
     if not workers or not worker:
         if metadata is None:
             metadata = _ask_machine if _has_tpu() and "TPU_SKIP_MDS_QUERY" not in environment else lambda name: None
+        workers_by, worker_by = "the machine's worker-network-endpoints", "the machine's agent-worker-number"
         workers, worker = metadata("worker-network-endpoints"), metadata("agent-worker-number")
-    if not workers or not worker or not _is_number(worker) or " " in workers:
+    if not workers or not worker or " " in workers + worker:  # libtpu writes warnings there
         return None
+    if not _is_number(worker):
+        raise UserError(f"{worker_by} is {show(worker)}, not a number: it must be {MEANING['TPU_WORKER_ID']}.")
     hosts = [_endpoint_host(endpoint) for endpoint in workers.split(",")]
     slices, index = (
         _number(environment, name) if environment.get(name) else default
@@ -213,8 +263,11 @@ def _tpu(environment: Mapping[str, str], metadata: Callable[[str], str | None] |
     return {
         "found_by": "Cloud TPU",
         "address": f"{coordinator.rpartition(':')[0] or coordinator if coordinator else hosts[0]}:{PORT}",
+        "address_by": "MEGASCALE_COORDINATOR_ADDRESS" if coordinator else workers_by,
         "count": len(hosts) * slices,
+        "count_by": f"{workers_by} and MEGASCALE_NUM_SLICES" if slices > 1 else workers_by,
         "process": int(worker) + index * len(hosts),
+        "process_by": f"{worker_by} and MEGASCALE_SLICE_ID" if index else worker_by,
     }
 
 
@@ -223,11 +276,15 @@ def _kubernetes(environment: Mapping[str, str], full_name: Callable[[], str]) ->
     index = environment.get("JOB_COMPLETION_INDEX")
     if not index or "KUBERNETES_SERVICE_HOST" not in environment:
         return None
-    found: Found = {"found_by": "Kubernetes", "process": _number(environment, "JOB_COMPLETION_INDEX")}
+    found: Found = {
+        "found_by": "Kubernetes",
+        "process": _number(environment, "JOB_COMPLETION_INDEX"),
+        "process_by": "JOB_COMPLETION_INDEX",
+    }
     if environment.get(COUNT) and not environment.get(ADDRESS):
         pod, _, domain = full_name().partition(".")
         if domain and pod.endswith(f"-{index}"):
-            found["address"] = f"{pod.removesuffix(index)}0.{domain}:{PORT}"
+            found["address"], found["address_by"] = f"{pod.removesuffix(index)}0.{domain}:{PORT}", "this pod's name"
     return found
 
 

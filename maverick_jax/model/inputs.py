@@ -7,6 +7,7 @@ Shape suffixes: B batch, T tokens, N tiles, C channels, S pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from maverick_jax.inference.cache import KVCache
 
 Array = jax.Array | np.ndarray
+Rows = Array | Sequence[Sequence[int]]
+Lengths = Array | Sequence[int]
 BRIGHTEST = 2.0  # resampling may overshoot 1 a little; a picture in 0..255 was never scaled
 
 
@@ -115,12 +118,12 @@ def known(array: Array) -> np.ndarray | None:
 
 
 def _array(values: Any, name: str) -> Array:
-    if isinstance(values, jax.Array | np.ndarray):
-        return values
+    """On the host, where this process can see the values: on one device they could not meet a model on another."""
     try:
-        return np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths; a tensor that wants its gradient
+        seen = known(values if isinstance(values, jax.Array) else np.asarray(values))
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths; a tensor that wants its gradient; deleted
         raise UserError(f"{name} is no array ({error}).") from error
+    return values if seen is None else seen
 
 
 def _kind(array: Array) -> str:

@@ -5,7 +5,7 @@ Shape suffixes: B batch, T tokens, N tiles, S pixels, D model width, V vocabular
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.model import inputs
 from maverick_jax.model.attention import Piece
-from maverick_jax.model.inputs import Array
+from maverick_jax.model.compiled import compiled
+from maverick_jax.model.inputs import Array, Lengths, Rows
 from maverick_jax.model.parameter import weight
 from maverick_jax.model.text import RESIDUAL, Text
 from maverick_jax.model.vision import Vision
@@ -36,6 +37,9 @@ def identity(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 class Llama4(nnx.Module):
     """Llama 4 Maverick, Scout, or any model with their architecture.
+
+    `model(token_ids, tiles)` gives logits. Its steps, `encode_tiles`, `embed`, `hidden` and `logits`, are for functions of your
+    own that you compile: outside `jit` they run operation by operation.
 
     Args:
       config: sizes and switches.
@@ -66,21 +70,25 @@ class Llama4(nnx.Module):
         self.constrain = constrain
         self.directory: str | None = None  # where it was loaded from: home of its tokenizer and chat template
 
+    @overload
+    def __call__(self, token_ids: Rows, tiles: Array | None = None, *, lengths: Lengths | None = None, cache: None = None) -> jax.Array: ...
+
+    @overload
     def __call__(
-        self,
-        token_ids: Array,
-        tiles: Array | None = None,
-        *,
-        lengths: Array | None = None,
-        cache: KVCache | None = None,
-    ) -> jax.Array | tuple[jax.Array, KVCache]:
+        self, token_ids: Rows, tiles: Array | None = None, *, lengths: Lengths | None = None, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]: ...
+
+    def __call__(self, token_ids: Rows, tiles: Array | None = None, *, lengths: Lengths | None = None, cache: KVCache | None = None) -> Any:
         """Logits of every token.
 
+        Outside `jit` the call is compiled, once per shape of the inputs; the program serves other weights too. Within a function
+        that jax transforms it becomes a part of that.
+
         Args:
-          token_ids: [B, T] int32.
+          token_ids: [B, T] whole numbers, or a list of equally long lists.
           tiles: [N, 3, S, S] float32 in -1..1, the tiles of all pictures in the order of their `<|patch|>` tokens.
-          lengths: [B] int32 real tokens per row; what follows is padding. None: all T.
-          cache: what earlier calls left; the tokens continue it.
+          lengths: [B] whole numbers, real tokens per row; what follows is padding. None: all T.
+          cache: what earlier calls left; the tokens continue it. It can be continued once more, by others.
 
         Returns:
           [B, T, V] float32; with a cache a pair (logits, cache).
@@ -100,10 +108,17 @@ class Llama4(nnx.Module):
         inputs.check_patches(is_patch, pictures, self.config.vision)
         if cache is not None:
             inputs.check_cache(cache, self.config.text, lengths)
+        logits, cache = self._forward(token_ids, is_patch, pictures, lengths, cache)
+        return logits if cache is None else (logits, cache)
+
+    @compiled
+    def _forward(
+        self, token_ids: Array, is_patch: Array, pictures: Array | None, lengths: Array, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
         features = None if pictures is None else self.encode_tiles(pictures)
         index = jnp.cumsum(is_patch.reshape(-1)).reshape(is_patch.shape) - 1
         x, cache, _ = self.hidden(self.embed(token_ids, features, index), lengths, cache)
-        return self.logits(x) if cache is None else (self.logits(x), cache)
+        return self.logits(x), cache
 
     def encode_tiles(self, tiles_N3SS: Array) -> jax.Array:
         """[N, 3, S, S] -> [N * tokens_per_tile, D]: what takes the place of the `<|patch|>` tokens."""
