@@ -107,6 +107,11 @@ def joined(limit_s: float | None = None) -> Iterator[None]:
         raise
 
 
+def tell_interrupted() -> None:
+    """Ctrl-C ends this process at once: tell the others why."""
+    _report(KeyboardInterrupt())
+
+
 def _report(error: BaseException) -> None:
     if _team is None or _team.failed is not None:
         return

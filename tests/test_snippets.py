@@ -47,9 +47,7 @@ class Block(NamedTuple):
 
 def blocks_of(text: str) -> list[Block]:
     """The blocks that are to be run, or say why not."""
-    found = [
-        Block(m["language"], m["text"], text.count("\n", 0, m.start("text")) + 1, m["why"] or "") for m in BLOCK.finditer(text)
-    ]
+    found = [Block(m["language"], m["text"], text.count("\n", 0, m.start("text")) + 1, m["why"] or "") for m in BLOCK.finditer(text)]
     return [block for block in found if block.is_ours]
 
 

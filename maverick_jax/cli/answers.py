@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Iterable
 
+from maverick_jax.cli import status
+
 # Escape sequences, carriage return, backspace, bell, those of C1, and what turns the direction of writing.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -18,21 +20,20 @@ def harmless(text: str) -> str:
     return CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
-def print_answer(portions: Iterable[str]) -> str:
-    """Print an answer as it comes, and a line break at its end, whatever ends it.
-
-    Returns:
-      The whole answer, as it was said.
-    """
+def receive(portions: Iterable[str], *, show: bool = True) -> str:
+    """The whole answer, as it was said. It is printed as it comes, with a line break at its end, whatever ends it, unless `show` is
+    off."""
     shown = harmless if sys.stdout.isatty() else str
     answer = ""
     try:
-        for portion in portions:
+        for portion in status.awaited("computing", portions):
             answer += portion
-            print(shown(portion), end="", flush=True)
+            if show:
+                print(shown(portion), end="", flush=True)
     except BaseException:
-        if answer:
+        if show and answer:
             print(flush=True)
         raise
-    print(flush=True)
+    if show:
+        print(flush=True)
     return answer

@@ -17,8 +17,8 @@ import base64
 import contextlib
 from typing import TYPE_CHECKING
 
-from maverick_jax.cli import interrupt, options
-from maverick_jax.cli.answers import print_answer
+from maverick_jax.cli import compilation, interrupt, options
+from maverick_jax.cli.answers import receive
 from maverick_jax.cli.keyboard import Keyboard
 
 if TYPE_CHECKING:
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_arguments(parser)
     options.add_sampling_arguments(parser)
+    compilation.add_argument(parser)
 
 
 @options.on_every_process
+@compilation.programs_kept
 def run(args: argparse.Namespace) -> int:
     from maverick_jax.errors import UserError
     from maverick_jax.inference.chat import Chat
@@ -80,7 +82,7 @@ def _answer(chat: Chat, question: str, pictures: list, *, stoppable: bool, as_js
     known = len(chat.messages)
     try:
         with interrupt.raised() if stoppable else contextlib.nullcontext(), contextlib.closing(chat.stream(question, pictures)) as portions:
-            answer = "".join(portions) if as_json else print_answer(portions)
+            answer = receive(portions, show=not as_json)
     except KeyboardInterrupt:
         if not stoppable:
             raise

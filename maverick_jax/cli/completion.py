@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    print(argcomplete.shellcode(["maverick"], shell=args.shell))  # which asks `maverick` itself: see main.complete_words
+    print(shellcode(["maverick"], shell=args.shell))  # which asks `maverick` itself: see main.complete_words
     return 0

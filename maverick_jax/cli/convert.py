@@ -12,6 +12,7 @@ examples:
 
 import argparse
 
+from maverick_jax.cli import interrupt
 from maverick_jax.cli.options import add_report_arguments, note, note_all, on_every_process
 from maverick_jax.cli.parser import positive
 
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         note_all(found.notes)
         print(json.dumps(found.as_dict()) if args.json else found.as_text())
         return 0
+    interrupt.hint("What is written stays: run the same command again to go on.")
     progress = not (args.quiet or args.json)
     summary = convert(args.source, args.out, **options, workers=args.workers, digests=not args.no_digests, progress=progress)
     note_all(summary.notes)

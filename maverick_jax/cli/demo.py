@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maverick_jax import __version__
-from maverick_jax.cli import options
-from maverick_jax.cli.answers import print_answer
+from maverick_jax.cli import compilation, options, status
+from maverick_jax.cli.answers import receive
 from maverick_jax.cli.parser import whole
 
 if TYPE_CHECKING:
@@ -37,11 +37,14 @@ LINE = 64  # marks
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo", metavar="DIR", help="where the model directory and the pictures go (default: demo)")
     parser.add_argument("--example", type=whole, default=22, metavar="N", help="which held-out question (default: 22)")
+    compilation.add_argument(parser)
 
 
 @options.on_every_process
+@compilation.programs_kept
 def run(args: argparse.Namespace) -> int:
     import jax
+
     from maverick_jax.assets import digits, mini_directory
     from maverick_jax.checkpoint import load
     from maverick_jax.convert import convert
@@ -69,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{path}{'/' if path.is_dir() else ''}")
 
     _heading("every parameter on its devices")
-    model = load(out, mesh=make_mesh(expert=math.gcd(DEVICES, jax.device_count())))
+    mesh = make_mesh(expert=math.gcd(DEVICES, jax.device_count()))
+    with status.doing("loading the model"):
+        model = load(out, mesh=mesh)
     _print_experts(model)
 
     _heading("two pictures that the model has never seen")
@@ -83,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     _heading("a question about them")
     chat = Chat(model, max_new_tokens=32)
     print(f"question  {question}\nanswer    ", end="", flush=True)
-    answer = print_answer(chat.stream(question, images))
+    answer = receive(chat.stream(question, images))
     print(f"expected  {expected}")
 
     _heading("tokens per expert, a mark for each of the 128")

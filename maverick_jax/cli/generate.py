@@ -10,8 +10,8 @@ examples:
 
 import argparse
 
-from maverick_jax.cli import options, streams
-from maverick_jax.cli.answers import print_answer
+from maverick_jax.cli import compilation, options, streams
+from maverick_jax.cli.answers import receive
 from maverick_jax.cli.parser import words
 
 
@@ -21,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format (base models)")
     options.add_model_arguments(parser)
     options.add_sampling_arguments(parser)
+    compilation.add_argument(parser)
 
 
 @options.on_every_process
+@compilation.programs_kept
 def run(args: argparse.Namespace) -> int:
     from maverick_jax.errors import UserError
     from maverick_jax.inference.chat import Chat
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     seen = options.digest(b"".join(image.tobytes() for image in images))
     chat = Chat(options.load_model(args, pictures=seen), **options.chat_options(args))
     portions = chat.complete(chat.raw_prompt(text)) if args.raw else chat.stream(text, images)
-    answer = "".join(portions) if args.json else print_answer(portions)
+    answer = receive(portions, show=not args.json)
     assert chat.last is not None
     if args.json:
         print(options.as_json(answer, chat.last))

@@ -37,9 +37,9 @@ def watch() -> None:
         return
     reader, _pipe = os.pipe()
     os.set_blocking(_pipe, False)
-    threading.Thread(target=_wait, args=(reader,), daemon=True, name="Ctrl-C").start()
     signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, _handle)
+    threading.Thread(target=_wait, args=(reader,), daemon=True, name="Ctrl-C").start()
     # The last of the exit functions: the command is done, and what is left of the interpreter has no threads to answer.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
@@ -67,7 +67,8 @@ def hint(text: str) -> None:
 
 def before_leaving(call: Callable[[], object]) -> None:
     """`call` is called, in a thread, before the process ends by Ctrl-C; it has half a second."""
-    _farewells.append(call)
+    if call not in _farewells:
+        _farewells.append(call)
 
 
 def message() -> str:

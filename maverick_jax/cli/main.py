@@ -11,7 +11,7 @@ import os
 import sys
 
 from maverick_jax import __version__
-from maverick_jax.cli import interrupt, streams
+from maverick_jax.cli import interrupt, status, streams
 from maverick_jax.cli.parser import Parser, refuse_unknown
 from maverick_jax.errors import UserError
 
@@ -31,14 +31,15 @@ MISTAKE = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line, or `arguments` as if they stood there. Returns the exit status."""
+    """Run the command line of this process, or `arguments` inside of somebody's. Returns the exit status."""
+    ours = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
         streams.require_output()
-        status = _run(arguments)
+        ended = _run(arguments, ours)
         sys.stdout.flush()  # the end of the process is too late to learn of a full disk
-        return status
+        return ended
     except UserError as error:
         if debug:
             raise
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _mistake(streams.reason(error))
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], ours: bool) -> int:
     if arguments[:1] in ([], ["help"]):  # `maverick`, `maverick help`, `maverick help COMMAND`
         arguments = [*arguments[1:], "--help"]
     if not arguments[0].startswith("-"):
@@ -67,6 +68,8 @@ def _run(arguments: list[str]) -> int:
         return int(end.code or 0)
     if "run" not in args:
         parser.error("a command is missing")
+    if ours and not any(vars(args).get(name) for name in ("json", "quiet")):
+        status.speak()
     return args.run(args)
 
 

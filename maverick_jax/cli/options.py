@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import glob
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -13,7 +16,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from maverick_jax.cli import interrupt, status
 from maverick_jax.cli.parser import given_words, real, whole
+
+ACCELERATORS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")  # TPU, NVIDIA, WSL, AMD
 
 if TYPE_CHECKING:
     from maverick_jax.inference.generate import Generation
@@ -37,9 +43,12 @@ def on_every_process(run: Callable[[argparse.Namespace], int]) -> Callable[[argp
 
     @functools.wraps(run)
     def joined(args: argparse.Namespace) -> int:
-        quiet_accelerator_search()
-        from maverick_jax.sharding import multihost
+        with status.doing("starting jax"):
+            quiet_accelerator_search()
+            from maverick_jax.sharding import multihost
 
+        status.watch_compiler()
+        interrupt.before_leaving(multihost.tell_interrupted)
         with multihost.joined(), _one_voice():
             multihost.check_same(_arguments(args))
             return run(args)
@@ -85,7 +94,11 @@ def _arguments(args: argparse.Namespace) -> dict[str, str]:
 
     from maverick_jax import __version__
 
-    values = {name: value for name, value in vars(args).items() if name not in ("run", "debug", "model", "source", "image", "out")}
+    values = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("run", "debug", "model", "source", "image", "out", "compilation_cache")
+    }
     return {
         "the version": f"maverick-jax {__version__} with jax {jax.__version__}",
         "the command": args.run.__module__.rpartition(".")[2],
@@ -117,7 +130,9 @@ def load_model(args: argparse.Namespace, **inputs: str) -> Llama4:
     checkpoint = open_checkpoint(directory)
     note_all(checkpoint.notes)
     axes = parse_mesh(args.mesh) if args.mesh else default_mesh(checkpoint.config)
-    return read_model(checkpoint, mesh=make_mesh(**axes) if math.prod(axes.values()) > 1 else None, layout=args.layout, dtype=args.dtype)
+    mesh = make_mesh(**axes) if math.prod(axes.values()) > 1 else None
+    with status.doing("loading the model"):
+        return read_model(checkpoint, mesh=mesh, layout=args.layout, dtype=args.dtype)
 
 
 def default_mesh(config: Any) -> dict[str, int]:
@@ -171,5 +186,15 @@ def as_json(text: str, generation: Generation) -> str:
 
 
 def quiet_accelerator_search() -> None:
-    """jax logs that it looked for a TPU or GPU; people who have none need not read it."""
+    """jax logs that it looked for a TPU or GPU; people who have none need not read it.
+
+    Where libtpu is installed it is started even if there is no TPU, and then complains on standard error, five lines from C++. With
+    no device of any accelerator in sight jax is told so; another plugin than libtpu may know of devices that we do not.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import jax
+
+    devices = (found for pattern in ACCELERATORS for found in glob.glob(pattern))
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    if jax.config.values["jax_platforms"] is None and not any(devices) and not plugins and importlib.util.find_spec("libtpu"):
+        jax.config.update("jax_platforms", "cpu")

@@ -22,13 +22,16 @@ class Parser(argparse.ArgumentParser):
             settings.setdefault("type", given)
         return super().add_argument(*names, **settings)
 
-    def parse_known_args(self, args=None, namespace=None):  # every command's parser is asked by this method
-        found, unknown = super().parse_known_args(args, namespace)
+    def parse_known_args(self, *args, **settings):  # every command's parser is asked by this method
+        found, unknown = super().parse_known_args(*args, **settings)
         if unknown:
             option = unknown[0].partition("=")[0]
             options = [text for action in self._actions for text in action.option_strings]
             self.error(f"{option} is unknown{_meant(option, options)}" if option.startswith("-") else f"{option!r} is one word too many")
         return found, unknown
+
+    def _print_message(self, message: str, file: Any = None) -> None:  # argparse's own is silent where nothing can be printed
+        print(message, end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} ({self.prog} --help).")

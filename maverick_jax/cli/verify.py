@@ -10,6 +10,7 @@ examples:
 
 import argparse
 
+from maverick_jax.cli import compilation
 from maverick_jax.cli.options import add_report_arguments, note, note_all, quiet_accelerator_search
 from maverick_jax.cli.parser import positive
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="SRC", help="the checkpoint that it was made from")
     parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: 4, or the number of cores)")
     add_report_arguments(parser)
+    compilation.add_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     problems = list(report.problems)
     if not args.json:
         print(report.as_text(), flush=True)
-    comparison = _compare(args.model, args.against, progress) if args.against and not problems else None
+    with compilation.kept(args.compilation_cache):
+        comparison = _compare(args.model, args.against, progress) if args.against and not problems else None
     if comparison and not comparison.agrees and report.exact:
         problems.append(f"{comparison.worst.stage} differs from transformers' by {comparison.worst.relative:.1e} of its size.")
     if args.json:

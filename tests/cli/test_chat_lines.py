@@ -9,7 +9,7 @@ from PIL import Image
 from scripted import TOKENIZER, Model, Scripted
 
 from maverick_jax.cli import options
-from maverick_jax.cli.answers import harmless, print_answer
+from maverick_jax.cli.answers import harmless, receive
 from maverick_jax.errors import UserError
 from maverick_jax.inference import chat as chat_module
 
@@ -143,8 +143,8 @@ def test_control_characters_are_written_out(text, shown):
 
 
 def test_files_and_pipes_get_what_was_said(capsys, monkeypatch):
-    assert print_answer(["\x1b[31m", "red"]) == "\x1b[31mred"
+    assert receive(["\x1b[31m", "red"]) == "\x1b[31mred"
     assert capsys.readouterr().out == "\x1b[31mred\n"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert print_answer(["\x1b[31m", "red"]) == "\x1b[31mred"
+    assert receive(["\x1b[31m", "red"]) == "\x1b[31mred"
     assert capsys.readouterr().out == "\\x1b[31mred\n"
