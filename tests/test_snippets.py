@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from maverick_jax.assets import digits, mini_directory
-from maverick_jax.cli import demo
+from maverick_jax.cli import compilation, demo
 from maverick_jax.cli.main import COMMANDS, main
 from maverick_jax.config import Config
 
@@ -75,6 +75,13 @@ def shows(printed: str, shown: str) -> bool:
     """Whether an output is what a page shows, in which … stands for any lines."""
     pattern = "".join(".*" if line == ANY_LINES else f"{re.escape(line)}\n" for line in shown.splitlines())
     return re.fullmatch(pattern, printed, re.DOTALL) is not None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_kept(tmp_path_factory):
+    """A program that several pages need is compiled once."""
+    with compilation.kept(str(tmp_path_factory.mktemp("programs"))):
+        yield
 
 
 @pytest.fixture

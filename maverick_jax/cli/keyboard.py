@@ -33,6 +33,8 @@ class Keyboard:
     def __init__(self):
         self.at_terminal = sys.stdin.isatty()
         self.draft = ""
+        if self.at_terminal:
+            _put_back_at_ctrl_c()
         with contextlib.suppress(AttributeError):  # the bytes of a file name need not be UTF-8
             sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
 
@@ -63,8 +65,7 @@ class Keyboard:
     def _read(self) -> str | None:
         """The next line, None at the end of input."""
         try:
-            with interrupt.raised() if self.at_terminal else contextlib.nullcontext():
-                return self._input().strip()
+            return self._input().strip()
         except EOFError:
             if self.at_terminal:
                 print(file=sys.stderr)  # behind the prompt
@@ -86,6 +87,15 @@ class Keyboard:
             return input(PROMPT)
         finally:
             readline.set_startup_hook()
+
+
+def _put_back_at_ctrl_c() -> None:
+    """readline turns the terminal's echo off while it reads, and Ctrl-C ends the process without asking it."""
+    with contextlib.suppress(ImportError):  # Windows
+        import termios
+
+        before = termios.tcgetattr(sys.stdin)
+        interrupt.before_leaving(lambda: termios.tcsetattr(sys.stdin, termios.TCSANOW, before))
 
 
 def _pictures(names: str) -> Iterator[Line]:

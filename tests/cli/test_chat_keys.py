@@ -6,6 +6,7 @@ import re
 import select
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -105,7 +106,10 @@ def test_a_conversation(terminal):
 
 
 def test_ctrl_c_at_the_prompt(terminal):
+    """It ends the chat, and the shell's prompt gets a terminal that echoes."""
+    before = termios.tcgetattr(terminal.main)
     terminal.until("> ")
     terminal.type("half a question" + CTRL_C)
     terminal.until(r"\r\nmaverick: interrupted\.\r\n")
     assert terminal.process.wait(60) == 130
+    assert termios.tcgetattr(terminal.main) == before
