@@ -71,7 +71,7 @@ def _listed(text, args, directory, config, tokenizer) -> list[Token]:
         begin = config.bos_token_id
         return [Token(begin, tokenizer.spelling(begin), True, TEMPLATE), *list_tokens([Text(text)], [], tokenizer, config)]
     system = [{"role": "system", "content": args.system}] if args.system else []
-    pieces, images = compose([*system, user_message(text, args.image)], template=load_template(directory))
+    pieces, images = compose([*system, user_message(text, args.image)], tokenizer, template=load_template(directory))
     return list_tokens(pieces, images, tokenizer, config)
 
 

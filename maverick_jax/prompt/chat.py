@@ -71,11 +71,9 @@ def render(
     Raises:
       UserError: a message that cannot be understood, a picture that cannot be read, or too many pictures.
     """
-    if template is None:
-        for token in CONTROL:
-            tokenizer.id_of(token)  # one that it lacks would be written as plain text
     pieces, images = compose(
         messages,
+        tokenizer,
         template=template,
         tools=tools,
         add_generation_prompt=add_generation_prompt,
@@ -91,6 +89,7 @@ def render(
 
 def compose(
     messages: Sequence[Message],
+    tokenizer: Tokenizer,
     *,
     template: ChatTemplate | None = None,
     tools: Sequence[Tool] | None = None,
@@ -110,6 +109,8 @@ def compose(
         raise UserError(f"the prompt has {len(images)} pictures: at most {MAX_IMAGES} fit in one prompt.")
     options: dict[str, Any] = {"tools": schemas, "add_generation_prompt": add_generation_prompt}
     if template is None:
+        for token in CONTROL:
+            tokenizer.id_of(token)  # one that it lacks would be written as plain text
         return write_dialog(messages, **options, continue_final_message=bool(continue_final_message)), images
     field = "content" if continue_final_message is True else continue_final_message or None
     return [template.render(messages, **options, continued=field)], images

@@ -26,7 +26,7 @@ def template(request, tmp_path):
 def test_they_are_what_is_rendered(template, text):
     """Pictures and control tokens that are typed included."""
     messages = [{"role": "system", "content": "Be brief."}, user_message(text, [WIDE, np.zeros((4, 4))])]
-    tokens = list_tokens(*compose(messages, template=template), TOKENIZER, CONFIG)
+    tokens = list_tokens(*compose(messages, TOKENIZER, template=template), TOKENIZER, CONFIG)
     assert [token.id for token in tokens] == render(messages, TOKENIZER, CONFIG, template=template).token_ids
     words = b"".join(token.spelling for token in tokens if token.source == "text").decode()
     assert words == f"Be brief.{text}"
@@ -39,7 +39,7 @@ def test_they_are_what_is_rendered(template, text):
 def test_a_token_that_joins_template_and_text(tmp_path):
     """A template that ends a line lends its line break to the text's own."""
     (tmp_path / "chat_template.jinja").write_text("a \n{{ messages[0].content }}")
-    pieces, _ = compose([{"role": "user", "content": "\nb"}], template=load_template(tmp_path))
+    pieces, _ = compose([{"role": "user", "content": "\nb"}], TOKENIZER, template=load_template(tmp_path))
     tokens = list_tokens(pieces, [], TOKENIZER, CONFIG)
     assert [(token.spelling, token.source) for token in tokens if b"\n\n" in token.spelling] == [(b"\n\n", "template + text")]
     assert tokens[0].source == "template"
@@ -49,13 +49,13 @@ def test_a_token_that_joins_template_and_text(tmp_path):
 def test_a_tokenizer_that_changes_its_text():
     """Who wrote what cannot be followed: all from there counts as given."""
     tokenizer = Tokenizer(mini_tokenizer() | {"normalizer": {"type": "Lowercase"}})
-    pieces, _ = compose([{"role": "user", "content": "ABC"}])
+    pieces, _ = compose([{"role": "user", "content": "ABC"}], tokenizer)
     tokens = list_tokens(pieces, [], tokenizer, CONFIG)
     assert [token.source for token in tokens if token.spelling in (b"a", b"b", b"c", b"abc")] == ["text"] * 3
 
 
 def test_pictures_without_a_place(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("no pictures")
-    pieces, images = compose([user_message("?", [WIDE])], template=load_template(tmp_path))
+    pieces, images = compose([user_message("?", [WIDE])], TOKENIZER, template=load_template(tmp_path))
     with pytest.raises(UserError, match="placed 0 of 1 pictures"):
         list_tokens(pieces, images, TOKENIZER, CONFIG)
