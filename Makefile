@@ -2,6 +2,7 @@
 # make test    install the test and torch extras, run all tests; EXTRAS=test leaves out what compares with PyTorch,
 #              WORKERS=1 takes half the memory (10 GB) and twice the time
 # make lint    ruff and pyright
+# make docs    README, guides and an API reference as a site in site/
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ EXTRAS ?= test,torch
 WORKERS ?= 2
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/maverick demo
@@ -21,6 +22,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python docs/site/build.py site
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("maverick-jax needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
@@ -35,4 +39,4 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml
 	touch $(VENV)/installed $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build site *.egg-info

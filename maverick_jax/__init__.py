@@ -9,61 +9,84 @@ print(mj.Chat(model)("What is in this picture?", images=["dog.jpg"]))
 ```
 """
 
+import difflib
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from maverick_jax.checkpoint import load, save
-    from maverick_jax.config import Config, TextConfig, VisionConfig
-    from maverick_jax.errors import UserError
-    from maverick_jax.inference.cache import KVCache
-    from maverick_jax.inference.chat import Chat
-    from maverick_jax.inference.generate import generate
-    from maverick_jax.model import Llama4, get_abstract_model
-    from maverick_jax.prompt import tile_image
-    from maverick_jax.sharding import make_mesh
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 # Where each public name lives. Imported on first use: `maverick --help` need not wait for jax.
 _HOME = {
-    "Chat": "inference.chat",
-    "Config": "config",
-    "KVCache": "inference.cache",
-    "Llama4": "model",
-    "TextConfig": "config",
-    "UserError": "errors",
-    "VisionConfig": "config",
-    "generate": "inference.generate",
-    "get_abstract_model": "model",
-    "load": "checkpoint",
-    "make_mesh": "sharding",
-    "save": "checkpoint",
-    "tile_image": "prompt",
+    "Chat": "inference.chat.Chat",
+    "Config": "config.Config",
+    "KVCache": "inference.cache.KVCache",
+    "Llama4": "model.Llama4",
+    "Sampling": "inference.sampling.Sampling",
+    "TextConfig": "config.TextConfig",
+    "Tokenizer": "prompt.Tokenizer",
+    "UserError": "errors.UserError",
+    "VisionConfig": "config.VisionConfig",
+    "convert_checkpoint": "convert.convert",
+    "export_checkpoint": "convert.export",
+    "generate": "inference.generate.generate",
+    "get_abstract_model": "model.get_abstract_model",
+    "load": "checkpoint.load",
+    "make_mesh": "sharding.make_mesh",
+    "save": "checkpoint.save",
+    "tile_image": "prompt.tile_image",
+    "verify_checkpoint": "convert.proof.verify.verify",
 }
+_PACKAGES = ("convert", "sharding")
 
 __all__ = [
     "Chat",
     "Config",
     "KVCache",
     "Llama4",
+    "Sampling",
     "TextConfig",
+    "Tokenizer",
     "UserError",
     "VisionConfig",
+    "convert_checkpoint",
+    "export_checkpoint",
     "generate",
     "get_abstract_model",
     "load",
     "make_mesh",
     "save",
     "tile_image",
+    "verify_checkpoint",
 ]
 
+if TYPE_CHECKING:  # for editors; `__getattr__` would tell them that every name is there
+    from maverick_jax import convert as convert
+    from maverick_jax import sharding as sharding
+    from maverick_jax.checkpoint import load, save
+    from maverick_jax.config import Config, TextConfig, VisionConfig
+    from maverick_jax.convert import convert as convert_checkpoint
+    from maverick_jax.convert import export as export_checkpoint
+    from maverick_jax.convert.proof.verify import verify as verify_checkpoint
+    from maverick_jax.errors import UserError
+    from maverick_jax.inference.cache import KVCache
+    from maverick_jax.inference.chat import Chat
+    from maverick_jax.inference.generate import generate
+    from maverick_jax.inference.sampling import Sampling
+    from maverick_jax.model import Llama4, get_abstract_model
+    from maverick_jax.prompt import Tokenizer, tile_image
+    from maverick_jax.sharding import make_mesh
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'maverick_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"maverick_jax.{_HOME[name]}"), name)
+    def __getattr__(name):
+        if name in _PACKAGES:
+            return importlib.import_module(f"maverick_jax.{name}")
+        if name in _HOME:
+            module, _, attribute = _HOME[name].rpartition(".")
+            return getattr(importlib.import_module(f"maverick_jax.{module}"), attribute)
+        close = difflib.get_close_matches(name, __all__, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(__all__)}; load(path) opens a model."
+        raise AttributeError(f"module 'maverick_jax' has no attribute {name!r}: {hint}", name=name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_PACKAGES, "__version__"]

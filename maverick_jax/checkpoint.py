@@ -9,35 +9,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from maverick_jax.assets import mini_directory
+from maverick_jax.config.checks import path_of, show
 from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, open_model_directory, open_source
 from maverick_jax.convert.build import orbax, remote
 from maverick_jax.convert.build.building import building
 from maverick_jax.convert.build.manifest import write_manifest
 from maverick_jax.convert.build.orbax import flatten, unflatten
-from maverick_jax.convert.formats import hub
 from maverick_jax.convert.formats.agreement import compare_names
 from maverick_jax.convert.formats.companions import COMPANIONS, TEMPLATES, copy_companions, find_companions
-from maverick_jax.convert.formats.foreign import check_directory
-from maverick_jax.convert.formats.recognize import local_path
+from maverick_jax.convert.formats.recognize import find_directory, local_path
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
+from maverick_jax.model.parameter import float_dtype
 from maverick_jax.model.quantized import set_quantized
-from maverick_jax.sharding import AttendOnMesh, Constrain, Dispatcher, Layout, get_layout, make_dispatcher
+from maverick_jax.sharding import AXES, AttendOnMesh, Constrain, Dispatcher, Layout, check_mesh, get_layout, make_dispatcher
 
-DTYPES = ("bfloat16", "float16", "float32")
 SAMPLES, SAMPLE_BYTES = 32, 4096  # of weights, for `identity`
 
 
@@ -75,10 +72,14 @@ def read_model(
 ) -> Llama4:
     """`load` of what `open_checkpoint` has opened."""
     config, table = checkpoint.config, get_layout(layout)
-    options: dict[str, Any] = {"dtype": _dtype(dtype or config.dtype), "dispatcher": make_dispatcher(mesh, table, dispatcher)}
-    if mesh is not None:
+    options: dict[str, Any] = {"dtype": float_dtype(config.dtype if dtype is None else dtype)}
+    if mesh is None:
+        table.check_axes(AXES)
+    else:
+        check_mesh(mesh)
         table.check(config, mesh)
         options |= {"constrain": Constrain(mesh, table), "attend": AttendOnMesh(mesh, table)}
+    options["dispatcher"] = make_dispatcher(mesh, table, dispatcher)
     model = get_abstract_model(config, **options)
     set_quantized(model, checkpoint.parameters)
     graphdef, state = nnx.split(model)
@@ -104,15 +105,22 @@ def save(model: Llama4, path: str | Path, *, companions: str | Path | None = Non
       companions: where tokenizer and template files come from; None: where the model was loaded from.
 
     Raises:
-      UserError: `path` exists, or there is no space left.
+      UserError: no model, or one without weights; `path` exists, or there is no space left.
     """
-    path, companions = local_path(path), companions or model.directory
+    if not isinstance(model, Llama4):
+        raise UserError(f"model is {show(model)}: it must be a Llama4, such as load gives.")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model)):
+        raise UserError("this model has no weights, get_abstract_model only describes them: there is nothing to save.")
+    path, given, companions = local_path(path), companions is not None, model.directory if companions is None else companions
     if companions is not None:
-        find_companions(Path(companions))  # refused now, and not when all weights are written
+        companions = path_of("companions", companions)
+        if given and not companions.is_dir():
+            raise UserError(f"companions is {str(companions)!r}: there is no such directory.")
+        find_companions(companions)  # refused now, and not when all weights are written
     arrays = {parameter_name(name): leaf[...] for name, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     with building(path, afresh=(f"{PARAMS}*", MANIFEST, *COMPANIONS)) as partial:
         if companions is not None:
-            copy_companions(Path(companions), partial)
+            copy_companions(companions, partial)
         config = dataclasses.replace(model.config, dtype=model.text.embedding.dtype.name)
         (partial / "config.json").write_text(json.dumps(config.to_huggingface(), indent=2) + "\n")
         orbax.save(partial / PARAMS, arrays)
@@ -122,19 +130,16 @@ def save(model: Llama4, path: str | Path, *, companions: str | Path | None = Non
 
 def resolve(path: str | Path | None) -> Path:
     """The directory that a user means: the mini model for None, a local path, a download from the Hub, or what stands for one
-    in an object store."""
+    in an object store.
+
+    Raises:
+      UserError: nothing is there, or it is no path.
+    """
     if path is None:
         return mini_directory()
     if "://" in str(path):
         return Path(remote.fetch(str(path).rstrip("/")).name)
-    directory = Path(path)
-    if os.path.isdir(directory):  # unlike `is_dir` it knows no name that is too long
-        return directory
-    if os.path.exists(directory):
-        check_directory(directory)
-    if hub.is_id(str(path)):
-        return hub.download(str(path))
-    raise UserError(f"{directory} does not exist.")
+    return find_directory(path)
 
 
 def identity(directory: Path) -> dict[str, str]:
@@ -160,16 +165,6 @@ def identity(directory: Path) -> dict[str, str]:
             file.seek(path.stat().st_size // 2)
             digests["the checkpoint"].update(f"{path.name} {path.stat().st_size}".encode() + file.read(SAMPLE_BYTES))
     return {name: digest.hexdigest()[:12] for name, digest in digests.items()}
-
-
-def _dtype(dtype: DTypeLike) -> jnp.dtype:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in DTYPES:
-        raise UserError(f"dtype {name!r} is not supported: choose one of {', '.join(DTYPES)}.")
-    return jnp.dtype(name)
 
 
 def _place(leaf: nnx.Variable, layout: Layout, mesh: Mesh | None) -> jax.ShapeDtypeStruct:

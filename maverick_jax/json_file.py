@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from maverick_jax import stand_ins
 from maverick_jax.errors import UserError
 
 MAX_BYTES = 16 << 20  # four times the largest of Maverick's, which is the manifest of its FP8 checkpoint
@@ -40,7 +41,10 @@ def read_json(
         with open(file, "rb") as stream:
             text = stream.read(found.st_size)  # no more, though it may grow meanwhile
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({os.strerror(error.errno or 0)}): {advice}.") from error
+        cure = "give yourself the right to" if isinstance(error, PermissionError) else advice
+        raise UserError(f"{file} cannot be read ({os.strerror(error.errno or 0)}): {cure}.") from error
+    if (instead := stand_ins.explain(text[: stand_ins.ENOUGH])) is not None:
+        raise UserError(f"{file} {instead}")
     try:
         values = parse_json(text, max_values=max_values)
     except (ValueError, RecursionError) as error:

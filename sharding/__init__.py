@@ -4,11 +4,12 @@ from maverick_jax.sharding.all_to_all import AllToAll
 from maverick_jax.sharding.attend import Attend, AttendHere, AttendOnMesh
 from maverick_jax.sharding.choice import DISPATCHERS, make_dispatcher
 from maverick_jax.sharding.dispatch import Dispatcher, Local, Stats
-from maverick_jax.sharding.layout import LATENCY, LAYOUTS, THROUGHPUT, TRAINING, Constrain, Layout, get_layout
-from maverick_jax.sharding.mesh import make_mesh, parse_mesh
+from maverick_jax.sharding.layout import LATENCY, LAYOUTS, THROUGHPUT, TRAINING, Constrain, Layout, check_mesh, get_layout
+from maverick_jax.sharding.mesh import AXES, make_mesh, parse_mesh
 from maverick_jax.sharding.ragged import Ragged
 
 __all__ = [
+    "AXES",
     "DISPATCHERS",
     "LATENCY",
     "LAYOUTS",
@@ -24,6 +25,7 @@ __all__ = [
     "Local",
     "Ragged",
     "Stats",
+    "check_mesh",
     "get_layout",
     "make_dispatcher",
     "make_mesh",

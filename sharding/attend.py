@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from maverick_jax.ops.attention import Keys, Partial, attend, attend_in_order, partial_attention, write_slots
-from maverick_jax.sharding.layout import Layout
+from maverick_jax.sharding.layout import Layout, check_placed
 
 QUERIES = ("attention_batch", "attention_sequence", "heads", None)
 KEYS = ("attention_batch", "attention_sequence", "kv_heads", None)
@@ -56,6 +56,9 @@ class AttendOnMesh:
 
     mesh: Mesh
     layout: Layout
+
+    def __post_init__(self) -> None:
+        check_placed(self.mesh, self.layout)
 
     def write(self, buffer_BKSd, new_BKTd, slots_BT):
         rows, kv_heads, sequence, _ = self.layout.split(CACHE, buffer_BKSd.shape, self.mesh)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from jax.sharding import Mesh
 
+from maverick_jax.config.checks import show
 from maverick_jax.errors import UserError
 from maverick_jax.sharding.all_to_all import AllToAll
 from maverick_jax.sharding.dispatch import Dispatcher, Local
-from maverick_jax.sharding.layout import Layout
+from maverick_jax.sharding.layout import Layout, check_placed
 from maverick_jax.sharding.ragged import Ragged
 
 DISPATCHERS = {"local": Local, "all_to_all": AllToAll, "ragged": Ragged}
@@ -21,9 +24,15 @@ def make_dispatcher(mesh: Mesh | None, layout: Layout, dispatcher: str | Dispatc
         several devices, else `Local`.
 
     Raises:
-      UserError: neither.
+      UserError: no mesh, none of these, or one that was made for another mesh.
     """
+    if mesh is not None:
+        check_placed(mesh, layout)
     if callable(dispatcher) and not isinstance(dispatcher, type):
+        if getattr(dispatcher, "mesh", None) not in (None, mesh):
+            raise UserError("the dispatcher was made for another mesh than the model's: give both the same.")
+        if not isinstance(dispatcher, Hashable):  # compiled programs are told apart by it
+            raise UserError(f"dispatcher {show(dispatcher)} cannot be hashed: make its class a frozen dataclass, or leave out __eq__.")
         return dispatcher
     if dispatcher is not None and (not isinstance(dispatcher, str) or dispatcher not in DISPATCHERS):
         raise UserError(f"dispatcher {dispatcher!r} is unknown: choose one of {', '.join(DISPATCHERS)}, or pass one that is made.")

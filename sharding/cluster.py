@@ -131,7 +131,8 @@ def find_cluster(
         raise UserError(f"{count_by} announces {count} processes: a run has 1 to {MOST_PROCESSES:,}; mend it.")
     if not 0 <= process < count:
         raise UserError(
-            f"this is process {process} by {process_by}, of {count} by {count_by}: they count from 0 to {count - 1}; mend the one that is wrong."
+            f"this is process {process} by {process_by}, of {count} by {count_by}: "
+            f"they count from 0 to {count - 1}; mend the one that is wrong."
         )
     if count == 1:
         return None

@@ -7,7 +7,6 @@ Shape suffixes: T tokens, L tokens of one device, R rows, D model width, F exper
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -16,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from maverick_jax.config.checks import POSITIVE, is_whole
 from maverick_jax.errors import UserError
 from maverick_jax.ops.permute import sort_rows, take_rows
 from maverick_jax.ops.swiglu import ExpertWeights, grouped_swiglu
-from maverick_jax.sharding.layout import Layout
+from maverick_jax.sharding.layout import Layout, check_placed
 from maverick_jax.sharding.placement import Placement
 
 
@@ -51,6 +51,10 @@ class Local:
 
     mesh: Mesh | None = None
     layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        if (self.mesh, self.layout) != (None, None):
+            check_placed(self.mesh, self.layout)
 
     def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:
         E = experts.shape[0]
@@ -86,11 +90,12 @@ class ExpertParallel:
     rounds: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rounds is not None and (not isinstance(self.rounds, int) or self.rounds < 1):
+        check_placed(self.mesh, self.layout)
+        if self.rounds is not None and (not is_whole(self.rounds) or self.rounds < 1):
             raise UserError(
                 f"rounds={self.rounds!r} of a dispatcher: give a whole number from 1, or None for as many as there are tokens for."
             )
-        if not 0 < self.capacity_factor < math.inf:
+        if not POSITIVE.holds(self.capacity_factor):
             raise UserError(f"capacity_factor={self.capacity_factor!r} of a dispatcher: give a number above 0, such as 2.")
 
     def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:

@@ -10,11 +10,13 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maverick_jax.config import Config
+from maverick_jax.config.checks import show
 from maverick_jax.errors import UserError
 
 Axes = tuple[str | None, ...]
@@ -46,6 +48,8 @@ class Layout:
     rows: tuple[tuple[str, tuple[str, ...]], ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rows, tuple) or not all(isinstance(row, tuple) and len(row) == 2 for row in self.rows):
+            raise UserError(f"layout {self.name!r} has rows {show(self.rows)}: make it by Layout.from_table(name, table).")
         for axis, to in self.rows:
             if axis not in LOGICAL_AXES:
                 close = difflib.get_close_matches(str(axis), LOGICAL_AXES, n=1)
@@ -104,16 +108,20 @@ class Layout:
     def sharding(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
         return NamedSharding(mesh, self.spec(axes, shape, mesh))
 
+    def check_axes(self, mesh_axes: Sequence[str]) -> None:
+        """Refuse a row that names a mesh axis which there is not."""
+        for axis, to in self.rows:
+            for name in to:
+                if name not in mesh_axes:
+                    raise UserError(f"layout {self.name!r} puts {axis!r} on mesh axis {name!r}, but the mesh has {tuple(mesh_axes)}.")
+
     def check(self, config: Config, mesh: Mesh | AbstractMesh) -> None:
         """Refuse a mesh that does not divide what must be divided, or that lacks an axis of this table.
 
         Raises:
           UserError: names the axis, its size, and what it does not divide.
         """
-        for axis, to in self.rows:
-            for name in to:
-                if name not in mesh.shape:
-                    raise UserError(f"layout {self.name!r} puts {axis!r} on mesh axis {name!r}, but the mesh has {tuple(mesh.shape)}.")
+        self.check_axes(mesh.axis_names)
         text = config.text
         sizes = {
             "heads": (text.num_attention_heads, "attention heads"),
@@ -195,12 +203,30 @@ def get_layout(layout: str | Layout | Mapping[str, str | Sequence[str]] | None) 
     return Layout.from_table("custom", layout)
 
 
+def check_mesh(mesh: Any) -> None:
+    """Refuse what is no mesh, or one whose axes jax does not divide by itself: `shard_map` takes no input that says nothing of them."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise UserError(f"mesh is {show(mesh)}: it must be a jax.sharding.Mesh, which make_mesh gives.")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise UserError(f"the mesh has axes of other types than AxisType.Auto ({show(mesh.axis_types)}): make it by make_mesh.")
+
+
+def check_placed(mesh: Any, layout: Any) -> None:
+    """Refuse what is no mesh or no layout, in whatever lies on a mesh by a layout."""
+    check_mesh(mesh)
+    if not isinstance(layout, Layout):
+        raise UserError(f"layout is {show(layout)}: it must be a Layout, which get_layout gives.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Constrain:
     """Pins an activation to the layout: `constrain(x, ("batch", None, "heads", None))`."""
 
     mesh: Mesh
     layout: Layout
+
+    def __post_init__(self) -> None:
+        check_placed(self.mesh, self.layout)
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, self.layout.sharding(axes, x.shape, self.mesh))

@@ -2,13 +2,16 @@
 
 import contextlib
 import math
+import operator
 import os
+import re
 from collections.abc import Sequence
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from maverick_jax.config.checks import show
 from maverick_jax.errors import UserError
 from maverick_jax.sharding import multihost
 
@@ -25,12 +28,14 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     `expert` stay inside a host or slice as far as they fit, `data` goes across.
 
     Raises:
-      UserError: an axis below 1, more devices than there are, or a number that the processes or slices cannot share evenly.
+      UserError: an axis that is no whole number from 1, more devices than there are, or a number that the processes or slices
+        cannot share evenly.
     """
     sizes = {"data": data, "expert": expert, "tensor": tensor}
     for axis, size in sizes.items():
-        if size < 1:
-            raise UserError(f"mesh axis {axis} is {size}: every axis needs at least one device.")
+        if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
+            raise UserError(f"mesh axis {axis} is {show(size)}: it must be a whole number of devices, at least 1.")
+        sizes[axis] = operator.index(size)
     wanted = math.prod(sizes.values())
     request_cpu_devices(wanted)
     available = jax.device_count()
@@ -100,7 +105,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in AXES or not size.isdigit() or int(size) < 1 or axis in sizes:
+        if axis not in AXES or not re.fullmatch("0*[1-9][0-9]{0,8}", size) or axis in sizes:
             raise UserError(f"--mesh {text!r}: {part!r} is not AXIS=SIZE with AXIS one of {', '.join(AXES)}, each at most once.")
         sizes[axis] = int(size)
     return sizes

@@ -44,12 +44,12 @@ def initialize(limit_s: float | None = None) -> None:
     global _team
     if _team is not None:
         return
+    limit_s = _start_limit(limit_s)
     cluster = find_cluster(os.environ)
     if cluster is None:
         return
     if jax.distributed.is_initialized():
         raise UserError("jax.distributed runs already: let maverick_jax.sharding.multihost.initialize start it instead.")
-    limit_s = _start_limit(limit_s)
     _team = roll_call.meet(cluster, limit_s)
     atexit.register(_leave)
     sys.excepthook = _uncaught

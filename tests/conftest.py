@@ -59,6 +59,14 @@ def pytest_runtest_call(item):
     return (yield from _skip_without_torch())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_at_home(tmp_path_factory):
+    """Commands keep compiled programs for the next one; what the tests compile is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Every compiled program holds memory maps; Linux allows a process 65,530. Where all tests kept theirs, the compiler ended the

@@ -42,7 +42,7 @@ print(team.exchange(here.process), flush=True)
 team.finish()
 assert "jax" not in sys.modules
 """
-MAVERICK = ("-c", "import sys; from maverick_jax.cli.main import main; sys.exit(main())")
+MAVERICK = ("-m", "maverick_jax")
 
 
 def free_port() -> int:

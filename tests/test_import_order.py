@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "maverick_jax"
 ORDER = [  # lowest first; neighbours on one line do not know each other
-    {"errors", "json_file", "config"},
+    {"errors", "json_file", "stand_ins", "config"},
     {"ops"},
     {"sharding"},
     {"model"},
@@ -17,12 +17,13 @@ ORDER = [  # lowest first; neighbours on one line do not know each other
     {"checkpoint"},
     {"inference"},
     {"serving", "training", "plan"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 BASE = ORDER[0]
 ROOMS = ["formats", "build", "proof"]  # of `convert`, lowest first
 RANK = {package: rank for rank, packages in enumerate(ORDER) for package in packages}
-PROMPT_USERS = {"assets", "inference", "serving", "training", "plan", "cli", "__main__"}
+PROMPT_USERS = {"assets", "convert", "inference", "serving", "training", "plan", "cli", "__main__"}
 
 
 def sources() -> list[Path]:
@@ -64,7 +65,7 @@ def allowed(importer: str, imported: str) -> bool:
     if imported == "prompt":
         return importer in PROMPT_USERS
     if imported == "":  # the package's face imports everything
-        return RANK[importer] == len(ORDER) - 1
+        return RANK[importer] >= RANK["cli"]
     return RANK[imported] < RANK[importer]
 
 
@@ -139,7 +140,7 @@ def test_every_package_is_looked_at():
         ("import maverick_jax as mj", "inference", False),
         ("import maverick_jax as mj", "cli", True),
         ("from maverick_jax.serving import server", "training", False),
-        ("from maverick_jax.prompt import Prompt", "convert", False),
+        ("from maverick_jax.prompt import Prompt", "model", False),
     ],
 )
 def test_the_check_sees_what_it_should(code, importer, good):

@@ -57,7 +57,9 @@ def test_a_file_of_a_million_values_is_not_parsed(tmp_path, unit):
         (b'{"a": ' + b"9" * 5_000 + b"}", "not valid JSON"),
         (b'{"a": "\xff"}', "not valid JSON"),
         (b"[1]", "holds no JSON object"),
-        (b"", "not valid JSON"),
+        (b"", "is empty, for a download did not begin"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+        (b" <!doctype html>", "is a page of HTML"),
     ],
 )
 def test_what_is_no_object_is_refused(tmp_path, content, message):

@@ -15,6 +15,7 @@ import pytest
 from maverick_jax.assets import mini_directory
 from maverick_jax.checkpoint import resolve
 from maverick_jax.convert import convert
+from maverick_jax.convert.build import remote
 from maverick_jax.errors import UserError
 
 BUCKET = "models-of-ours"
@@ -115,6 +116,51 @@ def test_nothing_is_written_to_a_bucket(command, tmp_path):
     with pytest.raises(UserError, match=r"gs://bucket/model is no directory of a disk"):
         make(mini_directory(), "gs://bucket/model", progress=False)
     assert not Path("gs:").exists()
+
+
+@pytest.mark.parametrize(
+    ("server", "reason"),
+    [
+        ("http://127.0.0.1:9", r"127\.0\.0\.1 cannot be reached \(Connection refused\)"),
+        ("http://nowhere.invalid", r"nowhere\.invalid cannot be reached \("),
+    ],
+    ids=["refuses", "no address"],
+)
+def test_a_store_that_cannot_be_reached_is_said_before_its_client_is_asked(monkeypatch, server, reason):
+    """Which tries for most of a minute, and logs a hundred lines."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
+    monkeypatch.setattr(remote, "_copy", lambda *_: pytest.fail("asked the client"))
+    with pytest.raises(
+        UserError, match=rf"^gs://{BUCKET}/model cannot be read, for {reason}.*: check the network, or give a directory here\.$"
+    ):
+        remote.fetch(f"gs://{BUCKET}/model")
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (401, r"Anonymous caller.*: log in with `gcloud auth application-default login`"),
+        (403, r"Forbidden.*: log in with `gcloud auth application-default login`"),
+        (404, r"is not a finished model directory: there is no such bucket or folder\."),
+    ],
+)
+def test_what_a_store_answers_is_one_line(monkeypatch, capfd, status, reason):
+    """No right to read, or nothing there; the client's traceback stays in its log."""
+    gcsfs = pytest.importorskip("gcsfs", reason="reading gs:// takes gcsfs")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    body = json.dumps({"error": {"code": status, "message": "Anonymous caller does not have storage.objects.get access"}}).encode()
+    handler = type("Refusing", (Store,), {"do_GET": lambda self: self._answer(status, body)})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+    try:
+        with pytest.raises(UserError, match=reason):
+            remote.fetch(f"gs://{BUCKET}/status-{status}")
+    finally:
+        server.shutdown()
+        server.server_close()
+        gcsfs.GCSFileSystem.clear_instance_cache()
+    assert capfd.readouterr().err == ""
 
 
 def test_other_stores_are_refused():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import maverick_jax as mj
 from maverick_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -29,12 +28,3 @@ def test_commands_are_understood(line):
 
 def test_every_extra_has_its_install_line():
     assert set(re.findall(r"'\.\[(\w+)\]'", README)) == set(PROJECT["project"]["optional-dependencies"])
-
-
-def test_public_names_exist():
-    """The lazy table, `__all__` and the imports for type checkers are three lists of one thing."""
-    assert set(mj.__all__) == set(mj._HOME)
-    assert all(callable(getattr(mj, name)) for name in mj.__all__)
-    assert dir(mj) == sorted(mj.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'Maverick'"):
-        mj.Maverick  # noqa: B018

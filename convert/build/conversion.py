@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from maverick_jax.convert.build.digest import FileDigest, Follower, digest_array, digest_chunk
 from maverick_jax.convert.build.journal import Journal
+from maverick_jax.convert.build.model_source import ModelSource
 from maverick_jax.convert.build.steps import Step
 from maverick_jax.convert.build.writer import Writer
 from maverick_jax.convert.formats.places import Index
@@ -22,7 +23,7 @@ from maverick_jax.convert.formats.source import Source
 from maverick_jax.convert.formats.tensor_file import forget
 from maverick_jax.errors import UserError
 
-WORKERS = 4
+WORKERS, MOST_WORKERS = 4, 256
 IN_FLIGHT = 400 << 20  # bytes that all threads hold together: the bound on our memory
 KEEP_CACHED = 256 << 20  # bytes of a file left in the system's cache behind us: the halves of gate|up are read one after the other
 NOT_FINITE = {  # dtype -> bits without the sign, and the least pattern of them that is infinite or no number
@@ -64,7 +65,7 @@ class Part(NamedTuple):
         return sum(_size(index) * self.step.outputs[name].dtype.itemsize for name, index in self.outputs)
 
 
-def plan_parts(source: Source, steps: Iterable[Step]) -> list[Part]:
+def plan_parts(source: Source | ModelSource, steps: Iterable[Step]) -> list[Part]:
     """All parts in the order of the source's files: each is read from front to back."""
     parts = []
     for step in steps:
@@ -83,13 +84,15 @@ def share(parts: list[Part], process: int, count: int) -> list[Part]:
 
 def choose_workers(workers: int | None) -> int:
     """Threads: what is asked for, or `WORKERS`, or the machine's cores if they are fewer."""
-    if workers is not None and workers < 1:
-        raise UserError(f"workers is {workers}: at least one must work.")
-    return workers or min(WORKERS, os.cpu_count() or 1)
+    if workers is None:
+        return min(WORKERS, os.cpu_count() or 1)
+    if type(workers) is not int or not 1 <= workers <= MOST_WORKERS:
+        raise UserError(f"workers is {workers!r:.40}: give a number of threads from 1 to {MOST_WORKERS}, or none.")
+    return workers
 
 
 def do_parts(
-    source: Source, parts: list[Part], do: Callable[[Part], None], files: list[Path] | None, *, workers: int, bar: tqdm
+    source: Source | ModelSource, parts: list[Part], do: Callable[[Part], None], files: list[Path] | None, *, workers: int, bar: tqdm
 ) -> dict[Path, FileDigest]:
     """`do` every part in threads, and digest `files` behind them; None lets the system forget what was read instead.
 
@@ -126,7 +129,7 @@ class Conversion:
       resumed: bytes that were there and were found to be right.
     """
 
-    def __init__(self, source: Source, journal: Journal, writer: Writer, *, digests: bool):
+    def __init__(self, source: Source | ModelSource, journal: Journal, writer: Writer, *, digests: bool):
         self.source, self.journal, self.writer, self.digests = source, journal, writer, digests
         self.resumed = 0
         self._lock = threading.Lock()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 
-from maverick_jax.convert.formats.source import Source
-from maverick_jax.convert.formats.tensor_file import forget, read_bytes
+from maverick_jax.convert.formats.tensor_file import Tensor, forget, read_bytes
 
 BLOCK = 1 << 20
 
@@ -56,6 +55,15 @@ def digest_file(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+class Files(Protocol):
+    """What lies in a source's files."""
+
+    @property
+    def known(self) -> Mapping[str, str]: ...
+
+    def stored_in(self, file: Path) -> Mapping[str, Tensor]: ...
+
+
 class Follower:
     """Digests of a source's files, taken behind a conversion: each byte once more, but from the system's cache.
 
@@ -66,7 +74,7 @@ class Follower:
       parts: the spans of every part, `Source.spans`.
     """
 
-    def __init__(self, source: Source, files: Iterable[Path], parts: list[list[tuple[Path, int, int]]]):
+    def __init__(self, source: Files, files: Iterable[Path], parts: list[list[tuple[Path, int, int]]]):
         self._files = {file: _File(file, source) for file in files}
         self._waiting: dict[Path, list[tuple[int, int]]] = {file: [] for file in self._files}
         for number, spans in enumerate(parts):
@@ -106,15 +114,14 @@ class Follower:
 class _File:
     """How far a file has been digested."""
 
-    def __init__(self, file: Path, source: Source):
+    def __init__(self, file: Path, source: Files):
         self.file, self.size, self.at = file, file.stat().st_size, 0
         self.lock = threading.Lock()
         self._sha256 = hashlib.sha256()
         self._tensors = sorted(
-            (tensor.offset, tensor.offset + tensor.nbytes, name, xxhash.xxh3_128())
-            for (home, name), tensor in source.tensors.items()
-            if home == file
+            (tensor.offset, tensor.offset + tensor.nbytes, name, xxhash.xxh3_128()) for name, tensor in source.stored_in(file).items()
         )
+        self._known = source.known
         self._current = 0
 
     def advance(self, end: int) -> None:
@@ -137,4 +144,4 @@ class _File:
             self._current += 1
 
     def result(self) -> FileDigest:
-        return FileDigest(self._sha256.hexdigest(), {name: digest.hexdigest() for _, _, name, digest in self._tensors})
+        return FileDigest(self._sha256.hexdigest(), {**self._known, **{name: digest.hexdigest() for _, _, name, digest in self._tensors}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import os
 import shutil
 import tempfile
@@ -11,12 +12,13 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from maverick_jax.convert.build.building import refuse_existing
+from maverick_jax.convert.build.building import find_destination, refuse_inside
 from maverick_jax.convert.build.human import human_bytes
 from maverick_jax.convert.build.manifest import count_parameters
-from maverick_jax.convert.build.steps import plan_steps
-from maverick_jax.convert.formats.companions import find_companions
-from maverick_jax.convert.formats.recognize import local_path, open_source
+from maverick_jax.convert.build.model_source import ModelSource, open_origin
+from maverick_jax.convert.build.steps import check_target, note_requantized, plan_steps
+from maverick_jax.convert.formats.prompting import check_prompting
+from maverick_jax.convert.formats.recognize import refuse_download
 from maverick_jax.convert.formats.source import Source
 from maverick_jax.convert.formats.tensor_file import forget, read_bytes
 from maverick_jax.errors import UserError
@@ -25,7 +27,7 @@ SAMPLE = 128 << 20  # bytes read and written to see how fast the disks are
 BLOCK = 8 << 20
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Estimate:
     """A conversion that has not been done.
 
@@ -51,6 +53,10 @@ class Estimate:
     write_rate: float
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        sizes = f"reads {human_bytes(self.bytes_read)}, writes {human_bytes(self.bytes_written)}"
+        return f"<Estimate of {self.source}: {sizes}, about {_duration(self.seconds)}>"
+
     @property
     def seconds(self) -> float:
         return self.bytes_read / self.read_rate + self.bytes_written / self.write_rate
@@ -75,16 +81,20 @@ class Estimate:
         return "\n".join(f"{name:<8}{text}" for name, text in rows.items())
 
 
-def estimate(source_dir: str | Path, out: str | Path, *, target: str | None = None, quantize: Collection[str] = ("experts",)) -> Estimate:
+def estimate(
+    source_dir: str | Path, out: str | Path, *, target: str | None = None, quantize: str | Collection[str] | None = None
+) -> Estimate:
     """Everything about `convert` with the same arguments but its result; nothing is left on the disk.
 
     Raises:
-      UserError: as `convert` before it begins to write.
+      UserError: as `convert` before it begins to write; or a source that would have to be fetched from the Hub.
     """
-    source, out = open_source(source_dir), local_path(out)
-    refuse_existing(out)
-    find_companions(source.directory)
-    steps = plan_steps(source.config, source.parameters, target, quantize)
+    components, out = check_target(target, quantize), find_destination(out)
+    refuse_download(source_dir)
+    source = open_origin(source_dir, target)
+    refuse_inside(out, source.directory)
+    notes = (*source.notes, *check_prompting(source.directory))
+    steps = plan_steps(source.config, source.parameters, target, components)
     leaves = {name: (leaf.shape, leaf.dtype) for step in steps for name, leaf in step.outputs.items()}
     place = next(parent for parent in out.absolute().parents if parent.is_dir())
     return Estimate(
@@ -94,17 +104,18 @@ def estimate(source_dir: str | Path, out: str | Path, *, target: str | None = No
         tensors=len(leaves),
         parameters=count_parameters(leaves),
         transforms=dict(collections.Counter(step.transform for step in steps)),
-        bytes_read=sum(tensor.nbytes for tensor in source.tensors.values()),
+        bytes_read=sum(math.prod(shape) * dtype.itemsize for shape, dtype in source.parameters.values()),
         bytes_written=sum(leaf.nbytes for step in steps for leaf in step.outputs.values()),
         free=shutil.disk_usage(place).free,
         read_rate=_read_rate(source),
         write_rate=_write_rate(place),
-        notes=source.notes,
+        notes=(*notes, *note_requantized(steps)),
     )
 
 
-def _read_rate(source: Source) -> float:
-    file = max(source.files, key=lambda file: file.stat().st_size)
+def _read_rate(source: Source | ModelSource) -> float:
+    files = [*source.model.files()] if isinstance(source, ModelSource) else source.files
+    file = max(files, key=lambda file: file.stat().st_size)
     size = min(SAMPLE, file.stat().st_size)
     forget(file, 0, size)
     buffer, begin = memoryview(bytearray(BLOCK)), time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from maverick_jax.convert.build.remote import STORE
 from maverick_jax.convert.build.writer import array_path, array_spec
 from maverick_jax.convert.formats.agreement import compare_layers
 from maverick_jax.convert.formats.companions import MANIFEST, PARAMS
-from maverick_jax.convert.formats.foreign import refuse_foreign
+from maverick_jax.convert.formats.foreign import check_directory, refuse_foreign
 from maverick_jax.convert.formats.places import Index, Shape
 from maverick_jax.errors import UserError
 from maverick_jax.json_file import read_json
@@ -94,16 +95,31 @@ class ModelDirectory:
           UserError: names the first.
         """
         for name in self.manifest.get("tensors", {}) if "://" not in self.params else ():
-            size = math.prod(self._array(name).chunk_layout.read_chunk.shape) * self.parameters[name][1].itemsize
+            size = math.prod(self.chunk_shape(name)) * self.parameters[name][1].itemsize
             for file in self.chunk_files(name):
                 if not file.is_file() or file.stat().st_size != size:
                     raise UserError(f"{file}, a part of {name}, is missing or cut short: copy or convert the checkpoint again.")
+                if not os.access(file, os.R_OK):
+                    raise UserError(f"{file}, a part of {name}, cannot be read (Permission denied): give yourself the right to.")
 
     def chunk_files(self, name: str) -> Iterator[Path]:
         """The file of every chunk of a parameter, in C order; one by one, for a stranger may have said that there are a billion."""
-        shape, chunk = self.parameters[name][0], self._array(name).chunk_layout.read_chunk.shape
-        counts = [-(-size // step) for size, step in zip(shape, chunk, strict=True)]
-        return (array_path(self.directory / PARAMS, name).joinpath("c", *map(str, cell)) for cell in _cells(counts))
+        return (self.chunk_file(name, cell) for cell in _cells(self.chunk_counts(name)))
+
+    def files(self) -> list[Path]:
+        """All files of the weights."""
+        return sorted(file for file in (self.directory / PARAMS).rglob("*") if file.is_file())
+
+    def chunk_file(self, name: str, cell: Sequence[int]) -> Path:
+        """The file of the chunk in this place on the grid."""
+        return array_path(self.directory / PARAMS, name).joinpath("c", *map(str, cell))
+
+    def chunk_shape(self, name: str) -> Shape:
+        return tuple(self._array(name).chunk_layout.read_chunk.shape)
+
+    def chunk_counts(self, name: str) -> list[int]:
+        """How many chunks there are along each axis."""
+        return [-(-size // step) for size, step in zip(self.parameters[name][0], self.chunk_shape(name), strict=True)]
 
     def nbytes(self, name: str) -> int:
         shape, dtype = self.parameters[name]
@@ -165,6 +181,11 @@ def recognize_manifest(directory: Path) -> dict[str, Any]:
     Raises:
       UserError: it is none, and what it is instead if that can be seen.
     """
+    check_directory(directory)
+    if (directory / PARAMS).is_dir():
+        check_directory(directory / PARAMS)
     if not (directory / MANIFEST).is_file():
-        refuse_foreign(directory)
+        looks = refuse_foreign(directory)
+        if looks.has_weights and not looks.has(PARAMS):
+            raise UserError(f"{directory} is a checkpoint of PyTorch, and no model directory: `maverick convert` makes one of it.")
     return read_manifest(directory)

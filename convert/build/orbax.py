@@ -10,6 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from maverick_jax.convert.build.durable import sync
+from maverick_jax.sharding import multihost
+
+MARK = "no_array"
+NOTHING = {
+    "zarr_format": 2,
+    "shape": [0],
+    "chunks": [1],
+    "dtype": "|u1",
+    "fill_value": 0,
+    "order": "C",
+    "filters": None,
+    "compressor": None,
+}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -40,6 +53,21 @@ def save(path: Path, leaves: Mapping[str, Any]) -> None:
     context.array.saving.use_zarr3 = True
     with quiet(), context:
         ocp.save(str(path), unflatten(leaves))
+    if multihost.is_first():
+        _mark(path)
+
+
+def _mark(path: Path) -> None:
+    """Write what Orbax looks for in a checkpoint: `manifest.ocdbt`, or an array of Zarr 2 in any folder.
+
+    It does not know arrays of Zarr 3 by sight, though it writes and reads them, and warns whoever loads a checkpoint without either that
+    it may be malformed. This array has no elements and is nobody's.
+    """
+    file = path / "state" / MARK / ".zarray"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(NOTHING) + "\n")
+    for path in (file, file.parent):
+        sync(path)
 
 
 def forget_occasion(path: Path) -> None:
@@ -48,6 +76,7 @@ def forget_occasion(path: Path) -> None:
     (path / "commit_success.txt").write_text("Checkpoint commit was successful\n")
     file = path / "_CHECKPOINT_METADATA"
     values = json.loads(file.read_text())
+    _mark(path)  # a power cut may have taken the one of an earlier attempt
     beside = file.with_suffix(".new")  # renamed: half of it would be no metadata, and nobody would make them again
     beside.write_text(json.dumps(values | dict.fromkeys((name for name in values if name.endswith("_timestamp_nsecs")), 0)))
     sync(beside)
@@ -56,7 +85,7 @@ def forget_occasion(path: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Orbax 0.12 takes Zarr 3 arrays outside an OCDBT database for a malformed checkpoint, and warns; it reads them all the same."""
+    """Orbax 0.12 warns of checkpoints without the mark, as they were made before we knew of it."""
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)

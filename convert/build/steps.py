@@ -149,6 +149,32 @@ def quantize_slice(weight: np.ndarray, form: Format, sides: Sides) -> list[np.nd
     return [values, scales]
 
 
+def check_target(target: str | None, quantize: str | Collection[str] | None) -> tuple[str, ...]:
+    """Which components are quantized: those that are named, as a list or a text with commas; with None, the routed experts.
+
+    Raises:
+      UserError: a target or a component that is not known, components for a target that quantizes none, or none for one that does.
+    """
+    _check_names(target, ())
+    if quantize is None:
+        return ("experts",)
+    names = quantize.split(",") if isinstance(quantize, str) else quantize
+    if not isinstance(names, Collection) or isinstance(names, bytes):
+        raise UserError(f"quantize is {quantize!r:.100}: name some of {', '.join(COMPONENTS)}.")
+    named = [name.strip() if isinstance(name, str) else name for name in names if name != ""]
+    _check_names(target, named)
+    if target not in FORMATS or not named:
+        raise UserError(f"quantize {quantize!r} takes a format that quantizes ({', '.join(FORMATS)}), and some of {', '.join(COMPONENTS)}.")
+    return tuple(component for component in COMPONENTS if component in named)
+
+
+def _check_names(target: str | None, components: Collection[str]) -> None:
+    if target is not None and target not in TARGETS:
+        raise UserError(f"format {target!r:.100} is unknown: choose one of {', '.join(TARGETS)}.")
+    if unknown := [name for name in components if name not in COMPONENTS]:
+        raise UserError(f"{unknown[0]!r:.100} cannot be quantized: choose among {', '.join(COMPONENTS)}.")
+
+
 def plan_steps(config: Config, parameters: Stored, target: str | None, components: Collection[str] = ()) -> list[Step]:
     """What becomes of every weight of a model, in its order.
 
@@ -160,16 +186,21 @@ def plan_steps(config: Config, parameters: Stored, target: str | None, component
     Raises:
       UserError: a target or a component that is not known, or parameters that are not this model's.
     """
-    if target is not None and target not in TARGETS:
-        raise UserError(f"format {target!r} is unknown: choose one of {', '.join(TARGETS)}.")
-    if unknown := [name for name in components if name not in COMPONENTS]:
-        raise UserError(f"{unknown[0]!r} cannot be quantized: choose among {', '.join(COMPONENTS)}.")
+    _check_names(target, components)
     steps, places = [], find_places(config)
     check_parameters(config, parameters)
     for name, weight in weights(config).items():
         inputs = {leaf: parameters[leaf] for leaf in (name, f"{name}.values", f"{name}.scales") if leaf in parameters}
         steps.append(_plan(name, weight, places[name][1], inputs, target, components))
     return steps
+
+
+def note_requantized(steps: Collection[Step]) -> list[str]:
+    """That weights are rounded for a second time, if they are."""
+    again = [step.weight for step in steps if step.transform == "requantize"]
+    if not again:
+        return []
+    return [f"{len(again):,} weights were quantized before: both errors add up; one made from the unquantized checkpoint is closer to it."]
 
 
 def check_parameters(config: Config, parameters: Stored) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from maverick_jax.config import Config
-from maverick_jax.convert.build.building import building, require_space
-from maverick_jax.convert.build.model_directory import ModelDirectory, open_model_directory
+from maverick_jax.convert.build.building import building, find_destination, refuse_inside, require_space
+from maverick_jax.convert.build.model_source import ModelSource, open_model_source
 from maverick_jax.convert.build.steps import PLAIN, check_parameters, plan_steps
 from maverick_jax.convert.formats import names, safetensors
-from maverick_jax.convert.formats.companions import COMPANIONS, copy_companions, describe_weights, find_companions
+from maverick_jax.convert.formats.companions import COMPANIONS, copy_companions, describe_weights
 from maverick_jax.convert.formats.names import find_places, huggingface_name
 from maverick_jax.convert.formats.places import Index, Place, Shape, chunk_indices
+from maverick_jax.convert.formats.prompting import check_prompting
 from maverick_jax.convert.formats.recognize import local_path
 from maverick_jax.convert.formats.shards import INDEX, SINGLE
 from maverick_jax.errors import UserError
@@ -28,7 +29,7 @@ SHARD = 5_000_000_000  # bytes, as transformers splits; one larger tensor has a 
 
 
 class Parameters(Protocol):
-    """What can be exported: a `ModelDirectory`, or a view of one."""
+    """What can be exported: a `ModelSource`, or a view of one."""
 
     parameters: dict[str, tuple[Shape, np.dtype]]
 
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
 class MultipliedOut:
     """A model directory whose quantized weights read as what they stand for."""
 
-    def __init__(self, source: ModelDirectory, target: str):
+    def __init__(self, source: ModelSource, target: str):
         self.source = source
         self.steps = {step.weight: step for step in plan_steps(source.config, source.parameters, target)}
         self.parameters = {name: (leaf.shape, leaf.dtype) for step in self.steps.values() for name, leaf in step.outputs.items()}
@@ -60,38 +61,42 @@ class MultipliedOut:
         return step.run(step.read(self.source, index))[0]
 
 
-def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = None, progress: bool = True) -> Path:
+def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = None, progress: bool = False) -> Path:
     """Write the safetensors files, index, config and tokenizer that transformers and other engines read.
+
+    All weights are held against the digests of the model directory as they are read; where it was made without, nothing is checked.
 
     Args:
       model_dir: a finished model directory.
       hf_dir: must not exist; it is built in `HF_DIR.partial/` and renamed once.
       target: bfloat16 or float32; None keeps what is stored: plain weights, or FP8 experts in the official layout.
-      progress: show a bar with bytes and rate on stderr.
+      progress: show a bar with bytes and rate on stderr, if that is a terminal.
 
     Returns:
       `hf_dir`.
 
     Raises:
-      UserError: no finished model directory, weights that are not `config.json`'s or have no Hugging Face layout, an existing
-        destination, or no space.
+      UserError: no finished model directory, or one that is not what was written; weights that are not `config.json`'s or have no
+        Hugging Face layout; an existing destination, or no space. There is no `hf_dir` then.
     """
-    model_dir, hf_dir = Path(model_dir), local_path(hf_dir)
-    stored = open_model_directory(model_dir)
-    find_companions(model_dir)  # refused now, and not when all weights are written
+    if target is not None and target not in PLAIN:
+        raise UserError(f"format {target!r:.100} is unknown: choose one of {', '.join(PLAIN)}, or none to keep what is stored.")
+    model_dir, hf_dir = local_path(model_dir), find_destination(hf_dir)
+    stored = open_model_source(model_dir)
+    refuse_inside(hf_dir, model_dir)
+    check_prompting(model_dir)
     source: Parameters = stored
     try:
         check_parameters(stored.config, stored.parameters)
     except UserError as error:
         raise UserError(f"{model_dir}: {error}") from error
     if target is not None:
-        if target not in PLAIN:
-            raise UserError(f"format {target!r} is unknown: choose one of {', '.join(PLAIN)}, or none to keep what is stored.")
         source = MultipliedOut(stored, target)
     tensors = lay_out(source, stored.config, model_dir)
     total = sum(tensor.nbytes for tensor in tensors.values())
+    stored.check_files()
     begun = ("*.safetensors", INDEX, *COMPANIONS)
-    with building(hf_dir, afresh=begun) as partial, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    with building(hf_dir, afresh=begun) as partial, tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
         require_space(partial, total)
         shards = _split(tensors)
         for file, inside in shards.items():
@@ -102,6 +107,7 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
                     for block in _blocks(source, tensors[name]):
                         stream.write(block.view(np.uint8).data)
                         bar.update(block.nbytes)
+        stored.check_rest(stored.parameters)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, inside in shards.items() for name in inside}}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import stat
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from maverick_jax.config import Config
+from maverick_jax.convert.formats.agreement import some_of
 from maverick_jax.convert.formats.companions import MANIFEST, PARAMS
 from maverick_jax.convert.formats.quantization import is_fp8
 from maverick_jax.convert.formats.shards import INDEX
@@ -30,7 +32,10 @@ FORMATS = {  # of files of weights: they count where there are none that are rea
     "*.pte": "ExecuTorch",
     "openvino_model*": "OpenVINO",
 }
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".xz", ".zst", ".bz2", ".7z", ".rar")
+READ = ("config.json", "params.json", MANIFEST, INDEX, "*.safetensors", "*.pth", "fp8_scales_*.pt", "tokenizer.json", "tokenizer.model")
 DRAFTS = ("eagle", "medusa", "speculator")  # in what the config calls its model
+DESCRIPTIONS = ("config.json", "params.json")
 META_HAS = {"moe_args", "vision_args", "nope_layer_interval", "attention_chunk_size", "attn_temperature_tuning", "use_qk_norm"}
 
 
@@ -60,6 +65,31 @@ class Looks:
         others = ("adapter_model", "diffusion_pytorch_model")
         safetensors = any(name.endswith(".safetensors") and not name.startswith(others) for name in self.files)
         return safetensors or self.has(INDEX, PARAMS, "*.pth")
+
+
+def _no_file(looks: Looks) -> str:
+    """What has the name of a file that is read, and is none."""
+    for name in sorted(name for name in looks.files if any(fnmatchcase(name, pattern) for pattern in READ)):
+        file = looks.directory / name
+        try:
+            mode = file.stat().st_mode
+        except FileNotFoundError:
+            return f"has {name}, a link to {os.readlink(file)}, which is not there, as if a download was removed in part: fetch it again."
+        except OSError as error:
+            return f"has {name}, which cannot be read ({error.strerror}): fetch it again, or put the file itself in its place."
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+            return f"has {name}, which is {kind} and no file: put the file itself in its place."
+    return ""
+
+
+def _model(looks: Looks) -> str:
+    if not looks.has(MANIFEST) or not (looks.directory / PARAMS).is_dir():
+        return ""
+    return (
+        "is a model directory, converted already: use it as it is, name another --format to make one of it, or turn it back with "
+        "`maverick export`."
+    )
 
 
 def _adapter(looks: Looks) -> str:
@@ -115,11 +145,15 @@ def _tokenizer(looks: Looks) -> str:
 
 
 def _nothing(looks: Looks) -> str:
-    some = looks.has_weights or looks.has("config.json", "params.json")
-    return "" if some else "is not a checkpoint: it has neither config.json nor params.json."
+    if looks.has_weights or looks.has("config.json", "params.json"):
+        return ""
+    inside = [name for name in sorted(looks.files) if any((looks.directory / name / file).is_file() for file in DESCRIPTIONS)]
+    if inside:
+        return f"is not a checkpoint, but holds {some_of(inside)}: give one of its folders, such as {looks.directory / inside[0]}."
+    return "is not a checkpoint: it has neither config.json nor params.json."
 
 
-KINDS = (_adapter, _draft, _pipeline, _family, _quantized, _format, _folder, _tokenizer, _nothing)
+KINDS = (_no_file, _model, _adapter, _draft, _pipeline, _family, _quantized, _format, _folder, _tokenizer, _nothing)
 
 
 def refuse_foreign(directory: Path) -> Looks:
@@ -145,16 +179,22 @@ def read_optional(file: Path) -> dict[str, Any]:
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse what is no directory."""
+    """Refuse what is no directory, or none that may be read."""
     try:
         if directory.is_dir():
+            if not os.access(directory, os.R_OK | os.X_OK):
+                raise UserError(f"{directory} cannot be read (Permission denied): give yourself the right to.")
             return
     except OSError as error:
         raise UserError(f"{directory} cannot be opened: {error.strerror}.") from error
     if directory.is_symlink():
         raise UserError(f"{directory} is a link that leads nowhere or in a circle: give the directory itself.")
     if directory.is_file():
+        if directory.suffix in ARCHIVES:
+            raise UserError(f"{directory} is an archive: unpack it, and give the directory that holds config.json and the weights.")
         kind = FORMATS.get(f"*{directory.suffix}")
         what = f"a {kind} file, which is not read" if kind else "a file"
         raise UserError(f"{directory} is {what}: give the directory that holds config.json and the weights.")
+    if directory.exists():
+        raise UserError(f"{directory} is a pipe, socket or device: give the directory that holds config.json and the weights.")
     raise UserError(f"{directory} does not exist: give the directory that holds config.json and the weights.")

@@ -16,8 +16,21 @@ from maverick_jax.errors import UserError
 from maverick_jax.json_file import read_json
 
 ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+PAGE = re.compile(rf"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)({ID.pattern})", re.ASCII)
 DESCRIPTIONS = (*COMPANIONS, "params.json", INDEX, MANIFEST, "adapter_config.json", "hf_quant_config.json")
 LIKE = 0.8  # of two names, by `difflib`
+REASONS = {  # what the Hub's client raises -> what it means, and what to do
+    "GatedRepoError": "it is gated; accept its terms at https://huggingface.co/{name}, then log in with `hf auth login`.",
+    "RepositoryNotFoundError": "there is no such repository, or it is private; check its name, or log in with `hf auth login`.",
+    "LocalEntryNotFoundError": "there is no network, and it is not in the cache; give a directory, or try again with a network.",
+}
+OFFLINE = "HF_HUB_OFFLINE is set, and it is not in the cache; unset it, or give a directory."
+
+
+def refuse_page(address: str) -> None:
+    """Refuse the address of a repository's page, of which the id is enough."""
+    if found := PAGE.match(address):
+        raise UserError(f"{address} is an address: give the Hub's id, {found[1]}.")
 
 
 def is_id(name: str) -> bool:
@@ -43,7 +56,8 @@ def download(name: str) -> Path:
         try:
             return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=_deeper(patterns), revision=revision))
         except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
-            raise UserError(f"{name} is no directory here and could not be fetched from the Hugging Face Hub: {error}") from error
+            said = f"{name} is no directory here and could not be fetched from the Hugging Face Hub"
+            raise UserError(f"{said}: {_reason(name, error)}") from error
 
     directory = fetch(DESCRIPTIONS)
     revision = directory.name  # the rest is of the same, though somebody changes the repository meanwhile
@@ -53,6 +67,14 @@ def download(name: str) -> Path:
     if any(directory.glob("*.safetensors")):
         return directory
     return fetch([FILES, SCALES, "*int4*.pt"], revision)
+
+
+def _reason(name: str, error: Exception) -> str:
+    """By the names of its classes, for they have been in several modules."""
+    kind = next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in REASONS), None)
+    if kind == "LocalEntryNotFoundError" and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return OFFLINE
+    return REASONS[kind].format(name=name) if kind else str(error)
 
 
 def _deeper(patterns: Collection[str]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from maverick_jax import stand_ins
 from maverick_jax.convert.formats.tensor_file import Tensor
 from maverick_jax.errors import UserError
 from maverick_jax.json_file import MAX_BYTES, parse_json
@@ -46,13 +47,17 @@ def read_header(file: Path) -> dict[str, Tensor]:
     try:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
+            begin = stream.read(stand_ins.ENOUGH)
+            if (instead := stand_ins.explain_text(begin)) is not None:
+                raise UserError(f"{file} {instead}")
+            length = int.from_bytes(begin[:8], "little")
             if not 2 <= length <= LIBRARY_LIMIT:
                 raise UserError(f"{file} is not a safetensors file: fetch it again.")
             if length > MAX_BYTES:
                 raise UserError(f"{file} has a header of {length:,} bytes, more than the {MAX_BYTES:,} of 100,000 tensors: fetch it again.")
             if missing := max(0, 8 + length - size):
                 raise UserError(f"{file} ends {missing} bytes before its header does: the download is incomplete; fetch this file again.")
+            stream.seek(8)
             text = stream.read(length)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error

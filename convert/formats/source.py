@@ -36,7 +36,10 @@ class Source:
       pieces: our name -> where its parts are.
       parameters: our name -> (shape, dtype as stored), in the model's order.
       notes: what its owner may want to know, a sentence each, such as what was passed over.
+      known: digests of stored tensors that need not be taken; files of PyTorch have none.
     """
+
+    known: Mapping[str, str] = {}
 
     def __init__(self, directory: Path, kind: str, config: Config, pieces: Mapping[str, list[Piece]], notes: Sequence[str] = ()):
         self.directory, self.kind, self.config, self.pieces, self.notes = directory, kind, config, dict(pieces), tuple(notes)
@@ -55,6 +58,14 @@ class Source:
     def files(self) -> list[Path]:
         """The files that hold the weights."""
         return sorted({file for file, _ in self.tensors})
+
+    def made_from(self, name: str) -> list[tuple[Path, str]]:
+        """File and name of each stored tensor that holds a part of a parameter."""
+        return [(piece.tensor.file, piece.stored) for piece in self.pieces[name]]
+
+    def stored_in(self, file: Path) -> dict[str, Tensor]:
+        """The tensors in one of the files."""
+        return {name: tensor for (home, name), tensor in self.tensors.items() if home == file}
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a parameter, reading little more than its own bytes.

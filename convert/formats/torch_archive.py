@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from maverick_jax import stand_ins
 from maverick_jax.errors import UserError
 
 MAX_TABLE = 2 << 20  # bytes of the archive's table of contents: 15,000 records
@@ -99,7 +100,9 @@ def _read(file: Path, stream: _Stream) -> Archive:
 
 
 def _check_kind(file: Path, stream: _Stream) -> None:
-    begin = os.pread(stream.fileno(), 512, 0)
+    begin = os.pread(stream.fileno(), stand_ins.ENOUGH, 0)
+    if (instead := stand_ins.explain_text(begin)) is not None:
+        raise UserError(f"{file} {instead}")
     if begin.startswith(BEFORE_1_6[0]) or begin[257:].startswith(BEFORE_1_6[1]):
         raise UserError(f"{file} is in torch's format before 1.6: load it and save it again with torch.save.")
     if begin.startswith(b"PK\3\4") and not zipfile.is_zipfile(stream):

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from maverick_jax.convert.build.human import human_bytes
 from maverick_jax.convert.build.manifest import count_parameters
 from maverick_jax.convert.build.model_directory import open_model_directory
 from maverick_jax.convert.formats.agreement import NUMBER
 from maverick_jax.convert.formats.companions import PARAMS
 from maverick_jax.convert.formats.foreign import refuse_foreign
 from maverick_jax.convert.formats.huggingface import read_names
-from maverick_jax.convert.formats.meta import FILES, SCALES
+from maverick_jax.convert.formats.meta import FILES, SCALES, read_file_names
+from maverick_jax.convert.formats.recognize import find_directory
 from maverick_jax.convert.formats.shards import check_names
 from maverick_jax.convert.formats.tensor_file import Tensor
 from maverick_jax.convert.formats.torch_file import read_index
@@ -31,7 +33,7 @@ class Entry(NamedTuple):
     bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Inventory:
     """Every weight of a directory and the totals.
 
@@ -42,6 +44,11 @@ class Inventory:
     directory: str
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Inventory of {self.directory}: {self.parameters:,} parameters in {len(self.entries):,} tensors, {human_bytes(self.bytes)}>"
+        )
 
     @property
     def parameters(self) -> int:
@@ -79,7 +86,7 @@ def inspect(directory: str | Path) -> Inventory:
     Raises:
       UserError: it is neither, or it is incomplete.
     """
-    directory = Path(directory)
+    directory = find_directory(directory)
     notes: tuple[str, ...] = ()
     if (directory / PARAMS).exists():
         found = open_model_directory(directory).parameters
@@ -93,9 +100,12 @@ def inspect(directory: str | Path) -> Inventory:
 
 def _stored(directory: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors by their own names, and notes."""
-    files = sorted([*directory.glob(FILES), *directory.glob(SCALES)])
-    if files and not any(directory.glob("*.safetensors")):
-        return {f"{file.stem}.{name}": tensor for file in files for name, tensor in _read_index(file).items()}, ()
+    ranks, scales = sorted(directory.glob(FILES)), sorted(directory.glob(SCALES))
+    if (ranks or scales) and not any(directory.glob("*.safetensors")):
+        spellings = {file: read_file_names(file) for file in ranks}
+        found = {f"{file.stem}.{s.stored[name]}": tensor for file, s in spellings.items() for name, tensor in s.tensors.items()}
+        found |= {f"{file.stem}.{name}": tensor for file in scales for name, tensor in _read_index(file).items()}
+        return found, tuple(dict.fromkeys(note for s in spellings.values() for note in s.notes))
     spelling = read_names(directory)
     return {spelling.stored[name]: tensor for name, tensor in spelling.tensors.items()}, spelling.notes
 

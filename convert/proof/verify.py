@@ -16,15 +16,16 @@ from maverick_jax.convert.build.conversion import Part, choose_workers, do_parts
 from maverick_jax.convert.build.digest import FileDigest, digest_array, digest_chunk, digest_chunks, digest_file
 from maverick_jax.convert.build.human import human_bytes
 from maverick_jax.convert.build.model_directory import ModelDirectory, open_model_directory, recognize_manifest
-from maverick_jax.convert.build.steps import plan_steps
+from maverick_jax.convert.build.model_source import ModelSource, open_origin
+from maverick_jax.convert.build.steps import Step, plan_steps
 from maverick_jax.convert.build.writer import array_path
 from maverick_jax.convert.formats.companions import PARAMS
-from maverick_jax.convert.formats.recognize import open_source
+from maverick_jax.convert.formats.recognize import local_path
 from maverick_jax.convert.formats.source import Source
 from maverick_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """What was looked at and what was found.
 
@@ -45,6 +46,9 @@ class Report:
     seconds: float
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Report: {self.as_text()}>"
+
     def as_text(self) -> str:
         """One line for people."""
         again = f", and {self.rederived:,} tensors made again from the checkpoint" if self.rederived else ""
@@ -52,34 +56,38 @@ class Report:
         return f"{self.tensors:,} digests of {human_bytes(self.bytes)}{again}, in {self.seconds:,.1f} s: {found}"
 
 
-def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, workers: int | None = None, progress: bool = True) -> Report:
+def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, workers: int | None = None, progress: bool = False) -> Report:
     """Take all digests of a model directory again, and with a source make every tensor again and compare.
 
     Args:
       model_dir: a finished model directory.
-      source_dir: the checkpoint that it was made from.
+      source_dir: the checkpoint or model directory that it was made from, or a Hub id; None compares with nothing.
       workers: threads; None: as many as `convert` takes.
-      progress: show a bar on stderr.
+      progress: show a bar on stderr, if that is a terminal.
+
+    Returns:
+      What was looked at; what is wrong is in its `problems`, one line each, and raises nothing.
 
     Raises:
       UserError: no finished model directory, no digests in it, or no checkpoint of this model.
     """
-    begin, directory, workers = time.monotonic(), Path(model_dir), choose_workers(workers)
+    begin, directory, workers = time.monotonic(), local_path(model_dir), choose_workers(workers)
     manifest = recognize_manifest(directory)
     tensors = {name: entry for name, entry in manifest.get("tensors", {}).items() if "digest" in entry}
     if not tensors and "tensors" in manifest and source_dir is None:
         raise UserError(f"{directory} was made without digests: compare it with its checkpoint, --against SRC.")
-    source = None if source_dir is None else open_source(source_dir)  # before all the reading: it may be none
+    source = None if source_dir is None else open_origin(source_dir, manifest.get("target"))  # before all the reading: it may be none
     problems = list(_changed_files(directory, manifest.get("files", {})))
     total, rederived = 0, 0
     try:
         model = open_model_directory(directory)
+        steps = [] if source is None else _plan_again(model, source, manifest)
         total = sum(model.nbytes(name) for name in tensors if name in model.parameters)
         with _bar("digests", total, progress) as bar, ThreadPoolExecutor(workers) as pool:
             problems += filter(None, pool.map(lambda name: _check_tensor(model, name, tensors[name]["digest"], bar), tensors))
         if source is not None:
             rederived = len(model.parameters)
-            problems += _rederive(model, source, manifest, workers=workers, progress=progress)
+            problems += _rederive(model, source, steps, manifest, workers=workers, progress=progress)
     except UserError as error:
         if not problems:
             raise
@@ -90,7 +98,7 @@ def verify(model_dir: str | Path, source_dir: str | Path | None = None, *, worke
 
 
 def _bar(what: str, total: int, progress: bool) -> tqdm:
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None if progress else True, dynamic_ncols=True)
 
 
 def _changed_files(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
@@ -120,12 +128,25 @@ def _check_tensor(model: ModelDirectory, name: str, digest: str, bar: tqdm) -> s
     return f"{name} is not what was written: {array_path(model.directory / PARAMS, name)} has changed."
 
 
-def _rederive(model: ModelDirectory, source: Source, manifest: Mapping[str, Any], *, workers: int, progress: bool) -> list[str]:
-    """Make every tensor again and compare; say which of the source's files and tensors have changed since the conversion."""
+def _plan_again(model: ModelDirectory, source: Source | ModelSource, manifest: Mapping[str, Any]) -> list[Step]:
+    """What the conversion did, if it was from such a source."""
     steps = plan_steps(source.config, source.parameters, manifest.get("target"), manifest.get("quantize", ()))
     expected = {name: leaf.shape for step in steps for name, leaf in step.outputs.items()}
     if expected != {name: shape for name, (shape, _) in model.parameters.items()}:
         raise UserError(f"{source.directory} is not the checkpoint that {model.directory} was made from: other names or shapes.")
+    return steps
+
+
+def _rederive(
+    model: ModelDirectory,
+    source: Source | ModelSource,
+    steps: list[Step],
+    manifest: Mapping[str, Any],
+    *,
+    workers: int,
+    progress: bool,
+) -> list[str]:
+    """Make every tensor again and compare; say which of the source's files and tensors have changed since the conversion."""
     differing: set[str] = set()
 
     def compare(part: Part) -> None:
@@ -145,7 +166,7 @@ def _rederive(model: ModelDirectory, source: Source, manifest: Mapping[str, Any]
     return problems + list(_changed_sources(source, digests, manifest))
 
 
-def _changed_sources(source: Source, digests: Mapping[Path, FileDigest], manifest: Mapping[str, Any]) -> Iterator[str]:
+def _changed_sources(source: Source | ModelSource, digests: Mapping[Path, FileDigest], manifest: Mapping[str, Any]) -> Iterator[str]:
     noted = {key: digest for entry in manifest.get("tensors", {}).values() if "digest" in entry for key, digest in entry["from"].items()}
     for file, now in digests.items():
         if now.sha256 == manifest.get("source", {}).get(file.name, {}).get("sha256", now.sha256):

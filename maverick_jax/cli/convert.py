@@ -1,13 +1,15 @@
 """Turn a PyTorch checkpoint into a model directory: an Orbax checkpoint under params/ beside config.json and the
 tokenizer. What SRC is, is recognised: Hugging Face (bfloat16 or the official FP8) or Meta's .pth files (bfloat16 or
 FP8, any number of ranks). Memory stays below 1 GB whatever the model's size. Run it again after an interruption and it
-goes on where it was: what was written is checked, the rest is done.
+goes on where it was: what was written is checked, the rest is done. SRC may also be a model directory: --format makes
+another one of it, without the checkpoint that it came from.
 
 examples:
   maverick convert Llama-4-Maverick-17B-128E-Instruct maverick
   maverick convert Llama-4-Maverick-17B-128E-Instruct maverick-int8 --format int8
   maverick convert Llama-4-Scout-17B-16E-Original scout --format int4 --quantize experts,shared
   maverick convert Llama-4-Maverick-17B-128E-Instruct-FP8 maverick --dry-run
+  maverick convert maverick maverick-int4 --format int4
 """
 
 import argparse
@@ -18,7 +20,7 @@ from maverick_jax.cli.parser import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="Hugging Face directory, or Meta's with .pth files and params.json")
+    parser.add_argument("source", metavar="SRC", help="Hugging Face directory or Hub id, Meta's directory, or model directory")
     parser.add_argument("out", metavar="OUT", help="model directory to make")
     parser.add_argument("--format", metavar="F", help="bfloat16, float32, fp8, int8 or int4 (default: as stored, FP8 bit for bit)")
     parser.add_argument("--quantize", metavar="W,…", help="what to quantize: experts, shared, dense, attention (default: experts)")
@@ -35,13 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     from maverick_jax.convert import convert
     from maverick_jax.convert.build.estimate import estimate
-    from maverick_jax.errors import UserError
-    from maverick_jax.ops.quantize import FORMATS
 
-    components = ["experts"] if args.quantize is None else [name for name in args.quantize.split(",") if name]
-    if args.quantize is not None and (args.format not in FORMATS or not components):
-        raise UserError(f"--quantize {args.quantize!r} takes --format {', '.join(FORMATS)}, and names of weights.")
-    options = {"target": args.format, "quantize": components}
+    options = {"target": args.format, "quantize": args.quantize}
     if args.dry_run:
         found = estimate(args.source, args.out, **options)
         note_all(found.notes)

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.example < 0:
         raise UserError(f"--example is {args.example}: it counts from 0.")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a file: name a folder.")
     question, left, right, expected = digits.held_out_examples(args.example + 1)[args.example]
 
     request_cpu_devices(DEVICES)  # before anything starts jax's backend

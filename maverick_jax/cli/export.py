@@ -1,5 +1,6 @@
 """Turn a model directory back into a Hugging Face checkpoint: safetensors shards, index and config, bit for bit what
-was converted. FP8 experts become the official FP8 layout; --format bfloat16 multiplies any quantized weights out.
+was converted: all weights are held against the directory's digests as they are read. FP8 experts become the official
+FP8 layout; --format bfloat16 multiplies any quantized weights out.
 
 examples:
   maverick export maverick Llama-4-Maverick-again
@@ -8,7 +9,7 @@ examples:
 
 import argparse
 
-from maverick_jax.cli.options import add_report_arguments
+from maverick_jax.cli.options import add_report_arguments, note_all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,9 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from maverick_jax.convert import export
+    from maverick_jax.convert.build.model_source import note_unchecked
 
     out = export(args.model, args.out, target=args.format, progress=not (args.quiet or args.json))
+    note_all(note_unchecked(args.model))
     print(json.dumps({"out": str(out)}) if args.json else out)
     return 0

@@ -62,7 +62,7 @@ def raised() -> Iterator[None]:
 def hint(text: str) -> None:
     """What the line shall say besides: what stays, and how to go on."""
     global _hint
-    _hint = f" {text}"
+    _hint = text and f" {text}"
 
 
 def before_leaving(call: Callable[[], object]) -> None:

@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": "will it fit, how fast can it be, on devices that need not be there",
     "completion": "the Tab key completes commands, options and files",
 }
+ON_THE_HOST = ("inspect", "export")  # Orbax starts jax's backend to read a checkpoint: no accelerator is taken from others for that
 MISTAKE = 2
 
 
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     ours = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    interrupt.hint("")
     try:
         streams.require_output()
         ended = _run(arguments, ours)
@@ -68,6 +70,8 @@ def _run(arguments: list[str], ours: bool) -> int:
         return int(end.code or 0)
     if "run" not in args:
         parser.error("a command is missing")
+    if ours and arguments[0] in ON_THE_HOST:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if ours and not any(vars(args).get(name) for name in ("json", "quiet")):
         status.speak()
     return args.run(args)
@@ -85,7 +89,7 @@ def make_parser() -> Parser:
         description="Llama 4 (Maverick, Scout) in JAX.",
         epilog="maverick COMMAND --help, or maverick help COMMAND, says the rest, with examples.",
     )
-    parser.add_argument("--version", action="version", version=f"maverick-jax {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"maverick-jax {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"maverick_jax.cli.{name}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from maverick_jax.cli import interrupt, status
 from maverick_jax.cli.parser import given_words, real, whole
 
-ACCELERATORS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")  # TPU, NVIDIA, WSL, AMD
+DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")  # TPU, NVIDIA, WSL, AMD
 
 if TYPE_CHECKING:
     from maverick_jax.inference.generate import Generation
@@ -188,13 +188,15 @@ def as_json(text: str, generation: Generation) -> str:
 def quiet_accelerator_search() -> None:
     """jax logs that it looked for a TPU or GPU; people who have none need not read it.
 
-    Where libtpu is installed it is started even if there is no TPU, and then complains on standard error, five lines from C++. With
-    no device of any accelerator in sight jax is told so; another plugin than libtpu may know of devices that we do not.
+    Where libtpu is installed jax starts it even without a TPU, and it complains on standard error, five lines from C++.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
-    devices = (found for pattern in ACCELERATORS for found in glob.glob(pattern))
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    if jax.config.values["jax_platforms"] is None and not any(devices) and not plugins and importlib.util.find_spec("libtpu"):
+    if jax.config.values["jax_platforms"] is None and importlib.util.find_spec("libtpu") and not accelerator_in_sight():
         jax.config.update("jax_platforms", "cpu")
+
+
+def accelerator_in_sight() -> bool:
+    """Whether jax might find one: a device of a kind that we know, or a plugin that may know of others."""
+    return any(map(glob.glob, DEVICES)) or bool(importlib.metadata.entry_points(group="jax_plugins"))

@@ -59,7 +59,7 @@ def _compare(model: str, source: str, progress: bool):
     import pathlib
 
     if not any(pathlib.Path(source).glob("*.safetensors")):
-        note("not compared with transformers: it reads no .pth files.")
+        note(f"not compared with transformers: {source} has no safetensors files.")
         return None
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         note("not compared with transformers: pip install 'maverick-jax[torch]' transformers")

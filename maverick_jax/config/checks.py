@@ -6,7 +6,9 @@ beyond any model: a number beyond them is a mistake or worse, and nothing of its
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from maverick_jax.errors import UserError
@@ -83,6 +85,17 @@ def square(name: str, value: Any) -> Any:
     if not sides or any(side != sides[0] for side in sides):
         raise UserError(f"{name} is {show(value)}: tiles and patches are squares.")
     return sides[0]
+
+
+def path_of(name: str, value: Any) -> Path:
+    """A path that a caller gives, `~` being the home directory.
+
+    Raises:
+      UserError: neither a text nor a `Path`, or a text that names nothing.
+    """
+    if not isinstance(value, str | os.PathLike) or not str(value).strip() or "\0" in str(value):
+        raise UserError(f"{name} is {show(value)}: it must be a path.")
+    return Path(os.path.expanduser(value))
 
 
 def spell(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ class Config:
         Raises:
           UserError: there is neither, or a value that no model has, by file and field.
         """
-        directory = Path(path)
+        directory = checks.path_of("path", path)
+        if not os.path.isdir(directory):
+            raise UserError(f"{directory} {'is a file' if os.path.exists(directory) else 'does not exist'}: give a checkpoint's directory.")
         for name, read in (("config.json", cls.from_huggingface), ("params.json", cls.from_meta)):
             file = directory / name
             if file.is_file():

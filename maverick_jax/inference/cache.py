@@ -17,13 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from maverick_jax.config import TextConfig
+from maverick_jax.errors import UserError
+from maverick_jax.inference.checks import Range, shown, whole
 from maverick_jax.model.attention import Piece
+from maverick_jax.model.parameter import float_dtype
 from maverick_jax.ops.attention import Keys
 from maverick_jax.sharding.attend import CACHE
 
+ROOM = Range(whole, 1, 2**31 - 1, "a whole number, 1 or more")
 Write = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -102,8 +107,20 @@ class KVCache:
 
     @classmethod
     def create(cls, config: TextConfig, batch: int, max_length: int, dtype: DTypeLike, constrain: Any = None) -> KVCache:
-        """An empty cache for `batch` rows of up to `max_length` tokens; `constrain` places the buffers on a mesh."""
-        layers = []
+        """An empty cache for `batch` rows of up to `max_length` tokens.
+
+        Args:
+          config: of the text decoder, `model.config.text`.
+          dtype: of keys and values; the model's.
+          constrain: the model's, which places the buffers on its mesh.
+
+        Raises:
+          UserError: an argument is none of these.
+        """
+        if not isinstance(config, TextConfig):
+            raise UserError(f"config is {shown(config)}: it must be a TextConfig, such as model.config.text.")
+        batch, max_length = (ROOM.check(name, value) for name, value in (("batch", batch), ("max_length", max_length)))
+        dtype, layers = float_dtype(dtype), []
         for i in range(config.num_hidden_layers):
             chunk = config.chunk_of_layer(i)
             slots = max_length if chunk is None else min(chunk, max_length)
@@ -115,6 +132,13 @@ class KVCache:
 
     def advanced(self, layers: tuple[LayerCache, ...], lengths_B: jax.Array) -> KVCache:
         return dataclasses.replace(self, layers=layers, lengths_B=lengths_B)
+
+    def __repr__(self) -> str:
+        """A line, whatever stands for the arrays: under `jit` and in trees of specs too."""
+        room, held = f"up to {self.max_length:,} tokens", self.lengths_B
+        if not isinstance(held, jax.Array) or isinstance(held, Tracer) or not held.is_fully_addressable:
+            return f"KVCache({len(self.layers)} layers, rows of {room})"
+        return f"KVCache({len(self.layers)} layers, {len(held)} rows of {room}, {shown(held.tolist())} in them)"
 
     @property
     def nbytes(self) -> int:

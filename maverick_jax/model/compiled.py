@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
-from flax import nnx
 from jax.core import Tracer
 
 from maverick_jax.errors import UserError
 
-P = ParamSpec("P")
-R = TypeVar("R")
-M = TypeVar("M", bound=nnx.Module)
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def compiled(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
+def compiled(method: Method) -> Method:
     """A method of a module whose call is one program. Under a transformation of jax it is traced where it stands.
 
     Args:
@@ -43,7 +40,7 @@ def compiled(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, 
             return method(module, *arguments)
         return _waited_for(program(structure, leaves, arguments))
 
-    return call
+    return cast(Method, call)
 
 
 def _waited_for(result: Any) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from maverick_jax.config import TextConfig, VisionConfig
+from maverick_jax.config.checks import show
 from maverick_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def check_patches(is_patch_BT: Array, tiles: Array | None, vision: VisionConfig 
 
 def check_cache(cache: KVCache, config: TextConfig, added_B: Array) -> None:
     """Is the cache this model's, for as many rows, and is there room for the tokens that each row adds?"""
+    if not hasattr(cache, "lengths_B"):
+        raise UserError(f"cache is {show(cache)}: it must be a KVCache, which KVCache.create gives.")
     buffers = {layer.key_BKSd.shape[:2] + layer.key_BKSd.shape[3:] for layer in cache.layers}
     mine = (added_B.shape[0], config.num_key_value_heads, config.head_dim)
     if len(cache.layers) != config.num_hidden_layers or buffers != {mine}:

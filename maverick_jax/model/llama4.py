@@ -14,12 +14,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from maverick_jax.config import Config
+from maverick_jax.config.checks import show
 from maverick_jax.errors import UserError
 from maverick_jax.model import inputs
 from maverick_jax.model.attention import Piece
 from maverick_jax.model.compiled import compiled
 from maverick_jax.model.inputs import Array, Lengths, Rows
-from maverick_jax.model.parameter import weight
+from maverick_jax.model.parameter import float_dtype, weight
+from maverick_jax.model.shown import SignatureOfInit, describe
 from maverick_jax.model.text import RESIDUAL, Text
 from maverick_jax.model.vision import Vision
 from maverick_jax.ops.linear import linear
@@ -48,7 +50,12 @@ class Llama4(nnx.Module):
       constrain: `constrain(x, logical_axes)` pins an activation to a layout.
       dtype: of weights and activations; None takes the config's.
       rngs: for initial values. `get_abstract_model` describes a model without making any.
+
+    Raises:
+      UserError: an argument is none of these.
     """
+
+    __signature__ = SignatureOfInit()
 
     def __init__(
         self,
@@ -60,8 +67,9 @@ class Llama4(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
-        dtype = jnp.dtype(dtype or config.dtype)
-        dispatcher, attend = dispatcher or Local(), attend or AttendHere()
+        dispatcher, attend = Local() if dispatcher is None else dispatcher, AttendHere() if attend is None else attend
+        _check_parts(config, dispatcher, attend, constrain, rngs)
+        dtype = float_dtype(config.dtype if dtype is None else dtype)
         self.text = Text(config.text, dispatcher=dispatcher, attend=attend, constrain=constrain, dtype=dtype, rngs=rngs)
         if config.vision is not None:
             self.vision = Vision(config.vision, constrain=constrain, dtype=dtype, rngs=rngs)
@@ -111,6 +119,12 @@ class Llama4(nnx.Module):
         logits, cache = self._forward(token_ids, is_patch, pictures, lengths, cache)
         return logits if cache is None else (logits, cache)
 
+    def __repr__(self) -> str:
+        """A line; `nnx.display(nnx.state(model))` shows every parameter."""
+        return describe(self)
+
+    __str__ = __repr__
+
     @compiled
     def _forward(
         self, token_ids: Array, is_patch: Array, pictures: Array | None, lengths: Array, cache: KVCache | None
@@ -121,10 +135,15 @@ class Llama4(nnx.Module):
         return self.logits(x), cache
 
     def encode_tiles(self, tiles_N3SS: Array) -> jax.Array:
-        """[N, 3, S, S] -> [N * tokens_per_tile, D]: what takes the place of the `<|patch|>` tokens."""
-        if self.config.vision is None:
-            raise UserError("this checkpoint has no vision tower: it takes text only.")
-        features = linear(self.vision(jnp.asarray(tiles_N3SS)), self.projector[...])
+        """[N, 3, S, S] -> [N * tokens_per_tile, D]: what takes the place of the `<|patch|>` tokens.
+
+        Raises:
+          UserError: a checkpoint without a vision tower, no tiles, or other arrays than theirs.
+        """
+        pixels = inputs.tiles_of(tiles_N3SS, self.config.vision)
+        if pixels is None:
+            raise UserError("there are no tiles to encode.")
+        features = linear(self.vision(jnp.asarray(pixels)), self.projector[...])
         return features.reshape(-1, features.shape[-1])
 
     def embed(self, token_ids_BT: Array, features_ID: jax.Array | None = None, index_BT: Array | None = None) -> jax.Array:
@@ -152,6 +171,18 @@ class Llama4(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] normed hidden states -> [..., V] float32."""
         return self.text.logits(x)
+
+
+def _check_parts(config: Any, dispatcher: Any, attend: Any, constrain: Any, rngs: Any) -> None:
+    for name, value, holds, expected in (
+        ("config", config, isinstance(config, Config), "a Config, such as Config.maverick()"),
+        ("dispatcher", dispatcher, callable(dispatcher) and not isinstance(dispatcher, type), "a dispatcher, such as Local()"),
+        ("attend", attend, hasattr(attend, "in_order") and not isinstance(attend, type), "AttendHere() or AttendOnMesh(mesh, layout)"),
+        ("constrain", constrain, callable(constrain) and not isinstance(constrain, type), "a function, such as Constrain(mesh, layout)"),
+        ("rngs", rngs, isinstance(rngs, nnx.Rngs | _SameKey), "an nnx.Rngs, such as nnx.Rngs(0)"),
+    ):
+        if not holds:
+            raise UserError(f"{name} is {show(value)}: it must be {expected}.")
 
 
 def look_up(table_VD: jax.Array, ids_BT: Array) -> jax.Array:

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from maverick_jax.config.checks import show
+from maverick_jax.errors import UserError
+
 Axes = tuple[str | None, ...]
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Sides(NamedTuple):
@@ -29,6 +33,21 @@ def weight(
     assert len(shape) == len(axes)
     deviation = 1 / math.sqrt(fan_in or math.prod(shape[stack : stack + inputs]))
     return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, dtype), axes=axes, sides=Sides(stack, inputs))
+
+
+def float_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype that a caller asks for.
+
+    Raises:
+      UserError: it is none of weights and activations.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if dtype is None or name not in DTYPES:  # NumPy takes None for float64
+        raise UserError(f"dtype {show(dtype)} is not supported: choose one of {', '.join(DTYPES)}.")
+    return jnp.dtype(name)
 
 
 def ones(shape: tuple[int, ...], axes: Axes, dtype: DTypeLike) -> nnx.Param:

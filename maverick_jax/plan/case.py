@@ -8,18 +8,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import cast
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 from jax.sharding import AbstractMesh, Mesh
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
+from maverick_jax.inference.checks import Range, whole
 from maverick_jax.model.parameter import Axes
 from maverick_jax.plan.topology import Topology
 from maverick_jax.plan.weights import COMPONENTS, check_dtype, parameters, stored
 from maverick_jax.sharding.attend import CACHE as CACHE_AXES
 from maverick_jax.sharding.layout import Layout
 from maverick_jax.sharding.mesh import AXES as MESH_AXES
+from maverick_jax.sharding.mesh import divide_axes
+
+MOST_ROWS = 2**20
+BATCH = Range(whole, 1, MOST_ROWS, f"a whole number, 1 to {MOST_ROWS:,} rows")
+
+
+class Ways(NamedTuple):
+    """Devices that share something: those of one host, and hosts."""
+
+    inside: int
+    across: int
+
+    @property
+    def total(self) -> int:
+        return self.inside * self.across
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +62,10 @@ class Case:
 
     def __post_init__(self):
         check_dtype(self.dtype)
-        if self.batch < 1:
-            raise UserError(f"batch is {self.batch}: a batch has at least one row.")
         longest = self.config.text.max_position_embeddings
-        if not 1 <= self.context <= longest:
-            raise UserError(f"context is {self.context:,}: this model's is 1 to {longest:,} tokens.")
+        context = Range(whole, 1, longest, f"a whole number, 1 to {longest:,} tokens of this model")
+        for name, allowed in (("batch", BATCH), ("context", context)):
+            object.__setattr__(self, name, allowed.check(name, getattr(self, name)))
         devices = math.prod(self.mesh_shape)
         if devices != self.topology.devices:
             raise UserError(
@@ -76,15 +92,20 @@ class Case:
         """Devices among which a logical axis is divided if its size allows."""
         return math.prod(self.mesh.shape[name] for name in self.layout.mesh_axes(axis))
 
-    def split(self, axis: str, size: int) -> int:
-        """Devices among which a logical axis of this size is divided."""
-        return size // self.local((axis,), (size,))[0]
+    def split(self, axis: str, size: int) -> set[str]:
+        """The mesh axes that divide a logical axis of this size."""
+        return set(self.layout.split((axis,), (size,), self.mesh)[0])
 
-    def sequence_ways(self, rows: int) -> int:
-        """Devices among which the cache of each of so many rows is divided: those that rows leave free."""
+    def split_sequence(self, rows: int) -> set[str]:
+        """The mesh axes that divide the cache of each of so many rows: those that rows leave free."""
         text = self.config.text
-        axes = self.layout.split(CACHE_AXES, (rows, text.num_key_value_heads, self.context, text.head_dim), self.mesh)[2]
-        return math.prod(self.mesh.shape[name] for name in axes)
+        return set(self.layout.split(CACHE_AXES, (rows, text.num_key_value_heads, self.context, text.head_dim), self.mesh)[2])
+
+    def among(self, mesh_axes: Iterable[str]) -> Ways:
+        """Devices along these mesh axes. Between hosts lie the first axes, as far as they divide the hosts (`divide_axes`)."""
+        inside, across = divide_axes(self.mesh_shape, self.topology.hosts)
+        places = [MESH_AXES.index(name) for name in mesh_axes]
+        return Ways(math.prod(inside[place] for place in places), math.prod(across[place] for place in places))
 
     @functools.cached_property
     def weight_bytes(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from maverick_jax.plan.memory import RESERVE, Memory
 from maverick_jax.plan.roofline import Cost, Prefill, token_bytes
 from maverick_jax.plan.room import refusal
 
-GPU_DEFAULT_SHARE = 0.75  # of a GPU's memory, jax's XLA_PYTHON_CLIENT_MEM_FRACTION
+GPU_DEFAULT_SHARE = 0.75  # of a GPU's memory, jax's XLA_CLIENT_MEM_FRACTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +52,11 @@ class Plan:
         """What a reader must know beside the numbers."""
         case, found = self.case, []
         if case.batch % case.row_ways:
-            found.append(
-                f"batch {case.batch} is no multiple of {case.row_ways}: devices share rows, and each row's cache lies on "
-                f"{case.sequence_ways(case.batch)} by its sequence."
-            )
+            parts = case.among(case.split_sequence(case.batch)).total
+            lies = f"each row's cache lies on {parts} by its sequence" if parts > 1 else "each of these has a row's whole cache"
+            found.append(f"batch {case.batch} is no multiple of {case.row_ways}: devices share rows, and {lies}.")
         if case.topology.chip.is_gpu and self.memory.needed > GPU_DEFAULT_SHARE * self.memory.capacity:
-            found.append("jax takes 75 % of a GPU's memory by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.94.")
+            found.append("jax takes 75 % of a GPU's memory by default: set XLA_CLIENT_MEM_FRACTION=0.94.")
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,14 +77,21 @@ def as_text(plan: Plan) -> str:
 def _question(plan: Plan) -> list[str]:
     case = plan.case
     chip = case.topology.chip
+    network = f", network {chip.network / 1e9:,.0f} GB/s" if case.topology.hosts > 1 else ""
+    many = f"{case.topology.devices:,} devices" if case.topology.devices > 1 else "1 device"
+    halves = f" ({chip.devices_per_chip} of each chip)" if chip.devices_per_chip > 1 else ""
     return [
-        f"{case.parameter_count / 1e9:,.1f} B parameters, {case.weight_total / 1e9:,.2f} GB in {case.dtype}; "
+        f"{_parameters(case.parameter_count)}, {case.weight_total / 1e9:,.2f} GB in {case.dtype}; "
         f"batch {case.batch:,}, context {case.context:,}",
-        f"{case.topology.name}: {case.topology.devices} devices of {chip.memory / GIB:.0f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s, "
-        f"{chip.flops / 1e12:,.0f} TFLOP/s, links {chip.link / 1e9:,.0f} GB/s each way",
+        f"{case.topology.name}: {many}{halves} of {chip.memory / GIB:.0f} GiB "
+        f"at {chip.bandwidth / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.0f} TFLOP/s, links {chip.link / 1e9:,.0f} GB/s each way{network}",
         f"mesh {case.mesh_name}{' (the best that divides)' if plan.mesh_chosen else ''}, layout {case.layout.name}",
         *(f"note: {note}" for note in plan.notes),
     ]
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:,.1f} B parameters" if count >= 1e8 else f"{count / 1e6:,.1f} M parameters"
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -112,6 +118,7 @@ def _decode(plan: Plan) -> list[str]:
                 ("  memory", _seconds(cost.seconds["memory"]), f"{sum(cost.read.values()) / 1e9:.2f} GB: {_largest(cost.read)}"),
                 ("  compute", _seconds(cost.seconds["compute"]), f"{sum(cost.products.values()) / 1e12:.3f} TFLOP"),
                 ("  links", _seconds(cost.seconds["links"]), _sent(cost)),
+                *([("  network", _seconds(cost.seconds["network"]), _crossed(cost))] if "network" in cost.seconds else []),
             ]
         ),
         f"  at most {1 / cost.step:,.0f} tokens/s per user, {case.batch / cost.step:,.0f} in total, "
@@ -124,6 +131,12 @@ def _sent(cost: Cost) -> str:
     if not cost.collectives:
         return "none"
     return f"{sum(cost.sent.values()) / 1e6:.1f} MB in {cost.collectives} collectives: {_largest(cost.sent)}"
+
+
+def _crossed(cost: Cost) -> str:
+    if not cost.crossed:
+        return "none"
+    return f"{sum(cost.crossed.values()) / 1e6:.1f} MB to other hosts: {_largest(cost.crossed)}"
 
 
 def _experts(plan: Plan) -> str:
@@ -189,6 +202,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "topology": case.topology.name,
         "devices": case.topology.devices,
+        "hosts": case.topology.hosts,
         "mesh": dict(case.mesh.shape),
         "layout": case.layout.name,
         "dtype": case.dtype,
@@ -222,6 +236,7 @@ def _cost(cost: Cost, batch: int, devices: int) -> dict[str, Any]:
         "read_bytes": cost.read,
         "products": cost.products,
         "sent_bytes": cost.sent,
+        "crossed_bytes": cost.crossed,
         "collectives": cost.collectives,
         "seconds": cost.seconds,
         "step": cost.step,
@@ -241,7 +256,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _bound(binds: str) -> str:
-    return {"memory": "memory binds", "compute": "compute binds", "links": "the links bind"}[binds]
+    return {"memory": "memory binds", "compute": "compute binds", "links": "the links bind", "network": "the network binds"}[binds]
 
 
 def _largest(sizes: dict[str, float]) -> str:

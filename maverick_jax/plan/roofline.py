@@ -6,10 +6,14 @@ Source of the method: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 200
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from maverick_jax.plan.case import Case
+from maverick_jax.plan.case import Case, Ways
 from maverick_jax.plan.memory import prefill_piece, prefill_rows
 from maverick_jax.plan.weights import ATTENTION, DENSE, EMBEDDING, ROUTED, SHARED, SMALL, UNEMBEDDING, VISION, itemsize
 from maverick_jax.sharding.attend import CACHE as CACHE_AXES
@@ -23,21 +27,23 @@ class Cost:
       read: bytes from its memory, by what is read.
       products: floating-point operations, by component ("scores": queries times keys, and weights times values).
       sent: bytes over its links in one direction, by collective.
+      crossed: bytes to other hosts in one direction, by collective; a part of the devices' exchange that `sent` does not count.
       collectives: how many there are; what starting one takes is not in `seconds`.
-      seconds: of memory, compute and links, each alone.
+      seconds: of memory, compute, links and, with several hosts, network, each alone.
       distinct: experts of a mixture layer that the whole batch hits.
     """
 
     read: dict[str, float]
     products: dict[str, float]
     sent: dict[str, float]
+    crossed: dict[str, float]
     collectives: int
     seconds: dict[str, float]
     distinct: float
 
     @property
     def step(self) -> float:
-        """Seconds if all three overlap perfectly: the limit."""
+        """Seconds if all of them overlap perfectly: the limit."""
         return max(self.seconds.values())
 
     @property
@@ -55,13 +61,30 @@ def distinct_experts(experts: int, tokens: float) -> float:
     return experts * (1 - (1 - 1 / experts) ** tokens)
 
 
-def all_reduce(ways: int, size: float) -> float:
-    """Bytes that each of `ways` devices sends to sum an array of `size` bytes: ring of reduce-scatter and all-gather."""
-    return 2 * (ways - 1) / ways * size
+class Sent(NamedTuple):
+    """Bytes that one device sends for a collective: over the fast links of its host, and to other hosts."""
+
+    inside: float
+    across: float
 
 
-def all_gather(ways: int, size: float) -> float:
-    """Bytes that each of `ways` devices sends until all have an array of `size` bytes. An all-to-all sends as much."""
+def all_reduce(ways: Ways, size: float) -> Sent:
+    """To sum an array of `size` bytes: a ring of reduce-scatter and all-gather, in each host and between them its shares."""
+    return Sent(2 * _leaves(ways.inside, size), 2 * _leaves(ways.across, size / ways.inside))
+
+
+def all_gather(ways: Ways, size: float) -> Sent:
+    """Until all have an array of `size` bytes, which hosts exchange in shares."""
+    return Sent(_leaves(ways.inside, size), _leaves(ways.across, size / ways.inside))
+
+
+def all_to_all(ways: Ways, size: float) -> Sent:
+    """To send each of the devices its part of `size` bytes."""
+    return Sent(_leaves(ways.inside, size) / ways.across, _leaves(ways.across, size))
+
+
+def _leaves(ways: int, size: float) -> float:
+    """What does not stay at home of something divided among so many."""
     return (ways - 1) / ways * size
 
 
@@ -93,9 +116,12 @@ class Prefill:
 
 def prefill(case: Case) -> Prefill:
     rows, piece = prefill_rows(case), prefill_piece(case)
-    costs = [step(case, rows, min(piece, case.context - start), start) for start in range(0, case.context, piece)]
-    seconds = sum(cost.step for cost in costs)
-    spent = {kind: sum(cost.step for cost in costs if cost.binds == kind) for kind in costs[0].seconds}
+    rest = case.context % piece
+    costs = steps(case, rows, piece, range(0, case.context - rest, piece))
+    spent: dict[str, float] = collections.defaultdict(float)
+    for cost in itertools.chain(costs, steps(case, rows, rest, [case.context - rest]) if rest else ()):
+        spent[cost.binds] += cost.step
+    seconds = sum(spent.values())
     return Prefill(
         rows=rows,
         piece=piece,
@@ -108,14 +134,19 @@ def prefill(case: Case) -> Prefill:
 
 def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
     """`rows` rows advance by `tokens` tokens each, `start` tokens after their beginnings."""
+    return next(steps(case, rows, tokens, [start]))
+
+
+def steps(case: Case, rows: int, tokens: int, starts: Iterable[int]) -> Iterator[Cost]:
+    """One step for each of `starts`: a long prompt has hundreds of thousands, which differ by what their queries see."""
     text, size = case.config.text, itemsize(case.dtype)
     D = text.hidden_size
     (own_rows,) = case.local(("batch",), (rows,))
     (asking_rows,) = case.local((CACHE_AXES[0],), (rows,))
     experts, hit, routed_tokens, distinct = _experts(case, rows * tokens)
 
-    slots, pairs = _attention(case, tokens, start)
-    parts = case.sequence_ways(rows) if tokens == 1 else 1
+    sharing = case.among(case.split_sequence(rows) if tokens == 1 else ())
+    parts = sharing.total
     (kv_heads,) = case.local(("kv_heads",), (text.num_key_value_heads,))
     (heads,) = case.local(("heads",), (text.num_attention_heads,))
     weights = {part: float(size) for part, size in case.weight_bytes.items() if part not in (VISION, EMBEDDING)}
@@ -124,32 +155,34 @@ def step(case: Case, rows: int, tokens: int, start: int) -> Cost:
         weights[UNEMBEDDING], elements[UNEMBEDDING] = float(case.weight_bytes[EMBEDDING]), elements[EMBEDDING]
     if text.moe_layers:
         weights[ROUTED] *= hit / experts
-    read = {
-        **weights,
-        EMBEDDING: own_rows * tokens * D * size,
-        "cache": 2 * asking_rows * kv_heads * slots * text.head_dim * size / parts,
-    }
+    weights[EMBEDDING] = own_rows * tokens * D * size
 
     used = {ATTENTION: asking_rows * tokens, UNEMBEDDING: own_rows}  # of a prompt only the last token has logits
     used |= dict.fromkeys((DENSE, SHARED, SMALL), own_rows * tokens)
     products = {part: 2.0 * elements[part] * count for part, count in used.items() if part in elements}
-    products["scores"] = 4.0 * asking_rows * heads * text.head_dim * pairs / parts
     if text.moe_layers:
         products[ROUTED] = 2.0 * elements[ROUTED] / experts * routed_tokens
 
-    links = _links(case, own_rows * tokens, asking_rows * tokens, rows * tokens)
+    exchanges = _exchanges(case, rows, tokens)
     if parts > 1:  # float32 sums of the parts of a row's cache
-        links["attention parts all-reduce"] = (text.num_hidden_layers, all_reduce(parts, asking_rows * heads * text.head_dim * 4))
-    sent = {name: count * size for name, (count, size) in links.items()}
+        sums = asking_rows * heads * text.head_dim * 4
+        exchanges["attention parts all-reduce"] = (text.num_hidden_layers, all_reduce(sharing, sums))
+    sent = {name: count * each.inside for name, (count, each) in exchanges.items() if each.inside}
+    crossed = {name: count * each.across for name, (count, each) in exchanges.items() if each.across}
+    collectives = sum(count for count, _ in exchanges.values())
     chip = case.topology.chip
     in_experts = products.get(ROUTED, 0.0)
-    expert_rate = chip.fp8_flops if case.dtype == "fp8" else chip.flops
-    seconds = {
-        "memory": sum(read.values()) / chip.bandwidth,
-        "compute": (sum(products.values()) - in_experts) / chip.flops + in_experts / expert_rate,
-        "links": sum(sent.values()) / chip.link,
-    }
-    return Cost(read, products, sent, sum(count for count, _ in links.values()), seconds, distinct)
+    compute = (sum(products.values()) - in_experts) / chip.flops + in_experts / (chip.fp8_flops if case.dtype == "fp8" else chip.flops)
+    exchange = {"links": sum(sent.values()) / chip.link}
+    if case.topology.hosts > 1:
+        exchange["network"] = sum(crossed.values()) / chip.network
+
+    for slots, pairs in _attention(case, tokens, starts):
+        cache = 2 * asking_rows * kv_heads * slots * text.head_dim * size / parts
+        scores = 4.0 * asking_rows * heads * text.head_dim * pairs / parts
+        read, made = weights | {"cache": cache}, products | {"scores": scores}
+        seconds = {"memory": sum(read.values()) / chip.bandwidth, "compute": compute + scores / chip.flops} | exchange
+        yield Cost(read, made, sent, crossed, collectives, seconds, distinct)
 
 
 def _experts(case: Case, tokens: int) -> tuple[int, float, float, float]:
@@ -167,39 +200,47 @@ def _experts(case: Case, tokens: int) -> tuple[int, float, float, float]:
     return held, max(1.0, hit), max(1.0, group * held / E), distinct_experts(E, tokens)
 
 
-def _attention(case: Case, tokens: int, start: int) -> tuple[int, int]:
-    """Of one row, summed over the layers: cache slots read, and pairs of a query and a key that it sees.
+def _attention(case: Case, tokens: int, starts: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Of one row, summed over the layers: cache slots read, and pairs of a query and a key that it sees, for each of `starts`.
 
     A decode step of a RoPE layer reads its whole buffer, whatever part of it belongs to the current chunk.
     """
     text = case.config.text
-    slots = pairs = 0
-    for layer in range(text.num_hidden_layers):
-        chunk = text.chunk_of_layer(layer)
-        before = start if chunk is None else min(start, chunk - 1) if tokens == 1 else start % chunk
-        slots += before + tokens
-        pairs += tokens * before + tokens * (tokens + 1) // 2
-    return slots, pairs
+    layers = collections.Counter(text.chunk_of_layer(layer) for layer in range(text.num_hidden_layers))
+    for start in starts:
+        slots = pairs = 0
+        for chunk, count in layers.items():
+            before = start if chunk is None else min(start, chunk - 1) if tokens == 1 else start % chunk
+            slots += count * (before + tokens)
+            pairs += count * (tokens * before + tokens * (tokens + 1) // 2)
+        yield slots, pairs
 
 
-def _links(case: Case, own_tokens: int, asking_tokens: int, all_tokens: int) -> dict[str, tuple[int, float]]:
-    """Collectives of a step: how many of each kind, and the bytes that one device sends in one."""
+def _exchanges(case: Case, rows: int, tokens: int) -> dict[str, tuple[int, Sent]]:
+    """Collectives of a step: how many of each kind, and what one device sends in one."""
     text = case.config.text
     layers, mixtures = text.num_hidden_layers, len(text.moe_layers)
-    own, asking = own_tokens * token_bytes(case), asking_tokens * token_bytes(case)
-    dispatched = math.ceil(all_tokens / case.ways("tokens")) * token_bytes(case)
-    to_experts = all_gather(case.split("expert", text.num_local_experts), dispatched) if mixtures else 0.0
+    (own_rows,) = case.local(("batch",), (rows,))
+    (asking_rows,) = case.local((CACHE_AXES[0],), (rows,))
+    own, asking = own_rows * tokens * token_bytes(case), asking_rows * tokens * token_bytes(case)
+    dispatched = math.ceil(rows * tokens / case.ways("tokens")) * token_bytes(case)
+
+    def among(axis: str, size: int) -> Ways:
+        return case.among(case.split(axis, size))
+
+    regrouped = case.among(case.split("batch", rows) ^ case.split(CACHE_AXES[0], rows))
+    to_experts = all_to_all(among("expert", text.num_local_experts), dispatched) if mixtures else Sent(0, 0)
     found = {
-        "embedding all-reduce": (1, all_reduce(case.split("vocab", text.vocab_size), own)),
-        "attention all-reduce": (layers, all_reduce(case.split("heads", text.num_attention_heads), asking)),
-        "attention all-gather": (layers, all_gather(own_tokens // asking_tokens, own)),
-        "dense all-reduce": (layers - mixtures, all_reduce(case.split("mlp", text.intermediate_size_mlp), own)),
-        "shared expert all-reduce": (mixtures, all_reduce(case.split("mlp", text.intermediate_size), own)),
+        "embedding all-reduce": (1, all_reduce(among("vocab", text.vocab_size), own)),
+        "attention all-reduce": (layers, all_reduce(among("heads", text.num_attention_heads), asking)),
+        "attention all-gather": (layers, all_gather(regrouped, max(own, asking))),
+        "dense all-reduce": (layers - mixtures, all_reduce(among("mlp", text.intermediate_size_mlp), own)),
+        "shared expert all-reduce": (mixtures, all_reduce(among("mlp", text.intermediate_size), own)),
         "all-to-all to experts": (mixtures, to_experts),
         "all-to-all from experts": (mixtures, to_experts),
-        "routed expert all-reduce": (mixtures, all_reduce(case.split("expert_mlp", text.intermediate_size), dispatched)),
+        "routed expert all-reduce": (mixtures, all_reduce(among("expert_mlp", text.intermediate_size), dispatched)),
     }
-    return {name: (count, size) for name, (count, size) in found.items() if count and size}
+    return {name: (count, each) for name, (count, each) in found.items() if count and any(each)}
 
 
 def token_bytes(case: Case) -> int:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
-from maverick_jax.plan.case import Case
+from maverick_jax.errors import UserError
+from maverick_jax.plan.case import MOST_ROWS, Case
 from maverick_jax.plan.chips import GIB
 from maverick_jax.plan.memory import RESERVE, memory
 from maverick_jax.plan.search import candidates
 from maverick_jax.sharding.layout import INFERENCE
 
 STEP = 1024  # contexts are tried in multiples of this
-MOST_ROWS = 2**20
 NARROW = ("fp8", "int4")  # dtypes to try, the wider first
 
 
 def largest_batch(case: Case) -> int:
     """The most rows that fit at this context: a multiple of the devices that divide them, or 0."""
-    return case.row_ways * _largest(lambda rows: memory(dataclasses.replace(case, batch=rows * case.row_ways)).fits, MOST_ROWS)
+    shares = MOST_ROWS // case.row_ways
+    return case.row_ways * _largest(lambda rows: memory(dataclasses.replace(case, batch=rows * case.row_ways)).fits, shares)
 
 
 def largest_context(case: Case) -> int:
-    """The longest context that fits at this batch, up to the model's: a multiple of 1,024, or 0."""
+    """The longest context that fits at this batch: the model's own, else a multiple of 1,024, or 0."""
     longest = case.config.text.max_position_embeddings
+    if memory(dataclasses.replace(case, context=longest)).fits:
+        return longest
     return STEP * _largest(lambda steps: memory(dataclasses.replace(case, context=steps * STEP)).fits, longest // STEP)
 
 
@@ -68,10 +72,11 @@ def _cures(case: Case, mesh_chosen: bool) -> list[str]:
     if context := largest_context(case):
         found.append(f"--context {context}")
     for topology in case.topology.larger():
-        best = candidates(case.config, topology, [case.layout], case.dtype, case.batch, case.context)[0]
-        if best.fits:
-            found.append(f"--topology {topology.name}" + ("" if mesh_chosen else f" --mesh {best.case.mesh_name}"))
-            break
+        with contextlib.suppress(UserError):  # no mesh of it divides the model
+            best = candidates(case.config, topology, [case.layout], case.dtype, case.batch, case.context)[0]
+            if best.fits:
+                found.append(f"--topology {topology.name}" + ("" if mesh_chosen else f" --mesh {best.case.mesh_name}"))
+                break
     return found
 
 

@@ -26,6 +26,9 @@ GPUS = {
     "h100": _HOPPER.format(bandwidth=3_352_320_000_000, memory=84_978_434_048, name="NVIDIA H100 80GB HBM3"),
     "h200": _HOPPER.format(bandwidth=4_800_000_000_000, memory=150_754_820_096, name="NVIDIA H200"),
 }
+# What libtpu calls a slice where it has another name, and what it must be told beside the name.
+TPU_NAMES = {"v7x": "tpu7x"}
+TPU_SETTINGS = {"v4": {"chip_config_name": "megacore"}}  # both cores of a chip are one device, as on a real slice
 OPTIONS = {
     # There is nothing to tune a kernel on.
     "cuda": {"xla_gpu_autotune_level": 0},
@@ -45,13 +48,17 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v6e-64")):
             os.environ.setdefault(name, value)
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        return _describe("tpu", "tpu", topology_name=topology.name)
+        settings: dict[str, Any] = dict(TPU_SETTINGS.get(chip.name, {}))
+        if topology.shape == "1x1":  # of which libtpu expects four on a host
+            settings["chips_per_host_bounds"] = (1, 1, 1)
+        return _describe("tpu", "tpu", topology_name=f"{TPU_NAMES.get(chip.name, chip.name)}:{topology.shape}", **settings)
     if chip.name not in GPUS:
         raise UserError(f"the GPU compiler can be asked about {', '.join(GPUS)}, not about {chip.name}: leave out --compile.")
-    return _describe("cuda", "cuda13", topology=f"1x1x{topology.devices}", target_config=GPUS[chip.name])
+    hosts = topology.hosts
+    return _describe("cuda", "cuda13", topology=f"{hosts}x1x{topology.devices // hosts}", target_config=GPUS[chip.name])
 
 
-def _describe(platform: str, extra: str, **description: str) -> Sequence[Any]:
+def _describe(platform: str, extra: str, **description: Any) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(platform=platform, **description).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:

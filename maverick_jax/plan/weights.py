@@ -6,6 +6,7 @@ Shapes, dtypes and logical axes come from the model itself (`get_abstract_model`
 from __future__ import annotations
 
 import collections
+import difflib
 import functools
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
+from maverick_jax.inference.checks import shown
 from maverick_jax.model import quantized
 from maverick_jax.model.llama4 import Llama4, get_abstract_model
 from maverick_jax.model.parameter import Axes
@@ -64,5 +66,7 @@ def itemsize(dtype: str) -> int:
 
 
 def check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        close = difflib.get_close_matches(str(dtype), DTYPES, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"dtype {shown(dtype)} is unknown: {meant}choose one of {', '.join(DTYPES)}.")

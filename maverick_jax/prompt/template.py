@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from maverick_jax import stand_ins
 from maverick_jax.errors import UserError
 from maverick_jax.json_file import read_json
 from maverick_jax.prompt.budget import TooExpensive, budget_for, check_output
@@ -124,9 +125,12 @@ def _read(file: Path, limit: int) -> str:
     try:
         if file.stat().st_size > limit:
             raise UserError(f"{file} has more than {limit:,} bytes: it is no chat template; fetch it again or remove it.")
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): fetch it again or remove it.") from error
+    if (instead := stand_ins.explain(text[: stand_ins.ENOUGH].encode())) is not None:
+        raise UserError(f"{file} {instead}")
+    return text
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import base64
 from pathlib import Path
 from typing import Any
 
+from maverick_jax import stand_ins
+from maverick_jax.errors import UserError
 from maverick_jax.prompt.byte_level import byte_alphabet, byte_level_bpe
 
 SPECIAL_TOKENS = 2048
@@ -21,10 +23,13 @@ def read_tokenizer_model(file: Path) -> dict[str, Any]:
     """The contents of an equivalent `tokenizer.json`.
 
     Raises:
+      UserError: a download that went wrong.
       ValueError: a line is not base64 and rank, or ranks are not 0, 1, 2, …
     """
-    tokens = []
-    for number, line in enumerate(file.read_bytes().splitlines()):
+    tokens, content = [], file.read_bytes()
+    if (instead := stand_ins.explain(content[: stand_ins.ENOUGH])) is not None:
+        raise UserError(f"{file} {instead}")
+    for number, line in enumerate(content.splitlines()):
         try:
             token, rank = line.split()
             tokens.append(base64.b64decode(token, validate=True))

@@ -31,6 +31,7 @@ from maverick_jax.config import Config
 MAVERICK = (sys.executable, "-m", "maverick_jax")
 LINE = "maverick: interrupted."
 NOISE = ("Traceback", "Exception", "Error", "Fatal", "Segmentation", "terminate called")
+TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 HARD_LIMIT_S = 120.0
 LATEST_S = {"generate": 9.0, "convert": 2.5, "plan": 9.0, "chat": 11.0}  # after the start: about where each ends, compiling anew
 
@@ -64,6 +65,12 @@ def command(name: str, folder: Path) -> list[str]:
     return [*MAVERICK, "plan", "-m", str(folder), *topology.split(), "--compile"]
 
 
+def heed_the_signal() -> None:
+    """A shell's background job ignores SIGINT, and so would all that it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupt_process(words: list[str], after_s: float, times: int = 1, typed: bytes = b"") -> Outcome:
     """Signals to a process that has no terminal; standard input stays open behind what is typed."""
     with tempfile.TemporaryFile() as err:
@@ -92,22 +99,22 @@ def _outlive(process: subprocess.Popen) -> None:
 
 def interrupt_at_terminal(words: list[str], after_s: float, times: int = 1, typed: bytes = b"") -> Outcome:
     """The key itself, at a terminal of the command's own."""
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(words[0], words)
+    terminal, theirs = pty.openpty()
+    start = [sys.executable, "-c", TAKE_TERMINAL, *words]
+    process = subprocess.Popen(start, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
     os.write(terminal, typed)
     said = bytearray()
-    _wait_for_our_code(child)
+    _wait_for_our_code(process.pid)
     _listen(terminal, said, after_s)
     for _ in range(times):
         with contextlib.suppress(OSError):
             os.write(terminal, b"\x03")
         _listen(terminal, said, 0.2)
     if _listen(terminal, said, HARD_LIMIT_S):
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+        process.kill()
     os.close(terminal)
-    return Outcome(os.waitstatus_to_exitcode(status), said.decode(errors="replace"))
+    return Outcome(process.wait(), said.decode(errors="replace"))
 
 
 def _listen(terminal: int, said: bytearray, seconds: float) -> bool:
@@ -147,6 +154,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="COMMAND", help=f"{', '.join(LATEST_S)} (default: all)")
     parser.add_argument("--moments", type=int, default=20, metavar="N", help="of each, in each of the two ways (default: 20)")
     args = parser.parse_args()
+    heed_the_signal()
     wrong = 0
     for name in args.names or LATEST_S:
         if name == "plan" and importlib.util.find_spec("libtpu") is None:

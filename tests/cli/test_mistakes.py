@@ -109,14 +109,14 @@ def test_debug_shows_the_traceback(maverick):
 def test_an_unknown_command_lists_the_known(maverick):
     result = maverick("fly")
     assert result.status == 2
-    assert "'generate'" in result.err
+    assert "generate" in result.err
 
 
 @pytest.mark.parametrize("options", ["--quantize shared", "--format bfloat16 --quantize shared", "--format int8 --quantize ,"])
 def test_a_quantize_that_would_do_nothing_is_refused(maverick, tmp_path, options):
     result = maverick("convert", mini_directory(), tmp_path / "out", *options.split())
     assert result.status == MISTAKE
-    assert "takes --format fp8, int8, int4" in result.err
+    assert "takes a format that quantizes (fp8, int8, int4)" in result.err
     assert not list(tmp_path.iterdir())
 
 

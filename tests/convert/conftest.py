@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pytest
 
+from maverick_jax.assets import mini_directory
 from maverick_jax.convert import convert
 from maverick_jax.errors import UserError
 
@@ -42,7 +43,8 @@ class Case:
         with warnings.catch_warnings():  # torch's, about a buffer of transformers
             warnings.simplefilter("ignore")
             tiny_checkpoints.save_checkpoint(self.model, self.source)
-        (self.source / "tokenizer.json").write_text("{}")
+        for name in ("tokenizer.json", "chat_template.jinja"):
+            shutil.copyfile(mini_directory() / name, self.source / name)
         (self.source / "USE_POLICY.md").write_text("be good")
         (self.source / "README.md").write_text("not ours to copy")
         convert(self.source, self.converted, progress=False)

@@ -1,12 +1,9 @@
 """Bytes per device against calculations by hand from the table of parameters (spec section 1)."""
 
-import math
-
 import pytest
 
 from maverick_jax.config import Config
 from maverick_jax.plan import make_plan
-from maverick_jax.plan.chips import CHIPS
 from maverick_jax.plan.memory import cache_bytes, memory, temporaries
 
 GIB = 2**30
@@ -126,11 +123,3 @@ def test_scout(maverick_config):
     assert plan.case.weight_total == 2 * 108_641_793_536
     assert "dense layers" not in plan.memory.weights
     assert plan.fits
-
-
-def test_chips():
-    """Every shape has as many sides as its kind, and the shapes grow."""
-    for chip in CHIPS.values():
-        sizes = [math.prod(map(int, shape.split("x"))) for shape in chip.shapes]
-        assert sizes == sorted(set(sizes)), chip.name
-        assert {shape.count("x") for shape in chip.shapes} == {{"v5p": 2}.get(chip.name, 0 if chip.is_gpu else 1)}

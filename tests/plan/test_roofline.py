@@ -6,7 +6,8 @@ import pytest
 
 from maverick_jax.errors import UserError
 from maverick_jax.plan import make_plan, search
-from maverick_jax.plan.roofline import all_gather, all_reduce, decode, distinct_experts, prefill, step, token_bytes
+from maverick_jax.plan.case import Ways
+from maverick_jax.plan.roofline import all_gather, all_reduce, all_to_all, decode, distinct_experts, prefill, step, token_bytes
 from maverick_jax.sharding.layout import Layout
 
 # Experts undivided by number, every width over all devices.
@@ -37,9 +38,19 @@ def test_distinct_experts_of_maverick(batch, hit):
 
 
 def test_collectives():
-    """Eight devices, 80 bytes: seven eighths go round once to gather, twice to sum; alone nobody sends."""
-    assert (all_gather(8, 80), all_reduce(8, 80)) == (70, 140)
-    assert (all_gather(1, 80), all_reduce(1, 80)) == (0, 0)
+    """Eight devices of a host, 80 bytes: seven eighths go round once to gather, twice to sum; alone nobody sends."""
+    assert all_gather(Ways(8, 1), 80) == all_to_all(Ways(8, 1), 80) == (70, 0)
+    assert all_reduce(Ways(8, 1), 80) == (140, 0)
+    assert all_gather(Ways(1, 1), 80) == all_reduce(Ways(1, 1), 80) == all_to_all(Ways(1, 1), 80) == (0, 0)
+
+
+def test_collectives_between_hosts():
+    """Two hosts of four devices, 80 bytes. A sum crosses in shares of a quarter, half of each there and half back; of what goes to all
+    eight devices half crosses, and of the other half a quarter stays."""
+    assert all_reduce(Ways(4, 2), 80) == (2 * 60, 2 * 10)
+    assert all_gather(Ways(4, 2), 80) == (60, 10)
+    assert all_to_all(Ways(4, 2), 80) == (30, 40)
+    assert all_to_all(Ways(1, 2), 80) == (0, 40)
 
 
 def test_dispatch(case):
@@ -146,6 +157,34 @@ def test_more_rows_share_the_weights(maverick_config):
     steps, rates = [step for _, step in curve], [batch / step for batch, step in curve]
     assert steps == sorted(steps)
     assert rates == sorted(rates)
+
+
+def test_two_hosts(case):
+    """`expert` lies between the hosts, `tensor` inside: tokens cross, sums do not. 8 of 16 tokens cross, 10,240 B each way."""
+    cost = decode(case("h100:8x2", expert=2, tensor=8, batch=32))
+    assert cost.crossed == dict.fromkeys(("all-to-all to experts", "all-to-all from experts"), 24 * 16 * 10240 / 2)
+    assert not [name for name in cost.sent if "all-to-all" in name]
+    assert cost.seconds["network"] == pytest.approx(24 * 16 * 10_240 / 50e9)
+    assert cost.sent == decode(case("h100:8", tensor=8, batch=16)).sent
+
+
+def test_a_network_that_binds(case):
+    """A long prompt over two hosts: the tokens that change host take longer than everything that happens inside."""
+    cost = step(case("h100:8x2", expert=2, tensor=8), 2, 4096, 0)
+    assert cost.binds == "network"
+    assert cost.step == cost.seconds["network"] == sum(cost.crossed.values()) / 50e9
+
+
+def test_one_host_and_slices_have_no_network(case):
+    """Nothing of the network in a plan that has none."""
+    assert "network" not in decode(case("h100:8", tensor=8)).seconds
+    assert "network" not in decode(case("v6e:8x8", expert=8, tensor=8)).seconds
+
+
+def test_rows_that_attention_gathers(maverick_config):
+    """A layout may divide rows for everything but attention: then each device gets the rows of all."""
+    plan = make_plan(maverick_config, topology="h200:8", mesh={"data": 2, "tensor": 4}, layout={"batch": "data", "mlp": "tensor"}, batch=4)
+    assert plan.decode.sent["attention all-gather"] == 48 * 4 * 10_240 / 2
 
 
 def test_search_puts_the_fastest_first(maverick_config):

@@ -132,7 +132,7 @@ def test_ids_beyond_the_tokenizer_are_silent(tokenizer):
         ("tokenizer.json", '{"model": {"type": "nothing"}}', "tokenizer.json is no tokenizer"),
         ("tokenizer.model", "AA== 0\nhello\n", "line 2 is not 'base64 rank'"),
         ("tokenizer.model", "AA== 0\nAQ== 7\n", "line 2 has rank 7 instead of 1"),
-        ("tokenizer.model", "", "fewer than there are bytes"),
+        ("tokenizer.model", "", "is empty, for a download did not begin"),
         ("notes.txt", "", "has no tokenizer.json or tokenizer.model"),
     ],
 )

@@ -117,7 +117,10 @@ def test_tpu_machines_of_google_cloud_tell_by_metadata(endpoints):
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({**JAX, "JAX_NUM_PROCESSES": ""}, r"\(JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID\) .*how many processes there are: set JAX_NUM_PROCESSES"),
+        (
+            {**JAX, "JAX_NUM_PROCESSES": ""},
+            r"\(JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID\) .*how many processes there are: set JAX_NUM_PROCESSES",
+        ),
         ({**JAX, "JAX_PROCESS_ID": ""}, "not which of them this one is, from 0: set JAX_PROCESS_ID"),
         ({**JAX, "JAX_COORDINATOR_ADDRESS": ""}, "not HOST:PORT of process 0: set JAX_COORDINATOR_ADDRESS"),
         ({"JAX_PROCESS_ID": "1"}, r"\(JAX_PROCESS_ID\) announces several processes but not how many .*: set JAX_NUM_PROCESSES"),
@@ -142,7 +145,10 @@ def test_tpu_machines_of_google_cloud_tell_by_metadata(endpoints):
         ({**JAX, "JAX_COORDINATOR_ADDRESS": "x" * 64 + ":80"}, "is not HOST:PORT"),
         ({**JAX, "JAX_COORDINATOR_ADDRESS": "http://first:80"}, "is not HOST:PORT"),
         ({**JAX, "JAX_COORDINATOR_ADDRESS": "host:²"}, "is not HOST:PORT"),
-        ({**JAX, "JAX_COORDINATOR_ADDRESS": "host", "JAX_COORDINATOR_PORT": "web"}, "JAX_COORDINATOR_PORT is 'web', not the number of a port"),
+        (
+            {**JAX, "JAX_COORDINATOR_ADDRESS": "host", "JAX_COORDINATOR_PORT": "web"},
+            "JAX_COORDINATOR_PORT is 'web', not the number",
+        ),
         ({**JAX, "JAX_COORDINATOR_ADDRESS": "host", "JAX_COORDINATOR_PORT": "0"}, "JAX_COORDINATOR_PORT is '0', not the number of a port"),
         ({**JAX, "JAX_COORDINATOR_BIND_ADDRESS": "host:port"}, "JAX_COORDINATOR_BIND_ADDRESS 'host:port' is not HOST:PORT"),
         ({**JAX, "JAX_NUM_PROCESSES": "²"}, "JAX_NUM_PROCESSES is '²', not a number"),

@@ -107,7 +107,7 @@ def compare(model_dir: str | Path, source_dir: str | Path, *, progress: bool = T
     Args:
       model_dir: a finished model directory.
       source_dir: the Hugging Face directory that it was made from: bfloat16, or the official FP8.
-      progress: show a bar on stderr.
+      progress: show a bar on stderr, if that is a terminal.
 
     Raises:
       UserError: PyTorch or transformers is not installed, or the directories are none of the above, or of different models.
@@ -128,7 +128,7 @@ def compare(model_dir: str | Path, source_dir: str | Path, *, progress: bool = T
     reference = Reference(source_dir, prefer=lambda: ours.dispatcher.expert_T)
     sides = zip(ours.run(prompt), reference.run(prompt), strict=True)  # a stage of ours, then the same of theirs
     stages = model.config.text.num_hidden_layers + 2 + (prompt.tiles is not None)
-    bar = tqdm(sides, "against transformers", stages, unit="stage", disable=not progress, dynamic_ncols=True)
+    bar = tqdm(sides, "against transformers", stages, unit="stage", disable=None if progress else True, dynamic_ncols=True)
     with _on_cpu():
         return Comparison(tuple(Row.of(*pair) for pair in bar))
 

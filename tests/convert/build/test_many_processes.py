@@ -26,6 +26,16 @@ def test_two_processes_make_what_one_makes(start, cases, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_two_processes_quantize_a_model_directory(start, cases, tmp_path):
+    """What one of them makes of it, and of the checkpoint."""
+    model = cases["scout"].converted
+    run = start([(*CONVERT, model, "out", "--format", "int8")] * 2)
+    assert run.statuses() == [0, 0], run.err(0) + run.err(1)
+    convert(model, tmp_path / "alone", target="int8")
+    alone = {file.relative_to(tmp_path / "alone"): file.read_bytes() for file in (tmp_path / "alone").rglob("*") if file.is_file()}
+    assert alone == {file.relative_to(tmp_path / "out"): file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+
+
 def test_both_processes_work(start, cases, tmp_path):
     """A share is what a process reads, not what it is told to print."""
     count = "import sys; from maverick_jax.convert import Source, convert; from maverick_jax.sharding import multihost\n"

@@ -166,7 +166,7 @@ def edit_array(**values):
 NO_ADDRESS = "params is a file and holds no address gs://…: copy or convert the checkpoint again."
 ARRAY = f"params/state/{NORM}/zarr.json"
 FILES = {
-    "no JSON for a manifest": (put(MANIFEST, "<html>"), f"{MANIFEST} is not valid JSON"),
+    "no JSON for a manifest": (put(MANIFEST, "{"), f"{MANIFEST} is not valid JSON"),
     "a list for a manifest": (put(MANIFEST, "[]"), f"{MANIFEST} holds no JSON object: convert the checkpoint again."),
     "nested without end": (put(MANIFEST, "[" * 100_000), f"{MANIFEST} is not valid JSON"),
     "an empty file for weights": (replace_weights(b""), NO_ADDRESS),

@@ -65,7 +65,7 @@ def test_orbax_knows_the_real_shapes(case):
 
 
 def test_the_directory_holds_what_a_model_needs_and_nothing_else(maverick):
-    files = {"config.json", "generation_config.json", "manifest.json", "params", "tokenizer.json", "USE_POLICY.md"}
+    files = {"config.json", "generation_config.json", "manifest.json", "params", "tokenizer.json", "chat_template.jinja", "USE_POLICY.md"}
     assert {file.name for file in maverick.converted.iterdir()} == files
     assert not list(maverick.converted.parent.glob("*.partial"))
     manifest = json.loads((maverick.converted / "manifest.json").read_text())

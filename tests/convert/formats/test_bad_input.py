@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from maverick_jax.config import Config
 from maverick_jax.convert import convert, export, inspect, open_model_directory
+from maverick_jax.convert.build import to_pytorch
+from maverick_jax.convert.build.estimate import estimate
 from maverick_jax.convert.build.writer import Writer
 from maverick_jax.convert.formats import safetensors
 from maverick_jax.convert.formats.shards import INDEX
+from maverick_jax.convert.proof.verify import verify
 
 Q_PROJ = "language_model.model.layers.3.self_attn.q_proj.weight"
 
@@ -133,7 +136,10 @@ DAMAGED = {
     "tensor in another shard": (swap_home, f".safetensors ... {INDEX} ...: fetch both again."),
     "index that climbs out": (climb_out, f"{INDEX} has no weight_map from tensors to files beside it"),
     "index without a map": (lambda s: (s / INDEX).write_text("{}"), f"{INDEX} has no weight_map"),
-    "index that is no JSON": (lambda s: (s / INDEX).write_text("<html>"), f"{INDEX} is not valid JSON"),
+    "index that is no JSON": (
+        lambda s: (s / INDEX).write_text("<html>"),
+        f"{INDEX} is a page of HTML, as a server sends where a login is missing: fetch it again, logged in",
+    ),
     "unknown quantization": (quantize_otherwise, "config.json: quant_method 'fbgemm_fp8' is not supported"),
     "no weights": (lose_weights, f"source is not a Hugging Face checkpoint: it has neither model.safetensors nor {INDEX}"),
     "no config": (lambda s: (s / "config.json").unlink(), "source is not a checkpoint: it has neither config.json nor params.json"),
@@ -142,11 +148,11 @@ DAMAGED = {
     "a tensor of an exabyte": (claim_an_exabyte, ".safetensors has a damaged header (... does not begin where ... ends): fetch it again."),
     "a shard that links to itself": (
         lambda s: link_to_itself(shard_of(s, Q_PROJ)),
-        f"{INDEX} names model-...safetensors, which is not there",
+        "source has model-...safetensors, which cannot be read (Too many levels of symbolic links): fetch it again",
     ),
     "a config that links to itself": (
         lambda s: link_to_itself(s / "config.json"),
-        "source is not a checkpoint: it has neither config.json",
+        "source has config.json, which cannot be read (Too many levels of symbolic links): fetch it again",
     ),
     "links in a circle": (turn_in_a_circle, "source is a link that leads nowhere or in a circle: give the directory itself."),
     "nothing at all": (shutil.rmtree, "source does not exist"),
@@ -173,7 +179,7 @@ def test_a_destination_that_exists_is_kept(maverick, tmp_path, refused):
 
 def test_a_destination_that_cannot_be_made_is_named(maverick, tmp_path, refused):
     (tmp_path / "file").touch()
-    with refused("file/out.partial cannot be made (Not a directory): choose another destination."):
+    with refused("file/out cannot be made, for ...file is no directory: choose another destination."):
         convert(maverick.source, tmp_path / "file/out", progress=False)
 
 
@@ -191,7 +197,7 @@ def test_a_destination_that_may_not_be_written_is_named(maverick, tmp_path, monk
 
 def test_a_destination_behind_links_in_a_circle_is_named(maverick, tmp_path, refused):
     (tmp_path / "circle").symlink_to("circle")
-    with refused("circle/out.partial cannot be made (Too many levels of symbolic links): choose another destination."):
+    with refused("circle/out cannot be made, for ...circle is no directory: choose another destination."):
         convert(maverick.source, tmp_path / "circle/out", progress=False)
     with refused("circle exists: choose another destination"):
         convert(maverick.source, tmp_path / "circle", progress=False)
@@ -263,7 +269,7 @@ def test_a_manifest_from_elsewhere_is_refused(maverick, tmp_path, manifest, mess
 
 
 def test_export_of_a_hugging_face_directory_is_refused(maverick, tmp_path, refused):
-    with refused("source is not a finished model directory: it has no manifest.json. Make one with `maverick convert`."):
+    with refused("source is a checkpoint of PyTorch, and no model directory: `maverick convert` makes one of it."):
         export(maverick.source, tmp_path / "out", progress=False)
     assert not list(tmp_path.glob("out*"))
 
@@ -275,6 +281,39 @@ def test_an_unreadable_file_is_named(source, monkeypatch, refused):
     monkeypatch.setattr(safetensors, "open", denied, raising=False)
     with refused("model.safetensors cannot be read: Permission denied."):
         safetensors.read_header(source / "model.safetensors")
+
+
+def test_what_may_not_be_read_is_named(maverick, tmp_path, monkeypatch, refused):
+    """By every command; asked of the system, for permissions do not bind the root user."""
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.R_OK)
+    for call, directory in (
+        (lambda d: convert(d, tmp_path / "out"), maverick.source),
+        (inspect, maverick.source),
+        (inspect, maverick.converted),
+        (lambda d: export(d, tmp_path / "out"), maverick.converted),
+        (verify, maverick.converted),
+        (open_model_directory, maverick.converted),
+    ):
+        with refused(f"{directory} cannot be read (Permission denied): give yourself the right to."):
+            call(directory)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_destination_in_a_folder_that_may_not_be_written_is_named(maverick, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    for make, directory in ((convert, maverick.source), (estimate, maverick.source), (export, maverick.converted)):
+        with refused("out cannot be made, for you may not write into"):
+            make(directory, tmp_path / "new/out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_leaves_no_empty_directories(maverick, tmp_path, monkeypatch, refused):
+    """Those above the result included; what an export has written is no use to the next."""
+    with monkeypatch.context() as patch:
+        patch.setattr(to_pytorch, "_blocks", lambda *_: [][0])
+        with pytest.raises(IndexError):
+            export(maverick.converted, tmp_path / "new/deep/out")
+    assert not list(tmp_path.iterdir())
 
 
 TEXT = {"model_type": "llama4_text", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

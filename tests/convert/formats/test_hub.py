@@ -9,7 +9,10 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from maverick_jax.checkpoint import resolve
+from maverick_jax.convert import convert, open_source
+from maverick_jax.convert.build.estimate import estimate
 from maverick_jax.convert.formats.shards import INDEX
+from maverick_jax.convert.proof.verify import verify
 
 NAME = "meta-llama/Llama-4-Maverick"
 DESCRIPTIONS = {
@@ -135,6 +138,68 @@ def test_an_answer_of_the_hub_is_one_line(hub, monkeypatch, refused):
     monkeypatch.setattr(hub, "snapshot_download", gated)
     with refused(f"{NAME} is no directory here and could not be fetched from the Hugging Face Hub: 401 Client Error."):
         resolve(NAME)
+
+
+def raising(*kinds: str):
+    """What the Hub's client raises: an exception known by the names of its classes."""
+    kind = Exception
+    for name in reversed(kinds):
+        kind = type(name, (kind,), {})
+
+    def fail(*_, **__):
+        raise kind("Got: 401 Client Error.\n\nRepository Not Found for url: …")
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("kinds", "offline", "reason"),
+    [
+        (("GatedRepoError", "RepositoryNotFoundError"), "", f"it is gated; accept its terms at https://huggingface.co/{NAME}, then log in"),
+        (("RepositoryNotFoundError",), "", "there is no such repository, or it is private; check its name, or log in"),
+        (("LocalEntryNotFoundError",), "", "there is no network, and it is not in the cache; give a directory"),
+        (("LocalEntryNotFoundError",), "1", "HF_HUB_OFFLINE is set, and it is not in the cache; unset it"),
+    ],
+    ids=["gated", "not there", "no network", "offline"],
+)
+def test_the_reason_is_told_and_what_to_do(hub, monkeypatch, tmp_path, maverick, refused, kinds, offline, reason):
+    """From every command, and nothing is made."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(hub, "snapshot_download", raising(*kinds))
+    for call in (resolve, open_source, lambda name: convert(name, tmp_path / "out"), lambda name: verify(maverick.converted, name)):
+        with refused(f"{NAME} is no directory here and could not be fetched from the Hugging Face Hub: {reason}"):
+            call(NAME)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_repository_is_converted_and_compared_with(hub, monkeypatch, maverick, tmp_path):
+    """Where it can be loaded from; the same bytes as from a directory."""
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(maverick.source))
+    assert convert(NAME, tmp_path / "out").kind == "Hugging Face"
+    assert (tmp_path / "out/manifest.json").read_bytes() == (maverick.converted / "manifest.json").read_bytes()
+    assert verify(tmp_path / "out", NAME).problems == []
+
+
+def test_nothing_is_fetched_for_what_cannot_be_made(hub, tmp_path, refused):
+    """Eight hundred gigabytes later is too late; a dry run fetches nothing at all."""
+    (tmp_path / "out").mkdir()
+    for call, reason in (
+        (lambda: convert(NAME, tmp_path / "out"), "out exists"),
+        (lambda: convert(NAME, tmp_path / "new", target="int5"), "format 'int5' is unknown"),
+        (lambda: estimate(NAME, tmp_path / "new"), f"a dry run fetches nothing: `hf download {NAME}` first"),
+    ):
+        with refused(reason):
+            call()
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("before", ["https://huggingface.co/", "hf://", "https://hf.co/"])
+@pytest.mark.parametrize("after", ["", "/tree/main", "?library=transformers"])
+def test_of_an_address_the_id_is_enough(hub, tmp_path, refused, before, after):
+    for call in (resolve, lambda name: convert(name, tmp_path / "out")):
+        with refused(f"is an address: give the Hub's id, {NAME}."):
+            call(f"{before}{NAME}{after}")
+    assert hub.asked == []
 
 
 def test_without_its_client_the_way_to_get_it_is_named(here, monkeypatch, refused):

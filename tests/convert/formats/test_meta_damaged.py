@@ -123,15 +123,15 @@ DAMAGED = {
         lambda s: edit_record(s / "consolidated.01.pth", "byteorder", b"big"),
         "consolidated.01.pth has bytes in b'big' order: load it where it was saved",
     ),
-    "empty": (lambda s: os.truncate(s / "consolidated.01.pth", 0), "consolidated.01.pth is damaged or not a file of torch.save"),
+    "empty": (lambda s: os.truncate(s / "consolidated.01.pth", 0), "consolidated.01.pth is empty, for a download did not begin"),
     "a web page": (lambda s: (s / "consolidated.01.pth").write_text("<!DOCTYPE html>"), "consolidated.01.pth ...: fetch "),
     "a link to itself": (
         lambda s: ((s / "consolidated.01.pth").unlink(), (s / "consolidated.01.pth").symlink_to("consolidated.01.pth")),
-        "consolidated.01.pth cannot be read: Too many levels of symbolic links.",
+        "source has consolidated.01.pth, which cannot be read (Too many levels of symbolic links): fetch it again",
     ),
     "a directory": (
         lambda s: ((s / "consolidated.01.pth").unlink(), (s / "consolidated.01.pth").mkdir()),
-        "consolidated.01.pth cannot be read: Is a directory.",
+        "source has consolidated.01.pth, which is a folder and no file: put the file itself",
     ),
     "no dict": (lambda s: torch.save([torch.zeros(1)], s / "consolidated.01.pth"), "consolidated.01.pth holds no dict of tensors"),
     "int4": (

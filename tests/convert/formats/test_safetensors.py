@@ -98,8 +98,12 @@ def test_bfloat16_and_fp8_are_where_the_library_put_them(tmp_path):
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 MUTILATED = {
-    "empty": (b"", "is not a safetensors file"),
-    "a web page": (b"<!DOCTYPE html><html>", "is not a safetensors file"),
+    "empty": (b"", "is empty, for a download did not begin or a disk was full: fetch it again"),
+    "a web page": (b"<!DOCTYPE html><html>", "is a page of HTML, as a server sends where a login is missing: fetch it again"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of git-lfs.*: run `git lfs pull`"),
+    "a server's words": (b"Entry not found", "is text, a server's answer in the place of the file .'Entry not found'"),
+    "another format": (b"GGUF\3\0\0\0\0\0\0\0", "is a GGUF file .llama.cpp., which is not read"),
+    "a byte": (b"\1", "is not a safetensors file"),
     "ends in the header": ((1000).to_bytes(8, "little") + b"{}", "ends 998 bytes before its header does"),
     "no JSON": ((4).to_bytes(8, "little") + b"[1,2", "damaged header"),
     "no object": ((5).to_bytes(8, "little") + b"[1,2]", "damaged header"),

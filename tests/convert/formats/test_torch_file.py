@@ -225,7 +225,7 @@ NOT_PLAIN = {  # content of a file, and what is said of it
     "the last byte lost": (WHOLE[:-1], CUT),
     "all but the first record lost": (WHOLE[:900], CUT),
     "its end lost in the last record": (WHOLE[: WHOLE.rindex(b"PK\1\2") - 300], CUT),
-    "nothing": (b"", f"{DAMAGED}File is not a zip file): fetch it again."),
+    "nothing": (b"", "is empty, for a download did not begin or a disk was full: fetch it again."),
     "a sparse tensor": (saved({"a": torch.eye(3).to_sparse()}), "holds more than tensors, none of which was run (it asks for "),
     "a negated view": (saved({"a": torch.ones(2, dtype=torch.complex64).conj().imag}), "holds more than tensors"),
     "not in C order": (saved({"a": BLOCK.T}), ": a is not stored in C order: save it contiguous."),

@@ -1,12 +1,16 @@
 """What `maverick inspect` shows."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
-from maverick_jax.convert import convert, inspect, table
+from maverick_jax.convert import convert, inspect, open_source, table
+from maverick_jax.convert.build.estimate import estimate
+from maverick_jax.convert.proof.verify import verify
 
 
 def test_both_kinds_of_directory_have_the_same_totals(case):
@@ -33,6 +37,24 @@ def test_the_table_is_aligned_and_ends_with_totals(maverick):
 def test_layers_are_in_numeric_order(tmp_path):
     save_file({f"layers.{i}.weight": np.zeros(1, np.float32) for i in (10, 9, 2)}, tmp_path / "model.safetensors")
     assert [entry.parameter for entry in inspect(tmp_path).entries] == ["layers.2.weight", "layers.9.weight", "layers.10.weight"]
+
+
+def test_what_is_left_out_of_metas_names_is_told_too(two_ranks, tmp_path):
+    """As of a Hugging Face directory, and as `convert` tells it."""
+    directory = shutil.copytree(two_ranks, tmp_path / "two")
+    for file in directory.glob("*.pth"):
+        torch.save({f"module.{name}": tensor for name, tensor in torch.load(file, weights_only=False).items()}, file)
+    assert inspect(directory).notes == open_source(directory).notes == ("names are read without module., which other tools put into them.",)
+    assert {entry.parameter.split(".")[2] for entry in inspect(directory).entries} == {"module"}
+    assert inspect(two_ranks).notes == ()
+
+
+def test_results_are_shown_in_a_line(maverick, tmp_path):
+    """In a notebook the last value of a cell is shown; a model has a thousand tensors."""
+    shown = [repr(inspect(maverick.source)), repr(estimate(maverick.source, tmp_path / "out")), repr(verify(maverick.converted))]
+    shown.append(repr(convert(maverick.source, tmp_path / "out")))
+    assert not [text for text in shown if "\n" in text or len(text) > 250]
+    assert [text[1:].split()[0] for text in shown] == ["Inventory", "Estimate", "Report:", "Summary"]
 
 
 def test_the_dict_is_json(case):
