@@ -102,9 +102,6 @@ class KVCache:
     lengths_B: jax.Array
     max_length: int = dataclasses.field(metadata={"static": True})
 
-    def __repr__(self) -> str:
-        return f"KVCache({len(self.layers)} layers, rows {self.lengths_B.shape[0]}, up to {self.max_length:,} tokens each)"
-
     @classmethod
     def create(cls, config: TextConfig, batch: int, max_length: int, dtype: DTypeLike, constrain: Any = None) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens.

@@ -6,8 +6,8 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.checks import MAX_NEW_TOKENS, check_model, names_the_nearest, shown, stop_strings
-from maverick_jax.inference.generate import Generation
+from maverick_jax.inference.checks import MAX_NEW_TOKENS, names_the_nearest, shown, stop_strings
+from maverick_jax.inference.generate import Generation, check_model
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.inference.stop import StopStrings
 from maverick_jax.model import Llama4

@@ -18,7 +18,6 @@ import numpy as np
 
 from maverick_jax.config import TextConfig
 from maverick_jax.errors import UserError
-from maverick_jax.model import Llama4
 
 NO_LISTS = (str, bytes, bytearray, Mapping, Set)  # that Python would iterate all the same
 
@@ -43,12 +42,6 @@ def names_the_nearest(call: Call) -> Call:
         return call(*args, **named)
 
     return cast(Call, checked)
-
-
-def check_model(model: Any) -> None:
-    """The name of a directory is not yet a model."""
-    if not isinstance(model, Llama4):
-        raise UserError(f"model is {shown(model)}: open it with maverick_jax.load.")
 
 
 def whole(value: Any) -> int | None:

@@ -19,7 +19,7 @@ from jax import lax
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.cache import KVCache, new_cache
-from maverick_jax.inference.checks import MAX_NEW_TOKENS, check_model, check_room, names_the_nearest, shown, stop_tokens, token_rows
+from maverick_jax.inference.checks import MAX_NEW_TOKENS, check_room, names_the_nearest, shown, stop_tokens, token_rows
 from maverick_jax.inference.clock import seconds_compiling
 from maverick_jax.inference.not_finite import explain
 from maverick_jax.inference.sampling import RowSampling, Sampling, sample
@@ -68,6 +68,12 @@ def generate(
     for _ in run:
         pass
     return run.rows
+
+
+def check_model(model: Any) -> None:
+    """The name of a directory is not yet a model."""
+    if not isinstance(model, Llama4):
+        raise UserError(f"model is {shown(model)}: open it with maverick_jax.load.")
 
 
 @jax.tree_util.register_dataclass

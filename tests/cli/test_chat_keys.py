@@ -19,7 +19,7 @@ CHAT = r"""
 import os, sys, time
 os.login_tty(0)
 sys.argv[1:] = ["chat", "--mesh", "data=1"]
-import scripted
+from oracle import scripted
 from maverick_jax.cli import options
 from maverick_jax.inference import chat
 def endless(*parts):

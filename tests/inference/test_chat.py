@@ -9,7 +9,6 @@ import inspect
 import numpy as np
 import pytest
 from PIL import Image
-from scripted import CONFIG, TOKENIZER, Model, Scripted
 
 import maverick_jax as mj
 from maverick_jax.assets import mini_directory
@@ -18,6 +17,7 @@ from maverick_jax.inference import chat as chat_module
 from maverick_jax.inference.chat import Chat
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.prompt import render, tile_image
+from oracle.scripted import CONFIG, TOKENIZER, Model, Scripted
 
 RED = Image.new("RGB", (60, 32), "red")
 

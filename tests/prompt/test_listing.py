@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 from PIL import Image
-from scripted import CONFIG, TOKENIZER
 
 from maverick_jax.errors import UserError
 from maverick_jax.prompt import Tokenizer, load_template, render, user_message
 from maverick_jax.prompt.chat import compose
 from maverick_jax.prompt.listing import list_tokens
 from maverick_jax.training.mini.definition import CHAT_TEMPLATE, mini_tokenizer
+from oracle.scripted import CONFIG, TOKENIZER
 
 WIDE = Image.new("RGB", (60, 32))  # 1 x 2 tiles and the whole
 

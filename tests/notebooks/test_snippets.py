@@ -23,7 +23,7 @@ from maverick_jax.cli import compilation, demo
 from maverick_jax.cli.main import COMMANDS, main
 from maverick_jax.config import Config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 SHELL = ("", "sh", "bash", "shell", "console")
