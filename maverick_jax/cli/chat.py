@@ -1,21 +1,28 @@
-"""Talk with a model. Commands inside: /image FILE adds a picture to the next question, /reset forgets the conversation,
-/quit (or end of input) ends it. Ctrl-C stops an answer; in a run of several processes it ends the chat.
+"""Talk with a model. Commands inside: /image FILE ... adds pictures to the next question, /reset forgets the conversation,
+/help lists the commands, /quit (or end of input) ends the chat. A question that begins with a slash is written with two.
+
+Ctrl-C stops an answer, of which the conversation keeps what was said; at the prompt it ends the chat. In a run of several
+processes, and where standard input is no terminal, it always does. To a terminal control characters of an answer are written
+out (\\x1b); a file or a pipe gets the answer as it is.
 
 examples:
   maverick chat
   maverick chat -m maverick --mesh expert=8 --temperature 0.6 --top-p 0.9
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
 import contextlib
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from maverick_jax.cli import compilation, options, status
+from maverick_jax.cli import compilation, interrupt, options
+from maverick_jax.cli.answers import receive
+from maverick_jax.cli.keyboard import Keyboard
 
-HELP = "/image FILE   add a picture to the next question\n/reset        forget the conversation\n/quit         end"
+if TYPE_CHECKING:
+    from maverick_jax.inference.chat import Chat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,72 +36,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from maverick_jax.errors import UserError
     from maverick_jax.inference.chat import Chat
+    from maverick_jax.inference.checks import NoRoom
     from maverick_jax.sharding import multihost
 
     chat = Chat(options.load_model(args), **options.chat_options(args))
-    pictures: list[bytes] = []
-    for line, picture in multihost.from_first(_lines()):
+    keyboard = Keyboard()
+    pictures: list = []  # of the next question
+    for command, value, data in multihost.from_first(keyboard.lines()):
         try:
-            if line == "/reset":
+            if command == "/reset":
                 chat.reset()
                 pictures.clear()
-            elif picture:
-                pictures.append(base64.b64decode(picture))
-            elif line:
-                _answer(chat, line, pictures, as_json=args.json)
+            elif command == "/image":
+                pictures.append(_attach(chat, value, base64.b64decode(data)))
+            elif _answer(chat, value, pictures, stoppable=keyboard.at_terminal and multihost.process_count() == 1, as_json=args.json):
                 pictures.clear()
+            else:
+                keyboard.draft = value
+        except NoRoom as error:
+            options.note(f"maverick: {error} /reset forgets what was said so far; --max-new-tokens asks for shorter answers.")
         except UserError as error:  # the conversation goes on
             options.note(f"maverick: {error}")
     return 0
 
 
-def _lines() -> Iterator[tuple[str, str]]:
-    """What the user types, with the picture that /image names (base64: process 0 alone can see the file)."""
+def _attach(chat: Chat, name: str, data: bytes) -> tuple:
+    """The tiles of a picture; says what it takes."""
     from maverick_jax.errors import UserError
-    from maverick_jax.prompt import load_picture
+    from maverick_jax.prompt import load_picture, tile_image
+    from maverick_jax.prompt.chat import image_tokens
 
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - line editing for input()
-    interactive = sys.stdin.isatty()
-    if interactive:
-        print(HELP, file=sys.stderr)
-    while True:
-        try:
-            line = input("> " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        command, _, rest = line.partition(" ")
-        if command == "/quit":
-            return
-        if command == "/image":
-            try:
-                load_picture(rest.strip())
-            except UserError as error:
-                print(f"maverick: {error}", file=sys.stderr)
-            else:
-                yield line, base64.b64encode(Path(rest.strip()).read_bytes()).decode()
-        elif command.startswith("/") and line != "/reset":
-            print(HELP, file=sys.stderr)
-        else:
-            yield line, ""
+    vision = chat.model.config.vision
+    if vision is None:
+        raise UserError("this checkpoint has no vision tower: it takes text only.")
+    picture = load_picture(data)
+    tiles, (rows, columns) = tile_image(picture, vision)
+    cut = "1 tile" if len(tiles) == 1 else f"{len(tiles)} tiles ({rows} x {columns} and the whole picture)"
+    tokens = len(image_tokens(rows, columns, vision.tokens_per_tile, chat.tokenizer))
+    options.note(f"{name}: {picture.width} x {picture.height} pixels, {cut}, {tokens:,} tokens")
+    return tiles, (rows, columns)
 
 
-def _answer(chat, question: str, pictures: list, *, as_json: bool) -> None:
-    from maverick_jax.sharding import multihost
-
-    answer = ""
+def _answer(chat: Chat, question: str, pictures: list, *, stoppable: bool, as_json: bool) -> bool:
+    """Whether the question is part of the conversation now: not if it was stopped before the answer's first word."""
+    known = len(chat.messages)
     try:
-        for portion in status.awaited("computing", chat.stream(question, pictures)):
-            answer += portion
-            if not as_json:
-                print(portion, end="", flush=True)
+        with interrupt.raised() if stoppable else contextlib.nullcontext(), contextlib.closing(chat.stream(question, pictures)) as portions:
+            answer = receive(portions, show=not as_json)
     except KeyboardInterrupt:
-        if multihost.process_count() > 1:  # the others are in the middle of a computation that needs this process
+        if not stoppable:
             raise
-        print(" [stopped]", file=sys.stderr)
-        return
+        kept = len(chat.messages) > known
+        options.note("[stopped; what was said stays]" if kept else "[stopped; nothing was said, so the question waits]")
+        if not kept:
+            return False
+        answer = chat.messages[-1]["content"]
+    assert chat.last is not None
     if as_json:
         print(options.as_json(answer, chat.last), flush=True)
     else:
-        print()
         options.note(options.speed(chat.last))
+    return True

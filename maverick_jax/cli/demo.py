@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 
 from maverick_jax import __version__
 from maverick_jax.cli import compilation, options, status
+from maverick_jax.cli.answers import receive
 from maverick_jax.cli.parser import whole
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
     from maverick_jax.inference.chat import Chat
     from maverick_jax.inference.generate import Generation
@@ -42,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @compilation.programs_kept
 def run(args: argparse.Namespace) -> int:
     import jax
-    from PIL import Image
 
     from maverick_jax.assets import digits, mini_directory
     from maverick_jax.checkpoint import load
@@ -83,18 +84,14 @@ def run(args: argparse.Namespace) -> int:
     print(digits.draw(*pictures))
     images = [digits.picture(pixels) for pixels in pictures]
     assert model.config.vision is not None
-    side = model.config.vision.image_size
-    for name, image in zip(("left.png", "right.png"), images, strict=True) if multihost.is_first() else ():
-        image.resize((side, side), Image.Resampling.BILINEAR).save(Path(args.out) / name)  # exactly the tile that the model sees
+    if multihost.is_first():
+        save_pictures(images, Path(args.out), model.config.vision.image_size)
 
     _heading("a question about them")
     chat = Chat(model, max_new_tokens=32)
     print(f"question  {question}\nanswer    ", end="", flush=True)
-    answer = ""
-    for portion in status.awaited("computing", chat.stream(question, images)):
-        answer += portion
-        print(portion, end="", flush=True)
-    print(f"\nexpected  {expected}")
+    answer = receive(chat.stream(question, images))
+    print(f"expected  {expected}")
 
     _heading("tokens per expert, a mark for each of the 128")
     assert chat.last is not None
@@ -108,6 +105,14 @@ def run(args: argparse.Namespace) -> int:
         options.note("maverick: the answer is wrong.")
         return 1
     return 0
+
+
+def save_pictures(images: list[Image], folder: Path, side: int) -> None:
+    """The left and the right picture, exactly the tiles that the model sees."""
+    from PIL.Image import Resampling
+
+    for name, image in zip(("left.png", "right.png"), images, strict=True):
+        image.resize((side, side), Resampling.BILINEAR).save(folder / name)
 
 
 def _heading(text: str) -> None:

@@ -1,4 +1,5 @@
-"""Answer one prompt, streamed to the terminal.
+"""Answer one prompt, streamed. To a terminal control characters of the answer are written out (\\x1b); a file or a pipe gets it as
+it is.
 
 examples:
   maverick generate "Which digit is left?" --image demo/left.png --image demo/right.png
@@ -9,7 +10,8 @@ examples:
 
 import argparse
 
-from maverick_jax.cli import compilation, options, status, streams
+from maverick_jax.cli import compilation, options, streams
+from maverick_jax.cli.answers import receive
 from maverick_jax.cli.parser import words
 
 
@@ -40,16 +42,11 @@ def run(args: argparse.Namespace) -> int:
     images = [load_picture(image) for image in args.image]  # a bad picture is reported before a large model is loaded
     seen = options.digest(b"".join(image.tobytes() for image in images))
     chat = Chat(options.load_model(args, pictures=seen), **options.chat_options(args))
-    answer = ""
     portions = chat.complete(chat.raw_prompt(text)) if args.raw else chat.stream(text, images)
-    for portion in status.awaited("computing", portions):
-        answer += portion
-        if not args.json:
-            print(portion, end="", flush=True)
+    answer = receive(portions, show=not args.json)
     assert chat.last is not None
     if args.json:
         print(options.as_json(answer, chat.last))
     else:
-        print()
         options.note(options.speed(chat.last))
     return 0

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.generate import Generation
+from maverick_jax.inference.checks import MAX_NEW_TOKENS, names_the_nearest, shown, stop_strings
+from maverick_jax.inference.generate import Generation, check_model
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.inference.stop import StopStrings
 from maverick_jax.model import Llama4
-from maverick_jax.prompt import Prompt, StreamDecoder, Tokenizer, load_template, render, tile_image
+from maverick_jax.prompt import (
+    Prompt,
+    StreamDecoder,
+    Tokenizer,
+    as_tiles,
+    listed_pictures,
+    load_template,
+    render,
+    tool_schemas,
+    user_message,
+)
 
 
 class Chat:
@@ -22,14 +33,20 @@ class Chat:
       tools: functions that the model may call: Python functions with types and a docstring, or JSON schemas. A call is an
         answer like any other; add its result to `messages` as {"role": "tool", "content": ...} and let `complete` go on.
       max_new_tokens: longest answer.
-      stop: strings that end an answer; they are not part of it.
-      sampling: temperature, top_k, top_p, min_p, seed as for `generate`.
+      stop: text, or texts, that end an answer; they are not part of it.
+      temperature, top_k, top_p, min_p, seed: see `Sampling`.
 
     Attributes:
       messages: the conversation so far, as role/content dicts; pictures as the tiles they were cut into.
-      last: the `Generation` of the newest answer, with its times and expert loads.
+      sampling: how tokens are chosen; another `Sampling` may be set between two questions.
+      last: the `Generation` of the newest answer, with its times and expert loads; None before the first.
+
+    Raises:
+      UserError: no model that `load` opened, tokenizer or template files that cannot be read, or a setting of another type or
+        outside its range.
     """
 
+    @names_the_nearest
     def __init__(
         self,
         model: Llama4,
@@ -37,43 +54,69 @@ class Chat:
         system: str | None = None,
         tools: Sequence[Any] | None = None,
         max_new_tokens: int = 512,
-        stop: Sequence[str] = (),
-        **sampling: Any,
+        stop: str | Sequence[str] = (),
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
     ):
+        check_model(model)
         if model.directory is None:
             raise UserError("this model was not loaded from a directory, so its tokenizer is unknown: open it with maverick_jax.load.")
+        if not isinstance(system, str | None):
+            raise UserError(f"system is {shown(system)}: expected a text, the system message.")
         self.model = model
         self.system = system
-        self.tools = tools
-        self.max_new_tokens = max_new_tokens
-        self.stop = tuple(stop)
-        self.sampling = Sampling(**sampling)
+        self.tools = tool_schemas(tools)
+        self.max_new_tokens = MAX_NEW_TOKENS.check("max_new_tokens", max_new_tokens)
+        self.stop = stop_strings(stop)
+        self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         self.tokenizer = Tokenizer.from_directory(model.directory)
         self.template = load_template(model.directory)
         self.last: Generation | None = None
         self.reset()
 
+    def __repr__(self) -> str:
+        return f"Chat({self.model.directory!r}, {len(self.messages)} messages)"
+
     def reset(self) -> None:
         """Forget the conversation, but not the system message."""
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
 
-    def __call__(self, text: str, images: Sequence[Any] = ()) -> str:
-        """The answer to `text` about `images` (paths, bytes or PIL pictures)."""
+    def __call__(self, text: str, images: Any = ()) -> str:
+        """The answer to `text` about `images`, a picture or a list of them as `load_picture` takes them."""
         return "".join(self.stream(text, images))
 
-    def stream(self, text: str, images: Sequence[Any] = ()) -> Iterator[str]:
-        """The answer in portions of whole characters. The conversation grows once the answer is complete."""
-        vision = self.model.config.vision
-        cut = [tile_image(image, vision) for image in images] if vision else images  # a file may change before the next turn
-        content = [{"type": "image", "image": image} for image in cut] + [{"type": "text", "text": text}]
-        question = {"role": "user", "content": content if images else text}
+    def stream(self, text: str, images: Any = ()) -> Generator[str, None, None]:
+        """The answer in portions of whole characters.
+
+        The conversation grows by question and answer once the answer is complete. An answer that is stopped (Ctrl-C, or the iterator is
+        closed) stays as far as it went; if nothing was said yet, or an error ended it, the conversation is what it was.
+        """
+        if not isinstance(text, str):
+            raise UserError(f"the question is {shown(text)}: expected a text.")
+        images, vision = listed_pictures(images), self.model.config.vision
+        cut = [as_tiles(image, vision) for image in images] if vision else images  # a file may change before the next turn
+        question = user_message(text, cut)
+        return self._answer(question, self.complete(self.prompt([*self.messages, question])))
+
+    def _answer(self, question: dict[str, Any], portions: Iterator[str]) -> Generator[str, None, None]:
         answer = ""
-        for portion in self.complete(self.prompt([*self.messages, question])):
-            answer += portion
-            yield portion
+        try:
+            for portion in portions:
+                answer += portion
+                yield portion
+        except (KeyboardInterrupt, GeneratorExit):
+            if answer:
+                self._remember(question, answer)
+            raise
+        self._remember(question, answer)
+
+    def _remember(self, question: dict[str, Any], answer: str) -> None:
         self.messages += [question, {"role": "assistant", "content": answer}]
 
-    def prompt(self, messages: list[dict[str, Any]]) -> Prompt:
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         """Token ids and tiles of a conversation that the assistant is to continue."""
         return render(messages, self.tokenizer, self.model.config, template=self.template, tools=self.tools)
 
@@ -83,11 +126,16 @@ class Chat:
 
     def complete(self, prompt: Prompt) -> Iterator[str]:
         """Continue a prompt as text, up to a stop token or a stop string."""
+        if not isinstance(prompt, Prompt):
+            raise UserError(f"prompt is {shown(prompt)}: expected what `prompt` or `raw_prompt` makes of messages or of text.")
         self.last = Generation(
             self.model, [prompt.token_ids], tiles=prompt.tiles, max_new_tokens=self.max_new_tokens, sampling=self.sampling
         )
+        return self._text(self.last)
+
+    def _text(self, generation: Generation) -> Iterator[str]:
         decoder, stop = StreamDecoder(self.tokenizer), StopStrings(self.stop)
-        for (tokens,) in self.last:
+        for (tokens,) in generation:
             text = stop.push("".join(decoder.push(token) for token in tokens))
             if text:
                 yield text

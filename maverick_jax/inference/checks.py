@@ -5,11 +5,14 @@ Python takes `True` for 1 and NumPy 5.9 for 5; here a whole number is an int of 
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import numbers
 import operator
 import reprlib
 from collections.abc import Callable, Mapping, Set
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -17,6 +20,28 @@ from maverick_jax.config import TextConfig
 from maverick_jax.errors import UserError
 
 NO_LISTS = (str, bytes, bytearray, Mapping, Set)  # that Python would iterate all the same
+
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+class NoRoom(UserError):
+    """Prompt and answer together are longer than the context."""
+
+
+def names_the_nearest(call: Call) -> Call:
+    """A misspelt keyword is a TypeError that names the one that is like it, as Python itself says it from 3.13 on."""
+    known = [name for name, parameter in inspect.signature(call).parameters.items() if parameter.kind is not parameter.POSITIONAL_ONLY]
+
+    @functools.wraps(call)
+    def checked(*args: Any, **named: Any) -> Any:
+        for name in named.keys() - set(known):
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f". Did you mean {near[0]!r}?" if near else f": it takes {', '.join(n for n in known if n != 'self')}."
+            raise TypeError(f"{call.__qualname__}() got an unexpected keyword argument {name!r}{meant}")
+        return call(*args, **named)
+
+    return cast(Call, checked)
 
 
 def whole(value: Any) -> int | None:
@@ -109,11 +134,26 @@ def stop_tokens(stop_ids: Any, vocabulary: int) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """The texts of a list, or a single text, which is not its letters.
+
+    Raises:
+      UserError: anything else, and a text without letters, which would end every answer or none.
+    """
+    items = [stop] if isinstance(stop, str) else listed(stop)
+    if items is None:
+        raise UserError(f"stop is {shown(stop)}: expected a text or a list of texts.")
+    for item in items:
+        if not isinstance(item, str) or not item:
+            raise UserError(f"stop holds {shown(item)}: expected texts of at least one character; token ids are stop_ids of generate.")
+    return tuple(items)
+
+
 def check_room(prompts: list[np.ndarray], max_new_tokens: int, config: TextConfig) -> None:
     """Prompt and answer must fit the context together."""
     for i, prompt in enumerate(prompts):
         if len(prompt) + max_new_tokens > config.max_position_embeddings:
-            raise UserError(
+            raise NoRoom(
                 f"prompt {i} has {len(prompt)} tokens and up to {shown(max_new_tokens)} are asked for, but the context holds "
                 f"{config.max_position_embeddings}: shorten the prompt or lower max_new_tokens."
             )

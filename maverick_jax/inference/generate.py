@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax import lax
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.cache import KVCache, new_cache
-from maverick_jax.inference.checks import MAX_NEW_TOKENS, check_room, shown, stop_tokens, token_rows
+from maverick_jax.inference.checks import MAX_NEW_TOKENS, check_room, names_the_nearest, shown, stop_tokens, token_rows
 from maverick_jax.inference.clock import seconds_compiling
 from maverick_jax.inference.not_finite import explain
 from maverick_jax.inference.sampling import RowSampling, Sampling, sample
@@ -33,6 +34,7 @@ NO_TOKEN = -1  # behind the end of a row
 NOT_FINITE = -2  # in the place of a token whose logits are not finite
 
 
+@names_the_nearest
 def generate(
     model: Llama4,
     prompts: Sequence[Sequence[int]],
@@ -44,7 +46,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     seed: int | Sequence[int] = 0,
-    stop_ids: Sequence[int] | None = None,
+    stop_ids: int | Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue a batch of prompts.
 
@@ -53,7 +55,7 @@ def generate(
       tiles: [N, 3, S, S] float32, the tiles of all pictures of all rows, in order.
       max_new_tokens: at most so many tokens per row.
       temperature, top_k, top_p, min_p, seed: see `Sampling`.
-      stop_ids: tokens that end a row; None takes the config's, `()` never stops early.
+      stop_ids: token, or tokens, that end a row; None takes the config's, `()` never stops early.
 
     Returns:
       The new tokens of every row, without the stop token.
@@ -67,6 +69,12 @@ def generate(
     for _ in run:
         pass
     return run.rows
+
+
+def check_model(model: Any) -> None:
+    """The name of a directory is not yet a model."""
+    if not isinstance(model, Llama4):
+        raise UserError(f"model is {shown(model)}: open it with maverick_jax.load.")
 
 
 @jax.tree_util.register_dataclass
@@ -108,10 +116,9 @@ class Generation:
         tiles: np.ndarray | None = None,
         max_new_tokens: int,
         sampling: Sampling | None = None,
-        stop_ids: Sequence[int] | None = None,
+        stop_ids: int | Sequence[int] | None = None,
     ):
-        if not isinstance(model, Llama4):
-            raise UserError(f"model is {shown(model)}: open it with maverick_jax.load.")
+        check_model(model)
         config = model.config
         self.model = model
         self.max_new_tokens = MAX_NEW_TOKENS.check("max_new_tokens", max_new_tokens)
@@ -120,6 +127,8 @@ class Generation:
         check_room(self.prompts, self.max_new_tokens, config.text)
         self.tiles = None if tiles is None else tiles_of(tiles, config.vision)
         check_patches(np.concatenate([[], *self.prompts]) == config.image_token_index, self.tiles, config.vision)
+        if not isinstance(sampling, Sampling | None):
+            raise UserError(f"sampling is {shown(sampling)}: give a maverick_jax.Sampling.")
         self.sampling = RowSampling.repeat(sampling or Sampling(), len(self.prompts))
         self.rows: list[list[int]] = [[] for _ in self.prompts]
         self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
@@ -127,6 +136,10 @@ class Generation:
         self.load_ME = np.zeros((len(config.text.moe_layers), config.text.num_local_experts), np.int32)
         self.dropped = 0
         self._iterated = False
+
+    def __repr__(self) -> str:
+        prompts = f"{len(self.prompts)} prompt{'s' * (len(self.prompts) != 1)}"
+        return f"Generation({prompts} of {self.prompt_tokens:,} tokens, {self.new_tokens:,} new, {self.decode_rate:.1f} tokens/s)"
 
     @property
     def prompt_tokens(self) -> int:

@@ -27,7 +27,8 @@ SEED = Range(whole, 0, 2**32 - 1, "a whole number between 0 and 2^32 - 1, or a l
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose tokens.
+    """How to choose tokens. A chat's is `chat.sampling`, which may be replaced between two questions; `generate` takes the same
+    settings by their names.
 
     Attributes:
       temperature: 0 takes the most likely token.

@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 
+from maverick_jax.inference.checks import stop_strings
+
 
 class StopStrings:
-    """Passes text on until one of the stop strings appears, holding back what could be the beginning of one."""
+    """Passes text on until one of the stop strings appears, holding back what could be the beginning of one.
 
-    def __init__(self, stop: Sequence[str] = ()):
-        self.stop = [s for s in stop if s]
+    Raises:
+      UserError: see `stop_strings`.
+    """
+
+    def __init__(self, stop: str | Sequence[str] = ()):
+        self.stop = stop_strings(stop)
         self.met = False
         self._held = ""
 

@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from maverick_jax.config import Config, VisionConfig
+from maverick_jax.config import Config
 from maverick_jax.errors import UserError
-from maverick_jax.prompt.images import tile_image
-from maverick_jax.prompt.llama4_format import encode_dialog
+from maverick_jax.prompt.images import as_tiles
+from maverick_jax.prompt.llama4_format import CONTROL, write_dialog
+from maverick_jax.prompt.provenance import Text
 from maverick_jax.prompt.template import ChatTemplate
 from maverick_jax.prompt.tokenizer import Tokenizer
 from maverick_jax.prompt.tools import tool_schema
 
 MAX_IMAGES = 48
+IMAGE = "<|image|>"
 MEDIA = frozenset("audio file image image_url input_audio video".split())  # kinds of parts that hold no text
 TOOL_ROLES = ("tool", "ipython", "function")  # whose content may be any data
 
@@ -39,6 +41,10 @@ class Prompt:
     token_ids: list[int]
     tiles: np.ndarray | None = None
 
+    def __repr__(self) -> str:
+        pictures = "" if self.tiles is None else f", tiles {list(self.tiles.shape)}"
+        return f"Prompt({len(self.token_ids):,} tokens{pictures})"
+
 
 def render(
     messages: Sequence[Message],
@@ -55,7 +61,7 @@ def render(
     Args:
       messages: `{"role": ..., "content": ...}` and whatever else the template reads (`tool_calls`, `name`,
         `reasoning_content`, ...); content is a string or a list of `{"type": "text", "text": ...}` and
-        `{"type": "image", "image": path, bytes, PIL picture or what tile_image returned}`, of a tool any data.
+        `{"type": "image", "image": what load_picture takes or tile_image returned}`, of a tool any data.
       template: the checkpoint's own, from `load_template`; None is the format of the releases.
       tools: JSON schemas of functions, or Python functions with types and a docstring in Google's style.
       add_generation_prompt: end with the header of the assistant's message.
@@ -65,32 +71,64 @@ def render(
     Raises:
       UserError: a message that cannot be understood, a picture that cannot be read, or too many pictures.
     """
+    pieces, images = compose(
+        messages,
+        tokenizer,
+        template=template,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+    )
+    ids = [id for piece in pieces for id in tokenizer.encode_authored(piece, piece.own)]
+    if not images:
+        return Prompt(ids)
+    blocks, tiles = cut_pictures(ids, images, tokenizer, config)
+    marker, block = tokenizer.id_of(IMAGE), iter(blocks)
+    return Prompt([token for id in ids for token in (next(block) if id == marker else [id])], np.concatenate(tiles))
+
+
+def compose(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    template: ChatTemplate | None = None,
+    tools: Sequence[Tool] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool | str = False,
+) -> tuple[list[Text], list[Any]]:
+    """What `render` encodes: texts that know who wrote them, each encoded apart from the others, and their pictures, for each of
+    which they hold an `<|image|>`. Arguments and errors as for `render`."""
     messages = _listed(messages, "a conversation is a list of at least one message")
     if not messages:
         raise UserError("a conversation is a list of at least one message, not empty.")
     for message in messages:
         _check(message, any_parts=template is not None)
-    schemas = None if tools is None else [tool_schema(tool) for tool in _listed(tools, "tools are a list of schemas and functions")]
+    schemas = tool_schemas(tools)
     images = [_picture(part) for message in messages for part in _parts(message) if part.get("type") == "image"]
     if len(images) > MAX_IMAGES:
         raise UserError(f"the prompt has {len(images)} pictures: at most {MAX_IMAGES} fit in one prompt.")
+    options: dict[str, Any] = {"tools": schemas, "add_generation_prompt": add_generation_prompt}
     if template is None:
-        ids = encode_dialog(
-            messages,
-            tokenizer,
-            tools=schemas,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=bool(continue_final_message),
-        )
-    else:
-        field = "content" if continue_final_message is True else continue_final_message or None
-        text = template.render(messages, tools=schemas, add_generation_prompt=add_generation_prompt, continued=field)
-        ids = tokenizer.encode_authored(text, text.own)
-    if not images:
-        return Prompt(ids)
-    if config.vision is None:
-        raise UserError("this checkpoint has no vision tower: it takes text only.")
-    return _with_pictures(ids, images, tokenizer, config.vision)
+        for token in CONTROL:
+            tokenizer.id_of(token)  # one that it lacks would be written as plain text
+        return write_dialog(messages, **options, continue_final_message=bool(continue_final_message)), images
+    field = "content" if continue_final_message is True else continue_final_message or None
+    return [template.render(messages, **options, continued=field)], images
+
+
+def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
+    """A question about pictures, which stand in front of it."""
+    pictures = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}] if pictures else text}
+
+
+def tool_schemas(tools: Sequence[Tool] | None) -> list[Mapping[str, Any]] | None:
+    """The schema of every tool.
+
+    Raises:
+      UserError: no list, or what `tool_schema` refuses.
+    """
+    return None if tools is None else [tool_schema(tool) for tool in _listed(tools, "tools are a list of schemas and functions")]
 
 
 def _listed(values: Any, expected: str) -> list[Any]:
@@ -99,29 +137,21 @@ def _listed(values: Any, expected: str) -> list[Any]:
     return list(values)
 
 
-def _with_pictures(ids: list[int], images: list[Any], tokenizer: Tokenizer, vision: VisionConfig) -> Prompt:
-    marker = tokenizer.id_of("<|image|>")
-    if ids.count(marker) != len(images):
-        raise UserError(f"the chat template placed {ids.count(marker)} of {len(images)} pictures: put them into user messages.")
-    cut = [_cut(image, vision) for image in images]
-    blocks = iter(image_tokens(rows, columns, vision.tokens_per_tile, tokenizer) for _, (rows, columns) in cut)
-    expanded = [token for id in ids for token in (next(blocks) if id == marker else [id])]
-    return Prompt(expanded, np.concatenate([tiles for tiles, _ in cut]))
+def cut_pictures(
+    ids: Sequence[int], images: Sequence[Any], tokenizer: Tokenizer, config: Config
+) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Of every picture the tokens that take the place of its `<|image|>` among `ids`, and its tiles [n, 3, S, S].
 
-
-def _cut(image: Any, vision: VisionConfig) -> tuple[np.ndarray, tuple[int, int]]:
-    """What `tile_image` makes of a picture, or has made of it already."""
-    if not isinstance(image, tuple):
-        return tile_image(image, vision)
-    try:
-        tiles, (rows, columns) = image
-        count = rows * columns + (rows * columns > 1)
-        fits = tiles.shape == (count, 3, vision.image_size, vision.image_size)
-    except (TypeError, ValueError, AttributeError):
-        fits = False
-    if not fits:
-        raise UserError(f"image {_short(image)} is no pair of tiles and (rows, columns) for this model: give what tile_image returns.")
-    return image
+    Raises:
+      UserError: no vision tower, a picture that cannot be read, or another number of places than of pictures.
+    """
+    if config.vision is None:
+        raise UserError("this checkpoint has no vision tower: it takes text only.")
+    if (places := list(ids).count(tokenizer.id_of(IMAGE))) != len(images):
+        raise UserError(f"the chat template placed {places} of {len(images)} pictures: put them into user messages.")
+    cut = [as_tiles(image, config.vision) for image in images]
+    blocks = [image_tokens(rows, columns, config.vision.tokens_per_tile, tokenizer) for _, (rows, columns) in cut]
+    return blocks, [tiles for tiles, _ in cut]
 
 
 def image_tokens(rows: int, columns: int, tokens_per_tile: int, tokenizer: Tokenizer) -> list[int]:

@@ -5,18 +5,22 @@ Source: Llama 4 reference, `models/llama4/preprocess.py`; spec section 3.1.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
+import reprlib
 import stat
 import warnings
 from pathlib import Path
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maverick_jax.config import VisionConfig
 from maverick_jax.errors import UserError
+from maverick_jax.prompt.pixels import is_array, picture_of
 
 MAX_SIDE = 32_768  # pixels
 MAX_PIXELS = 100_000_000  # a compressed file of a few kilobytes can unfold to gigabytes
@@ -26,19 +30,23 @@ ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 FULL_RANGES = (1, 255, 65535)  # what stands for white in files of numbers; 1 for fractions only
 WHITE = (255, 255, 255, 255)
 
-Picture = str | os.PathLike | bytes | Image.Image
+Array: TypeAlias = Any  # of NumPy, jax or torch: what has `__array__`
+Picture: TypeAlias = str | os.PathLike | bytes | bytearray | memoryview | IO[bytes] | Image.Image | Array
 
 
 def load_picture(source: Picture) -> Image.Image:
-    """An upright RGB picture from a file, from a file's bytes, or from any PIL picture: transparent parts become white, of several
-    frames it is the first.
+    """An upright RGB picture from a file's name, from an open file or its bytes, from any PIL picture, or from an array as `picture_of`
+    takes it: transparent parts become white, of several frames it is the first.
 
     A picture of 16 bits (mode `I;16`) is white at 65535. One of 32 bits (`I`, `F`) does not say where: at the least of 255 and 65535, and
     before them 1 for fractions, that no value exceeds; beyond them at its largest value. Negative values are black.
 
     Raises:
-      UserError: no such file, not a picture in one of `FORMATS`, or one too large to decode safely.
+      UserError: no such file, not a picture in one of `FORMATS`, one too large to decode safely, an array that is none, or a value of
+        another type.
     """
+    if is_array(source):
+        source = picture_of(source)
     name = f"picture {source}" if isinstance(source, (str, os.PathLike)) else "picture"
     try:
         with warnings.catch_warnings():
@@ -60,9 +68,13 @@ def load_picture(source: Picture) -> Image.Image:
         raise UserError(f"{name} cannot be read as a picture ({what}): give a PNG, JPEG, WebP, GIF, BMP or TIFF file.") from error
 
 
-def _read(source: str | os.PathLike | bytes) -> bytes:
-    if isinstance(source, bytes):
-        return source
+def _read(source: Any) -> bytes:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _not_empty(bytes(source), "picture")
+    if hasattr(source, "read"):
+        return _read_open(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"picture {reprlib.repr(source)} is neither a file, the bytes of one, a PIL picture nor an array.")
     if ADDRESS.match(str(source)):
         raise UserError(f"picture {source} is an address, which is not fetched: give a file, or its bytes.")
     file = Path(source)
@@ -76,9 +88,30 @@ def _read(source: str | os.PathLike | bytes) -> bytes:
             data = stream.read(found.st_size)
     except OSError as error:
         raise UserError(f"picture {source} cannot be read ({error.strerror}): check the path.") from error
+    return _not_empty(data, f"picture {source}")
+
+
+def _read_open(file: IO[bytes]) -> bytes:
+    """All of an open file, wherever it stands: it may have been looked at before."""
+    with contextlib.suppress(AttributeError, OSError):  # a pipe has no beginning to go back to
+        file.seek(0)
+    data = file.read(MAX_FILE + 1)
+    if not isinstance(data, bytes):
+        raise UserError(f"picture {_name_of(file)} is open as text: open it with 'rb'.")
+    if len(data) > MAX_FILE:
+        raise UserError(f"picture {_name_of(file)} has more than {MAX_FILE:,} bytes: scale it down first.")
+    return _not_empty(data, f"picture {_name_of(file)}")
+
+
+def _not_empty(data: bytes, name: str) -> bytes:
     if not data:
-        raise UserError(f"picture {source} is empty: fetch it again.")
+        raise UserError(f"{name} is empty: fetch it again.")
     return data
+
+
+def _name_of(file: Any) -> str:
+    """What an open file is called."""
+    return str(getattr(file, "name", type(file).__name__))
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -121,6 +154,47 @@ def tile_image(picture: Picture, vision: VisionConfig) -> tuple[np.ndarray, tupl
     if rows * columns > 1:
         tiles = np.concatenate([tiles, _normalise(image.resize((S, S), Image.Resampling.BILINEAR))[None]])
     return np.ascontiguousarray(tiles), (rows, columns)
+
+
+def as_tiles(image: Any, vision: VisionConfig) -> tuple[np.ndarray, tuple[int, int]]:
+    """What `tile_image` makes of a picture, or has made of it already.
+
+    Raises:
+      UserError: no picture, and no pair of this model's tiles and (rows, columns).
+    """
+    if not isinstance(image, tuple):
+        return tile_image(image, vision)
+    try:
+        tiles, (rows, columns) = image
+        count = rows * columns + (rows * columns > 1)
+        fits = tiles.shape == (count, 3, vision.image_size, vision.image_size)
+    except (TypeError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"picture {reprlib.repr(image)} is no pair of tiles and (rows, columns) for this model: give what tile_image returns."
+        )
+    return image
+
+
+def listed_pictures(images: Any) -> list[Any]:
+    """The pictures that are meant: of a list its items, of a single picture itself, which Python would take apart.
+
+    Raises:
+      UserError: neither.
+    """
+    try:
+        return [images] if _is_one(images) else list(images)
+    except TypeError:
+        raise UserError(f"images is {reprlib.repr(images)}: expected a list of pictures.") from None
+
+
+def _is_one(images: Any) -> bool:
+    """Whether it is a picture itself, or the pair that `tile_image` returns."""
+    if isinstance(images, tuple):
+        return len(images) == 2 and isinstance(images[1], tuple) and all(isinstance(n, int) for n in images[1])
+    file = isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(images, "read")
+    return file or isinstance(images, Image.Image) or is_array(images)
 
 
 def choose_canvas(width: int, height: int, *, tile: int, max_tiles: int) -> tuple[int, int]:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from maverick_jax.errors import UserError
-from maverick_jax.prompt.tokenizer import Tokenizer
+from maverick_jax.prompt.provenance import Text, written
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython", "ipython": "ipython"}
+CONTROL = tuple(f"<|{name}|>" for name in "begin_of_text header_start header_end eom eot image".split())
 TOOLS = "Here is a list of functions in JSON format that you can invoke.\n\n{functions}\n\n{manner}"
 MANNER = (
     'To invoke one, answer with {"type": "function", "name": function name, "parameters": dictionary of argument name and its value} '
@@ -20,45 +21,39 @@ MANNER = (
 )
 
 
-def encode_dialog(
+def write_dialog(
     messages: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
     *,
     tools: Sequence[Any] | None,
     add_generation_prompt: bool,
     continue_final_message: bool,
-) -> list[int]:
-    """Token ids of a conversation, with one `<|image|>` for every picture.
+) -> list[Text]:
+    """A conversation in pieces that are encoded apart from each other, with one `<|image|>` for every picture.
 
-    Header and content are encoded apart from each other, so that a content's first line break does not join the header's.
+    Header and content are pieces of their own, so that a content's first line break does not join the header's.
 
     Raises:
       UserError: a message that the format has no place for.
     """
-    begin, open_header, close_header, end_of_message, end_of_turn, image = (
-        tokenizer.id_of(f"<|{name}|>") for name in ("begin_of_text", "header_start", "header_end", "eom", "eot", "image")
-    )
 
-    def header(role: str) -> list[int]:
-        return [open_header, *tokenizer.encode(role), close_header, *tokenizer.encode("\n\n")]
+    def header(role: str) -> Text:
+        return written(f"<|header_start|>{role}<|header_end|>\n\n")
 
-    ids = [begin]
+    pieces = [written("<|begin_of_text|>")]
     for message in _with_tools(messages, tools):
         role = ROLES.get(message["role"])
         if role is None:
             raise UserError(f"role {message['role']!r} is unknown to the format of the releases: use one of {', '.join(ROLES)}.")
-        ids += header(role)
-        for text in _contents(message):
-            ids += [image] if text is None else tokenizer.encode(text)
+        pieces.append(header(role))
+        pieces += [written("<|image|>") if text is None else Text(text) for text in _contents(message)]
         calls = message.get("tool_calls") or []
         if not isinstance(calls, (list, tuple)):
             raise UserError(f"tool_calls is a {type(calls).__name__}: give a list of calls.")
-        for call in calls:
-            ids += tokenizer.encode(_call(call))
-        ids.append(end_of_message if calls or role == "ipython" else end_of_turn)
+        pieces += [Text(_call(call)) for call in calls]
+        pieces.append(written("<|eom|>" if calls or role == "ipython" else "<|eot|>"))
     if continue_final_message:
-        return ids[:-1]
-    return ids + header("assistant") if add_generation_prompt else ids
+        return pieces[:-1]
+    return [*pieces, header("assistant")] if add_generation_prompt else pieces
 
 
 def _with_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> list[Mapping[str, Any]]:

@@ -42,6 +42,9 @@ class ChatTemplate:
         self._names = sorted(sources)
         self._compiled = {key: self._compile(source) for key, source in sources.items() if key in ("default", "tool_use")}
 
+    def __repr__(self) -> str:
+        return f"ChatTemplate({self.name!r}: {', '.join(self._names)})"
+
     def _compile(self, source: str) -> jinja2.Template:
         if len(source) > MAX_SOURCE:
             raise UserError(f"the chat template of {self.name} has {len(source):,} characters: at most {MAX_SOURCE:,} are allowed.")

@@ -37,7 +37,7 @@ class Tokenizer:
     def __init__(self, description: dict[str, Any]):
         added = description.get("added_tokens") or []
         self.special: dict[str, int] = {token["content"]: token["id"] for token in added if token.get("special", True)}
-        self._control = set(self.special.values())
+        self._control = {id: token for token, id in self.special.items()}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(description | {"post_processor": None}))  # adds nothing in front
         self._plain.encode_special_tokens = True  # as the text that they are spelled with
         self._vocabulary_text = {token["id"]: token["content"] for token in added if token["id"] not in self._control}
@@ -62,6 +62,9 @@ class Tokenizer:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception
             raise UserError(f"{file} is no tokenizer that can be read ({error}): fetch it again.") from error
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self._plain.get_vocab_size():,} tokens, {len(self.special):,} of them special)"
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`, nothing added in front. `allow_special` recognises special tokens: only for trusted text."""
@@ -89,7 +92,7 @@ class Tokenizer:
             if at is None:
                 raise
             raise UserError(f"a text holds half a character at {at} ({text[at]!a}): it was cut apart or decoded wrongly.") from error
-        if self._control.isdisjoint(found.ids):
+        if self._control.keys().isdisjoint(found.ids):
             return found.ids
         if len(text) == 1:
             return [id for id in found.ids if id not in self._control]
@@ -118,6 +121,10 @@ class Tokenizer:
         if id in self._vocabulary_text:
             return self._vocabulary_text[id].encode()
         return bytes(self._byte_of[char] for char in self._plain.id_to_token(id) or "")
+
+    def spelling(self, id: int) -> bytes:
+        """UTF-8 bytes that a token is written with: a special one's name, of another what it stands for."""
+        return self._control[id].encode() if id in self._control else self.bytes_of(id)
 
 
 class StreamDecoder:

@@ -80,7 +80,7 @@ def test_chat_keeps_the_conversation(maverick, pictures, monkeypatch):
     assert first["text"] == EXPECTED
     assert second["prompt_tokens"] > first["prompt_tokens"]  # the first question and answer are still there
     assert "absent.png" in result.err
-    assert "/reset" in result.err  # the help that an unknown command gets
+    assert "/nonsense is no command" in result.err
 
 
 def test_convert_inspect_export(maverick, tmp_path):

@@ -3,6 +3,9 @@
 The model is a stand-in that says what it is told to: what is tested is what it is given and what becomes of its words.
 """
 
+import dataclasses
+import inspect
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,34 +15,11 @@ from maverick_jax.assets import mini_directory
 from maverick_jax.errors import UserError
 from maverick_jax.inference import chat as chat_module
 from maverick_jax.inference.chat import Chat
-from maverick_jax.prompt import Tokenizer, render, tile_image
-from maverick_jax.training.mini.definition import mini_config, mini_tokenizer
+from maverick_jax.inference.sampling import Sampling
+from maverick_jax.prompt import render, tile_image
+from oracle.scripted import CONFIG, TOKENIZER, Model, Scripted
 
-TOKENIZER = Tokenizer(mini_tokenizer())
-CONFIG = mini_config(mini_tokenizer())
 RED = Image.new("RGB", (60, 32), "red")
-
-
-class Scripted:
-    """Stands for `Generation`: notes the prompts, and says the next answer a few tokens at a time."""
-
-    answers: list[str]
-    seen: list[tuple[list[int], np.ndarray | None]]
-
-    def __init__(self, model, prompts, *, tiles, max_new_tokens, sampling):
-        (prompt,) = prompts
-        self.seen.append((prompt, tiles))
-        self.settings = (max_new_tokens, sampling)
-
-    def __iter__(self):
-        ids = TOKENIZER.encode(self.answers.pop(0))
-        for start in range(0, len(ids), 3):
-            yield [ids[start : start + 3]]
-
-
-class Model:
-    config = CONFIG
-    directory = mini_directory()
 
 
 @pytest.fixture
@@ -102,21 +82,29 @@ def test_half_a_character_at_the_end_is_shown_as_such(script, monkeypatch):
     assert Chat(Model())("?") == "a\ufffd"
 
 
-def test_an_answer_that_breaks_off_leaves_no_trace(script, monkeypatch):
-    """The conversation grows by a question and its whole answer, or not at all."""
-    script.answers += ["a long answer"]
+@pytest.mark.parametrize("how", ["Ctrl-C", "closed"])
+def test_an_answer_that_is_stopped_stays_as_far_as_it_went(script, how):
+    """The next question may be about it: the model must know what it has said, and what was asked."""
+    script.answers += [["half", KeyboardInterrupt()]]
     chat = Chat(Model())
-    stream = chat.stream("?")
-    next(stream)
-    stream.close()
-    assert chat.messages == []
+    stream = chat.stream("Who?", images=[RED])
+    said = [next(stream)]
+    if how == "closed":
+        stream.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            said.extend(stream)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    assert chat.messages[0]["content"][1] == {"type": "text", "text": "Who?"}
+    assert chat.messages[1]["content"] == ("half" if how == "Ctrl-C" else said[0])
 
-    def broken(self):
-        yield [[1]]
-        raise UserError("no room")
 
-    monkeypatch.setattr(Scripted, "__iter__", broken)
-    with pytest.raises(UserError):
+@pytest.mark.parametrize("answer", [["a", UserError("no room")], [KeyboardInterrupt()]], ids=["error", "Ctrl-C before the first word"])
+def test_what_is_no_answer_leaves_no_trace(script, answer):
+    """The conversation grows by a question and its answer, or not at all."""
+    script.answers.append(answer)
+    chat = Chat(Model())
+    with pytest.raises(type(answer[-1])):
         chat("?")
     assert chat.messages == []
 
@@ -190,3 +178,105 @@ def test_a_model_from_nowhere():
 
     with pytest.raises(UserError, match="not loaded from a directory"):
         Chat(Lost())
+    with pytest.raises(UserError, match=r"model is 'OUT': open it with maverick_jax\.load"):
+        Chat("OUT")
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (dict(system=5), "system is 5: expected a text"),
+        (dict(tools="look_up"), "tools are a list of schemas and functions, not 'look_up'"),
+        (dict(tools=[5]), "tool 5 is neither a JSON schema nor a function"),
+        (dict(tools=look_up), "tools are a list of schemas and functions"),
+        (dict(stop=5), "stop is 5: expected a text or a list of texts"),
+        (dict(stop=None), "stop is None"),
+        (dict(stop=[""]), "stop holds '': expected texts of at least one character"),
+        (dict(stop=[3]), "stop holds 3"),
+        (dict(stop=b"x"), "stop is b'x'"),
+        (dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (dict(max_new_tokens=1.5), "max_new_tokens is 1.5"),
+        (dict(temperature="0.5"), "temperature is '0.5': it must be a finite number"),
+        (dict(temperature=float("inf")), "temperature is inf"),
+        (dict(top_k=2.7), "top_k is 2.7: it must be a whole number"),
+        (dict(top_p=True), "top_p is True"),
+        (dict(min_p=2), "min_p is 2"),
+        (dict(seed=2**70), "seed is 1180591620717411303424: it must be a whole number between 0 and 2^32 - 1"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_none(settings, expected):
+    """Said when the chat is made, not at the first question."""
+    with pytest.raises(UserError) as error:
+        Chat(Model(), **settings)
+    assert expected in str(error.value)
+
+
+def test_a_misspelt_setting_names_the_one_that_was_meant():
+    """It went on to another function, whose name nobody knows; now type checkers see it too."""
+    with pytest.raises(TypeError, match=r"Chat.__init__\(\) got an unexpected keyword argument 'temprature'. Did you mean 'temperature'\?"):
+        Chat(Model(), temprature=0.5)
+    with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'max_tokens'. Did you mean 'max_new_tokens'\?"):
+        mj.generate(Model(), [[1]], max_tokens=5)
+    assert "temperature: 'float' = 0.0" in str(inspect.signature(Chat))
+
+
+def test_one_stop_string_is_not_its_letters(script):
+    script.answers += ["He left. The left digit"]
+    assert Chat(Model(), stop="The left")("?") == "He left. "
+
+
+def test_one_picture_is_not_its_parts(script, tmp_path):
+    """A path has letters, an array rows; NumPy arrays, open files and bytes are pictures as well."""
+    RED.save(tmp_path / "red.png")
+    tiles, grid = tile_image(RED, CONFIG.vision)
+    with open(tmp_path / "red.png", "rb") as file:
+        pictures = [RED, tmp_path / "red.png", str(tmp_path / "red.png"), file, file.read(), np.asarray(RED), (tiles, grid)]
+        script.answers += ["a"] * (len(pictures) + 1)
+        for picture in pictures:
+            Chat(Model())("?", images=picture)
+        Chat(Model())("?", images=(picture for picture in [RED]))
+    for ids, seen in script.seen:
+        assert ids == script.seen[0][0]
+        np.testing.assert_array_equal(seen, tiles)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ((5,), "the question is 5: expected a text"),
+        ((["?"],), "the question is ['?']"),
+        (("?", 5), "images is 5: expected a list of pictures"),
+        (("?", [5]), "picture 5 is neither"),
+        (("?", None), "images is None"),
+        (("?", [(np.zeros((1, 3, 5, 5)), (1, 1))]), "no pair of tiles and (rows, columns)"),
+        (("?", np.zeros((2, 3, 32, 32))), "like tiles: give the pair that tile_image returned"),
+    ],
+)
+def test_questions_that_are_none(arguments, expected):
+    with pytest.raises(UserError) as error:
+        Chat(Model()).stream(*arguments)
+    assert expected in str(error.value)
+
+
+def test_settings_may_change_between_two_questions(script):
+    """`Sampling` is public: a chat takes another one, `generate` its parts."""
+    script.answers += ["a", "b"]
+    chat = Chat(Model(), seed=3)
+    chat("?")
+    chat.sampling = Sampling(temperature=0.5)
+    chat("?")
+    assert chat.last.settings[1].temperature == 0.5
+    assert set(dataclasses.asdict(chat.sampling)) < set(inspect.signature(mj.generate).parameters)
+
+
+def test_what_is_shown_of_them_is_short(script):
+    """In a notebook the value of the last line is shown: not ten thousand numbers."""
+    script.answers += ["a"]
+    chat = Chat(Model())
+    chat("?", images=[RED])
+    assert repr(chat) == f"Chat('{mini_directory()}', 2 messages)"
+    prompt = chat.prompt(chat.messages)
+    assert repr(prompt) == f"Prompt({len(prompt.token_ids)} tokens, tiles [3, 3, 32, 32])"
+    assert repr(chat.template) == f"ChatTemplate('{mini_directory()}': default)"
+    assert repr(chat.tokenizer) == f"Tokenizer({CONFIG.text.vocab_size} tokens, {len(TOKENIZER.special)} of them special)"

@@ -29,7 +29,7 @@ def cuts(text):
         ("x\nUser: y\n", ["\nUser:", "\nSystem:"], "x", True),
         ("x. y, z", [".", ","], "x", True),
         ("anything", [], "anything", False),
-        ("anything", [""], "anything", False),
+        ("one. END two", "END", "one. ", True),
     ],
 )
 def test_however_the_text_arrives(text, stop, expected, met):

@@ -3,6 +3,7 @@
 import io
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -227,3 +228,87 @@ def test_what_is_odd_and_can_be_read_is_read():
     exif[0x0112] = 1
     broken = file_of(waves(60, 40), "JPEG", exif=exif.tobytes()[:-9])
     assert load_picture(broken).size == (60, 40)
+
+
+GREY_BYTES = np.array([[0, 51, 153, 255], [255, 153, 51, 0]], np.uint8)
+COLOUR = np.stack([GREY_BYTES, GREY_BYTES[::-1], GREY_BYTES * 0], axis=-1)
+OPAQUE = np.concatenate([COLOUR, np.full((2, 4, 1), 255, np.uint8)], axis=-1)
+ARRAYS = {  # what is seen of them is GREY_BYTES or COLOUR
+    "bytes": GREY_BYTES,
+    "one channel": GREY_BYTES[..., None],
+    "three channels": COLOUR,
+    "four channels": OPAQUE,
+    "fractions, as matplotlib has them": GREY_BYTES / 255,
+    "fractions of 32 bits": (COLOUR / 255).astype(np.float32),
+    "fractions of 16 bits": (COLOUR / 255).astype(np.float16),
+    "fractions with alpha": OPAQUE / 255,
+    "resized fractions": GREY_BYTES / 255 * (1 + 1e-6),
+    "whole numbers": COLOUR.astype(np.int64),
+    "16 bits": GREY_BYTES.astype(np.uint16) * 257,
+    "16 bits, the other byte order": (COLOUR.astype(np.uint16) * 257).astype(">u2"),
+    "jax": jnp.asarray(COLOUR),
+    "jax fractions": jnp.asarray(COLOUR / 255, jnp.float32),
+    "jax, bfloat16": jnp.asarray(COLOUR > 100, jnp.bfloat16),
+    "torch": torch.from_numpy(COLOUR),
+    "not in one piece": np.repeat(COLOUR, 2, axis=1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_arrays_are_pictures(case):
+    """Fractions of 0..1, as matplotlib and jax users have them, were turned black."""
+    expected = COLOUR if ARRAYS[case].ndim == 3 and ARRAYS[case].shape[2] > 1 else np.repeat(GREY_BYTES[..., None], 3, axis=-1)
+    expected = np.where(expected > 100, 255, 0) if "bfloat16" in case else expected
+    np.testing.assert_array_equal(np.asarray(load_picture(ARRAYS[case])), expected)
+
+
+def test_two_colours():
+    assert np.asarray(load_picture(GREY_BYTES > 100))[:, :, 0].tolist() == [[0, 0, 255, 255], [255, 255, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros((3, 8, 9)), r"float64 \[3, 8, 9\], channels first as torch has them: .* picture\.transpose\(1, 2, 0\)"),
+        (np.zeros((5, 3, 28, 28), np.float32), r"float32 \[5, 3, 28, 28\], like tiles: give the pair that tile_image returned"),
+        (COLOUR[None], r"\[1, 2, 4, 3\], several pictures: give them one by one, list\(pictures\)"),
+        (np.zeros((2, 4, 2)), r"float64 \[2, 4, 2\]: give \[H, W\]"),
+        (np.zeros(4), r"float64 \[4\]: give"),
+        (np.float32(0.5), r"float32 \[\]: give"),
+        (np.zeros((0, 4, 3)), "which is empty"),
+        (GREY_BYTES * np.nan, "NaN or infinity"),
+        (np.full((2, 4), np.inf), "NaN or infinity"),
+        (GREY_BYTES.astype(np.float32), r"fractions from 0 to 255, .* in 0\.\.255 they are bytes, picture\.astype\('uint8'\)"),
+        (GREY_BYTES / 127.5 - 1, "fractions from -1 to 1, but white is 1 and black 0: scale them"),
+        (GREY_BYTES.astype(np.int32) * 4, "int32 from 0 to 1020: give whole numbers in 0..255"),
+        (GREY_BYTES.astype(np.int8), "int8 from -103 to 51"),
+        (GREY_BYTES.astype(complex), "array of complex128"),
+        (GREY_BYTES.astype(object), "array of object"),
+        (np.array([["a"]]), "array of <U1"),
+        (torch.zeros(2, 4, requires_grad=True), r"no array that can be read \(.*requires grad"),
+        ([[0, 1]], r"picture \[\[0, 1\]\] is neither a file"),
+        (5, "picture 5 is neither a file"),
+        (None, "picture None is neither a file"),
+        (io.StringIO("text"), "picture StringIO is open as text: open it with 'rb'"),
+        (io.BytesIO(), "picture BytesIO is empty"),
+        (b"", "picture is empty"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else f"{type(value).__name__} {getattr(value, 'shape', '')}",
+)
+def test_what_is_no_picture(array, message):
+    """Each of these was a traceback, or a picture of something else."""
+    with pytest.raises(UserError, match=message) as error:
+        load_picture(array)
+    assert str(error.value).isprintable()
+
+
+def test_open_files_and_bytes(tmp_path):
+    """Wherever the file stands, and as often as it is asked for."""
+    content = file_of(Image.fromarray(COLOUR), "PNG")
+    (tmp_path / "a.png").write_bytes(content)
+    with open(tmp_path / "a.png", "rb") as file:
+        file.seek(7)
+        for source in (file, file, io.BytesIO(content), bytearray(content), memoryview(content)):
+            np.testing.assert_array_equal(np.asarray(load_picture(source)), COLOUR)
+    with pytest.raises(UserError, match="closed file"):
+        load_picture(file)

@@ -105,3 +105,11 @@ def test_what_the_format_has_no_place_for(message, expected):
     with pytest.raises(UserError, match=expected) as refused:
         ids([message])
     assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_without_the_control_tokens():
+    """Of another family: the format would be written in words that the model has never seen."""
+    other = mini_tokenizer()
+    other["added_tokens"] = [token for token in other["added_tokens"] if token["content"] != "<|header_start|>"]
+    with pytest.raises(UserError, match=r"has no <\|header_start\|>: it does not belong to a Llama 4 checkpoint"):
+        render([ASK], Tokenizer(other), CONFIG)
