@@ -207,7 +207,7 @@ def check_mesh(mesh: Any) -> None:
     """Refuse what is no mesh, or one whose axes jax does not divide by itself: `shard_map` takes no input that says nothing of them."""
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise UserError(f"mesh is {show(mesh)}: it must be a jax.sharding.Mesh, which make_mesh gives.")
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if isinstance(mesh, Mesh) and any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise UserError(f"the mesh has axes of other types than AxisType.Auto ({show(mesh.axis_types)}): make it by make_mesh.")
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from maverick_jax.model import Llama4
 
 DEVICES = 8
+EXAMPLES = 512  # held-out questions, those of the accuracy that README states
 EXPERTS = ("text", "layers", 1, "feed_forward", "experts", "gate")
 SHADES = "·░▒▓█"
 LINE = 64  # marks
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.sharding import make_mesh, multihost
     from maverick_jax.sharding.mesh import request_cpu_devices
 
-    if args.example < 0:
-        raise UserError(f"--example is {args.example}: it counts from 0.")
+    if not 0 <= args.example < EXAMPLES:
+        raise UserError(f"--example is {args.example}: it counts from 0 to {EXAMPLES - 1}.")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a file: name a folder.")
     question, left, right, expected = digits.held_out_examples(args.example + 1)[args.example]

@@ -9,6 +9,7 @@ examples:
 
 import argparse
 
+from maverick_jax.cli import interrupt
 from maverick_jax.cli.options import add_report_arguments, note_all
 
 
@@ -25,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.convert import export
     from maverick_jax.convert.build.model_source import note_unchecked
 
+    interrupt.hint(f"{args.out}.partial is of no use: remove it, or run the same command again, which begins anew.")
     out = export(args.model, args.out, target=args.format, progress=not (args.quiet or args.json))
     note_all(note_unchecked(args.model))
     print(json.dumps({"out": str(out)}) if args.json else out)

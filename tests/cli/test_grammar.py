@@ -42,8 +42,6 @@ def test_help_about_a_command(maverick):
 )  # fmt: skip
 def test_a_mistake_says_where_to_look(maverick, arguments, line):
     result = maverick(*arguments.split())
-    if arguments == "--" and sys.version_info >= (3, 12):
-        line = "a command is missing (maverick --help)."
     assert (result.status, result.out, result.err) == (2, "", f"maverick: {line}\n")
 
 

@@ -1,5 +1,6 @@
 """Ctrl-C ends every command at any moment with status 130 and one line, and the other processes of its run with it."""
 
+import contextlib
 import importlib.util
 import os
 import random
@@ -7,12 +8,14 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from interrupting import INTERRUPT, LATEST_S, LINE, heed_the_signal, interrupt, interrupt_process
 
 from maverick_jax.cli.main import main
 
+LIMIT_S = 60.0  # for a process to end that was told to
 MET = """
 import argparse, time
 from maverick_jax.cli import interrupt, options
@@ -50,6 +53,16 @@ atexit.register(last_words)
 """
 
 
+@contextlib.contextmanager
+def python(code: str) -> Iterator[subprocess.Popen]:
+    """A process that runs `code` and does not outlive the block."""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def heed():
     heed_the_signal()
@@ -83,7 +96,7 @@ def test_a_second_one_changes_nothing():
 
 def test_a_command_may_answer_it_itself():
     """In `raised` it is a KeyboardInterrupt; while C runs the first one waits, and the second ends the process."""
-    with subprocess.Popen([sys.executable, "-c", ANSWERS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with python(ANSWERS) as process:
         for _ in range(2):
             assert process.stdout.readline() == "asked\n"
             process.send_signal(signal.SIGINT)
@@ -92,15 +105,15 @@ def test_a_command_may_answer_it_itself():
         process.send_signal(signal.SIGINT)
         assert not select.select([process.stderr], [], [], 0.5)[0]
         process.send_signal(signal.SIGINT)
-        assert process.communicate() == ("", f"{LINE}\n")
+        assert process.communicate(timeout=LIMIT_S) == ("", f"{LINE}\n")
         assert process.returncode == 130
 
 
 def test_while_the_interpreter_ends():
-    with subprocess.Popen([sys.executable, "-c", ENDING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with python(ENDING) as process:
         assert process.stdout.readline() == "ending\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate() == ("", f"{LINE}\n")
+        assert process.communicate(timeout=LIMIT_S) == ("", f"{LINE}\n")
         assert process.returncode == 130
 
 
@@ -117,11 +130,11 @@ def test_the_other_processes_end_too(start):
 def test_an_output_that_nobody_takes_holds_nothing_up():
     """`maverick … | less`, and less is not read any further: the farewell must not wait for room in the pipe."""
     code = "import sys; from maverick_jax.cli import interrupt; interrupt.watch(); print('x' * 4, flush=True); print('x' * 10**7)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with python(code) as process:
         assert os.read(process.stdout.fileno(), 2) == b"xx"
         process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == f"{LINE}\n".encode()
-        assert process.wait() == 130
+        assert process.wait(LIMIT_S) == 130
+        assert process.stderr.read() == f"{LINE}\n"
 
 
 def test_inside_somebodys_process(monkeypatch, capfd):

@@ -14,7 +14,7 @@ import pytest
 import maverick_jax as mj
 from maverick_jax import convert, model, plan, prompt, sharding
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name) for module in (mj, convert, model, plan, prompt, sharding) for name in module.__all__
