@@ -128,9 +128,9 @@ def save(model: Llama4, path: str | Path, *, companions: str | Path | None = Non
     return path
 
 
-def resolve(path: str | Path | None) -> Path:
-    """The directory that a user means: the mini model for None, a local path, a download from the Hub, or what stands for one
-    in an object store.
+def resolve(path: str | Path | None, *, weights: bool = True) -> Path:
+    """The directory that a user means: the mini model for None, a local path, a download from the Hub (without `weights` none are
+    fetched), or what stands for one in an object store.
 
     Raises:
       UserError: nothing is there, or it is no path.
@@ -139,7 +139,7 @@ def resolve(path: str | Path | None) -> Path:
         return mini_directory()
     if "://" in str(path):
         return Path(remote.fetch(str(path).rstrip("/")).name)
-    return find_directory(path)
+    return find_directory(path, weights=weights)
 
 
 def identity(directory: Path) -> dict[str, str]:

@@ -38,9 +38,9 @@ def is_id(name: str) -> bool:
     return ID.fullmatch(name) is not None
 
 
-def download(name: str) -> Path:
-    """The local copy of a repository: config, tokenizer, template and licence, and the weights: those of a model directory, else
-    those in safetensors, else Meta's.
+def download(name: str, *, weights: bool = True) -> Path:
+    """The local copy of a repository: config, tokenizer, template and licence, and the weights, unless they are not asked for: those of a
+    model directory, else those in safetensors, else Meta's.
 
     Raises:
       UserError: it looks like a path here, and nobody is asked; `huggingface_hub` is not installed; or the Hub has no such repository
@@ -60,6 +60,8 @@ def download(name: str) -> Path:
             raise UserError(f"{said}: {_reason(name, error)}") from error
 
     directory = fetch(DESCRIPTIONS)
+    if not weights:
+        return directory
     revision = directory.name  # the rest is of the same, though somebody changes the repository meanwhile
     if (directory / MANIFEST).is_file():
         return fetch([f"{PARAMS}/**"], revision)

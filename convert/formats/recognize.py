@@ -35,15 +35,15 @@ def open_source(directory: str | Path) -> Source:
     return open_huggingface(directory, config)
 
 
-def find_directory(path: str | Path) -> Path:
-    """A directory of a disk, or what is fetched of a repository of the Hub.
+def find_directory(path: str | Path, *, weights: bool = True) -> Path:
+    """A directory of a disk, or what is fetched of a repository of the Hub, with or without the weights.
 
     Raises:
       UserError: no path, no such directory, or nothing could be fetched.
     """
     directory = local_path(path)
     if _is_on_hub(path):
-        return hub.download(str(path))
+        return hub.download(str(path), weights=weights)
     check_directory(directory)
     return directory
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
     parser.add_argument("--system", type=given_words, metavar="TEXT", help="system message")
     parser.add_argument("--raw", action="store_true", help="the text as it is, without the chat format (base models)")
-    parser.add_argument("-m", "--model", metavar="DIR", help="model directory or PyTorch checkpoint (default: the mini model)")
+    parser.add_argument("-m", "--model", metavar="DIR", help="model directory, PyTorch checkpoint or Hub id (default: the mini model)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("the prompt is empty: ask something.")
     if args.raw and (args.image or args.system):
         raise UserError("--raw is plain text: --image and --system need the chat format.")
-    directory = resolve(args.model)
+    directory = resolve(args.model, weights=False)
     config, tokenizer = Config.from_directory(directory), Tokenizer.from_directory(directory)
     tokens = _listed(text, args, directory, config, tokenizer)
     context = config.text.max_position_embeddings

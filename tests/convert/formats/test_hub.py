@@ -91,6 +91,13 @@ def test_what_is_read_is_fetched_and_no_more(hub, case):
     assert [revision for _, revision in hub.asked] == [None, *["0123abcd"] * (len(hub.asked) - 1)]  # never of two revisions
 
 
+def test_tokens_are_counted_without_weights(hub):
+    """A tokenizer of 28 MB does not wait for 800 GB."""
+    hub.files, wanted = DESCRIPTIONS | SHARDS | {INDEX}, DESCRIPTIONS | {INDEX}
+    directory = resolve(NAME, weights=False)
+    assert {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()} == wanted
+
+
 @pytest.mark.parametrize(
     ("directories", "name", "message"),
     [
