@@ -203,7 +203,6 @@ def test_a_model_from_nowhere():
         (dict(min_p=2), "min_p is 2"),
         (dict(seed=2**70), "seed is 1180591620717411303424: it must be a whole number between 0 and 2^32 - 1"),
     ],
-    ids=str,
 )
 def test_settings_that_are_none(settings, expected):
     """Said when the chat is made, not at the first question."""
