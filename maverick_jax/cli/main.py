@@ -106,3 +106,7 @@ def complete_words() -> None:
         import argcomplete
 
         argcomplete.autocomplete(make_parser(), always_complete_options="long")
+
+
+if __name__ == "__main__":  # without what `python -m maverick_jax` does for a process of its own
+    sys.exit(main())
