@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/maverick demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

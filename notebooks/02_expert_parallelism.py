@@ -282,5 +282,5 @@ print(plan)
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    save_plot(plan, Path(folder) / "plan.png")
+    save_plot(plan, Path(folder) / "plan.png", model="maverick")
     display(Image(filename=Path(folder) / "plan.png"))

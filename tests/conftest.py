@@ -38,6 +38,16 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
+LONGEST = (  # files that take minutes: begun first, so that at the end no process waits for another's
+    "test_dispatch.py test_parity_cache.py test_snippets.py test_generate.py test_parity_sharded.py test_multihost.py test_compare.py "
+    "test_quantized_matmul.py test_quantized_experts.py test_compiled.py test_commands.py test_attention.py test_notebooks.py test_kill.py"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     """A module that imports PyTorch is skipped, and says so, where there is none."""

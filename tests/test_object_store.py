@@ -32,6 +32,13 @@ sys.exit(main(["inspect", sys.argv[1]]))
 """
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Says nothing when a client hangs up."""
+
+    def handle_error(self, request, client_address) -> None:
+        pass
+
+
 class Store(http.server.BaseHTTPRequestHandler):
     """The reading half of the JSON API, over the files of `root`."""
 
@@ -87,7 +94,7 @@ class Store(http.server.BaseHTTPRequestHandler):
 def store(tmp_path) -> Iterator[str]:
     """Address of a server of the files in `tmp_path`."""
     handler = type("Here", (Store,), {"root": tmp_path})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", 0), handler)
     server.handle_error = lambda *_: None  # the client hangs up when it has seen enough
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -150,7 +157,7 @@ def test_what_a_store_answers_is_one_line(monkeypatch, capfd, status, reason):
     gcsfs.GCSFileSystem.clear_instance_cache()
     body = json.dumps({"error": {"code": status, "message": "Anonymous caller does not have storage.objects.get access"}}).encode()
     handler = type("Refusing", (Store,), {"do_GET": lambda self: self._answer(status, body)})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
     try:

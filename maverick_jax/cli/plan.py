@@ -98,6 +98,7 @@ def _compile(plan):
 def _config(model: str):
     """A preset by its name; anything else is a directory."""
     from maverick_jax.config import Config
+    from maverick_jax.convert import MANIFEST
     from maverick_jax.convert.formats.foreign import refuse_foreign
     from maverick_jax.errors import UserError
 
@@ -105,5 +106,6 @@ def _config(model: str):
         return getattr(Config, model)()
     if not os.path.exists(model):
         raise UserError(f"model {model!r} is neither {' nor '.join(PRESETS)} nor a directory, of which a plan reads config.json alone.")
-    refuse_foreign(Path(model))
+    if not (Path(model) / MANIFEST).is_file():  # else it is one of ours
+        refuse_foreign(Path(model))
     return Config.from_directory(model)

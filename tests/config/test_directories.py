@@ -44,9 +44,8 @@ def test_files_that_are_no_json_object(tmp_path, name, content):
     if name == "generation_config.json":
         (tmp_path / "config.json").write_text(json.dumps(release()))
     (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(
-        UserError, match=rf"^{tmp_path / name} (is not valid JSON \(.*\)|holds no JSON object): fetch it again( or remove it)?\.$"
-    ):
+    reason = r"(is not valid JSON \(.*\)|holds no JSON object|is empty, for .*)"
+    with pytest.raises(UserError, match=rf"^{tmp_path / name} {reason}: fetch it again( or remove it)?\.$"):
         Config.from_directory(tmp_path)
 
 

@@ -86,7 +86,9 @@ def test_two_processes_say_what_one_says(start, tmp_path):
         run = start([("-c", TALK)] * count, stdin="What is 3 + 4?", XLA_FLAGS=flags)
         assert run.statuses() == [0] * count, run.err(0)
         answers.append([json.loads(line) for line in run.out(0).splitlines()])
-        assert "absent.png" in run.one_line(0)
+        attached, refused = run.err(0).splitlines()
+        assert attached.startswith("left.png: 8 x 8 pixels, 1 tile")
+        assert "absent.png" in refused
         if count == 2:
             assert run.out(1) + run.err(1) == ""
     assert [len(words) for words in answers] == [2, 2]
@@ -166,8 +168,9 @@ def test_a_mistake_of_one_process_is_told_to_all(start):
     """A directory that one host lacks: the others must not wait."""
     run = start([GENERATE, (*GENERATE, "-m", "nowhere")])
     assert run.statuses() == [2, 2]
-    assert run.one_line(0) == "maverick: process 0 of 2: process 1 failed: nowhere does not exist."
-    assert run.one_line(1) == "maverick: nowhere does not exist."
+    mistake = "nowhere does not exist: give the directory that holds config.json and the weights."
+    assert run.one_line(0) == f"maverick: process 0 of 2: process 1 failed: {mistake}"
+    assert run.one_line(1) == f"maverick: {mistake}"
 
 
 def test_more_processes_announced_than_arrive(start):
