@@ -8,7 +8,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from maverick_jax.config import Config
+from maverick_jax.config.huggingface import overridden
 from maverick_jax.convert.formats import agreement, names
+from maverick_jax.convert.formats.foreign import read_optional
 from maverick_jax.convert.formats.names import Row, huggingface_name, layer_of
 from maverick_jax.convert.formats.places import Place, Shape
 from maverick_jax.convert.formats.quantization import FP8, check_scales
@@ -52,7 +54,7 @@ def open_huggingface(directory: Path, config: Config) -> Source:
         raise UserError(f"{directory} has no unembedding (lm_head.weight): Llama4TextModel alone has none; save the model around it.")
     agreement.compare_names(directory, tensors, expected, spell=spelling.spell)
     kind = "Hugging Face FP8" if values else "Hugging Face, experts one by one" if apart else "Hugging Face"
-    return Source(directory, kind, config, pieces, spelling.notes)
+    return Source(directory, kind, config, pieces, (*spelling.notes, *overridden(read_optional(directory / "config.json"))))
 
 
 def read_names(directory: Path) -> Spelling:

@@ -143,6 +143,17 @@ def read(values: dict[str, Any]) -> dict[str, Any]:
     return found | {"dtype": (*dtypes, "bfloat16")[0].removeprefix("torch.")}
 
 
+def overridden(values: dict[str, Any]) -> list[str]:
+    """A sentence for every RoPE base in a `config.json` that another one beside it outvotes, as it does in transformers."""
+    found = []
+    for prefix, part in (("", values), *((f"{name}.", values.get(name) or {}) for name in ("text_config", "vision_config"))):
+        name = "rope_scaling" if part.get("rope_scaling") else "rope_parameters"
+        beside, inside = part.get("rope_theta"), (part.get(name) or {}).get("rope_theta")
+        if beside is not None and inside is not None and beside != inside:
+            found.append(f"{prefix}rope_theta is {show(beside)}, but {name} says {show(inside)}, which counts, as in transformers.")
+    return found
+
+
 def read_stop_ids(value: Any) -> tuple[int, ...]:
     """Of `config.json` or `generation_config.json`: one id or a list."""
     checks.check({"eos_token_id": value}, IDS)

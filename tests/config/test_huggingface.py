@@ -161,6 +161,14 @@ def test_written_config_reads_back_and_transformers_reads_it(variant, tmp_path):
     assert Config.from_huggingface(theirs.to_dict()) == config
 
 
+def test_a_base_that_does_not_count_is_told():
+    """transformers passes over `rope_theta` beside a dictionary with another one, without a word."""
+    values = {"text_config": {"rope_theta": 7, "rope_parameters": {"rope_theta": 5e5}}, "vision_config": {"rope_theta": 9}}
+    (told,) = huggingface.overridden(values)
+    assert told.startswith("text_config.rope_theta is 7, but rope_parameters says 500000.0")
+    assert not huggingface.overridden({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 500000}, "rope_scaling": {}})
+
+
 def test_what_a_file_leaves_out_is_as_in_transformers():
     """Its defaults, not the releases' sizes, which ours are where Python leaves something out."""
     for defaults, theirs in ((huggingface.TEXT_DEFAULTS, Llama4TextConfig()), (huggingface.VISION_DEFAULTS, Llama4VisionConfig())):
