@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import pytest
 
@@ -37,22 +37,22 @@ def gathering(open_door) -> Door:
     return open_door(member())
 
 
-def leave(teams: Iterable[Team]) -> None:
-    """All end in order, in threads: nothing stays open."""
+def leave(teams: Iterable[Team], others: Collection[threading.Thread]) -> None:
+    """All end in order, in threads: nothing stays open. `others` were there before, perhaps of a test whose process 0 never ends."""
     for one in teams:
         one.finish()
     for one in teams:
         for peer in one._peers.values():
             peer.hang_up()
     for thread in threading.enumerate():
-        if thread.name.startswith("process "):
+        if thread.name.startswith("process ") and thread not in others:
             thread.join(HARD_LIMIT_S)
 
 
 @pytest.fixture
 def teams() -> Iterator[dict[int, Team]]:
     """Both processes of a run, in threads."""
-    port, found = free_port(), {}
+    port, found, others = free_port(), {}, threading.enumerate()
     threads = [
         threading.Thread(target=lambda p=process: found.update({p: roll_call.meet(member(p, port=port), HARD_LIMIT_S)}))
         for process in (0, 1)
@@ -62,4 +62,4 @@ def teams() -> Iterator[dict[int, Team]]:
     for thread in threads:
         thread.join(HARD_LIMIT_S)
     yield found
-    leave(found.values())
+    leave(found.values(), others)
