@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 STATUS = 128 + signal.SIGINT
+AGAIN_S = 0.02  # to be out of a callback
 FAREWELL_S = 0.5  # for a full pipe, or a lock that the main thread holds
 _RAISED, _OUTSIDE = b"R", b"O"  # what came of a SIGINT; its own byte is its number
 
@@ -52,11 +53,21 @@ def raised() -> Iterator[None]:
     process as outside. Blocks do not nest. Catch the exception around the block: it may come at the block's very end.
     """
     global _inside
+    shown, sys.unraisablehook = sys.unraisablehook, _raise_again
     try:
         _inside = True
         yield
     finally:
         _inside = False
+        sys.unraisablehook = shown
+
+
+def _raise_again(lost) -> None:
+    """Python drops what is raised in a callback of the garbage collector, of which jax has one, and says so in a traceback."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()  # here it would be lost once more
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def hint(text: str) -> None:

@@ -148,3 +148,24 @@ def test_inside_somebodys_process(monkeypatch, capfd):
     assert main(["inspect"]) == 130
     assert capfd.readouterr() == ("", f"{LINE}\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+SWALLOWED = """
+import gc, signal, time
+from maverick_jax.cli import interrupt
+interrupt.watch()
+signals = iter([signal.SIGINT])
+gc.callbacks.append(lambda *_: [signal.raise_signal(number) for number in signals])
+try:
+    with interrupt.raised():
+        gc.collect()
+        time.sleep(8)
+except KeyboardInterrupt:
+    print("raised")
+"""
+
+
+def test_an_interrupt_in_a_callback_of_the_garbage_collector_is_not_lost():
+    """jax has such a callback; Python writes a traceback there and goes on."""
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.stderr) == ("raised\n", "")
