@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import os
 import shlex
 import sys
@@ -35,8 +36,8 @@ class Keyboard:
         self.draft = ""
         if self.at_terminal:
             _put_back_at_ctrl_c()
-        with contextlib.suppress(AttributeError):  # the bytes of a file name need not be UTF-8
-            sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # the bytes of a file name need not be UTF-8
 
     def lines(self) -> Iterator[Line]:
         """(command, value, data) of what concerns the conversation: ("", question, ""), ("/reset", "", "") and, for every picture,

@@ -42,7 +42,7 @@ def prepare() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
     if sys.stdin is None:
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open as long as the process
     sys.stderr = _text(_Err(2, "w", closefd=False), sys.stderr)
     if sys.stdout is not None:
         sys.stdout = _text(_Out(1, "w", closefd=False), sys.stdout)
