@@ -1,0 +1,130 @@
+"""What a step of the engine does, as plain data: copies, new entries of the page tables, calls of the programs; and its limits.
+
+Everything happens in the order in which it stands here, one copy after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What there is, and what the compiled programs take.
+
+    Attributes:
+      slots: rows that can run at once.
+      pages: of the layers that see everything.
+      page: tokens of a page.
+      chunk: tokens that the other layers see, a multiple of `page`; None for a model without such layers.
+      max_length: longest prompt and answer together.
+      queue: requests that may wait.
+      row_sizes, piece_sizes: rows of a call, and tokens of a row, that there are programs for; ascending, the
+        first of the rows 1.
+      piece_tokens: most tokens of a prefill call, rows times length.
+      reuse: whether a row may begin with what others have computed.
+    """
+
+    slots: int
+    pages: int
+    page: int
+    chunk: int | None
+    max_length: int
+    queue: int
+    row_sizes: tuple[int, ...]
+    piece_sizes: tuple[int, ...]
+    piece_tokens: int = 8192
+    reuse: bool = True
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Makes what the cache holds for one slot hold for another.
+
+    Attributes:
+      source, target: slots whose chunk buffers are copied; None if they are not.
+      tokens: how many of the buffers' tokens count, from their first on.
+      pages: pairs of pages of the layers that see everything, from and to.
+    """
+
+    source: int | None
+    target: int | None
+    tokens: int
+    pages: tuple[tuple[int, int], ...]
+
+
+class Part(NamedTuple):
+    """One row's share of a call.
+
+    Attributes:
+      row: its number.
+      slot: where it runs.
+      start: place of the first token that is computed.
+      length: tokens that are computed.
+      samples: with the last of them a token is drawn.
+      step: tokens that the row has drawn before.
+    """
+
+    row: int
+    slot: int
+    start: int
+    length: int
+    samples: bool
+    step: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a program.
+
+    Attributes:
+      kind: in "decode" every part computes the token that its slot drew last.
+      rows: number of rows that the program has, at least that of the parts.
+      tokens: length that each row has in the program, at least that of every part; 1 in "decode".
+      first: all parts begin at 0: there is nothing before them.
+    """
+
+    kind: Literal["prefill", "decode"]
+    parts: tuple[Part, ...]
+    rows: int
+    tokens: int
+    first: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step.
+
+    Attributes:
+      copies: before everything else.
+      table_changes: (slot, column, page): the page of a slot's stretch of tokens, from now on.
+      calls: decode before prefill.
+      finished: numbers of rows that were cancelled or whose deadline passed since the last plan.
+      preempted: numbers of rows that gave their slot and pages to older ones, and will be computed again.
+    """
+
+    copies: tuple[Copy, ...] = ()
+    table_changes: tuple[tuple[int, int, int], ...] = ()
+    calls: tuple[Call, ...] = ()
+    finished: tuple[int, ...] = ()
+    preempted: tuple[int, ...] = ()
+
+    def as_json(self) -> str:
+        """One line."""
+        copies = [(copy.source, copy.target, copy.tokens, copy.pages) for copy in self.copies]
+        calls = [(call.kind, call.parts, call.rows, call.tokens, call.first) for call in self.calls]
+        return json.dumps([copies, self.table_changes, calls, self.finished, self.preempted], separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Plan:
+        """The plan of which `as_json` made this."""
+        copies, changes, calls, finished, preempted = json.loads(line)
+        return cls(
+            tuple(Copy(source, target, tokens, tuple(map(tuple, pages))) for source, target, tokens, pages in copies),
+            tuple(map(tuple, changes)),
+            tuple(Call(kind, tuple(Part(*part) for part in parts), *shape) for kind, parts, *shape in calls),
+            tuple(finished),
+            tuple(preempted),
+        )

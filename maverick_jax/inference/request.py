@@ -1,0 +1,112 @@
+"""What is asked of the engine, and how far it has got with it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from maverick_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from maverick_jax.inference.pages import Page
+    from maverick_jax.inference.sampling import Sampling
+
+
+class Full(UserError):
+    """As many requests wait as may wait."""
+
+
+class Finish(enum.Enum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(eq=False, kw_only=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+      ids: [T] int32 tokens of the prompt, one or more.
+      tiles: [N, 3, S, S] float32 of its pictures, in order; None without.
+      max_new_tokens: longest answer, a stop token included.
+      sampling: how tokens are chosen, with one seed; None takes the most likely.
+      stop_ids: tokens that end the answer.
+      deadline: seconds after it was submitted; None for as long as it takes.
+    """
+
+    ids: np.ndarray
+    tiles: np.ndarray | None = None
+    max_new_tokens: int
+    sampling: Sampling | None = None
+    stop_ids: frozenset[int] = frozenset()
+    deadline: float | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """A request that is being served; always `cached <= computed < total`, and `computed` is 0 where there is no slot.
+
+    Attributes:
+      number: order of arrival.
+      keys: what stands at each place, of the prompt and of the new tokens that have been read: the token's id, or a number of
+        its own for a part of a picture.
+      prompt: tokens of the prompt.
+      slot: None while it waits.
+      pages: of the layers that see everything, in order.
+      cached: tokens whose keys and values were there when it got its slot.
+      computed: tokens whose keys and values have been launched into the cache, those that were there included.
+      total: tokens of the prompt and tokens drawn, those launched and not yet read included.
+      draws: its newest token was drawn in the slot it holds, where the device finds it: the row decodes.
+      sealed: leading pages that others find by their keys.
+      followers: rows that wait until so many tokens are computed, which they share.
+      expires: when it ends whatever it has; None without a deadline.
+      finish: None until it has ended.
+    """
+
+    number: int
+    request: Request
+    keys: list[int]
+    prompt: int
+    slot: int | None = None
+    pages: list[Page] = field(default_factory=list)
+    cached: int = 0
+    computed: int = 0
+    total: int = 0
+    draws: bool = False
+    sealed: int = 0
+    followers: list[tuple[int, Row]] = field(default_factory=list)
+    expires: float | None = None
+    finish: Finish | None = None
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """Those that have been read."""
+        return self.keys[self.prompt :]
+
+    @property
+    def behind(self) -> bool:
+        """Something is to be computed before it can draw one token per step."""
+        return not self.draws
+
+    @property
+    def unread(self) -> int:
+        """Tokens drawn by a launched step and not yet read."""
+        return self.total - len(self.keys)
+
+    @property
+    def known(self) -> int:
+        """Tokens that are in the cache and of which it is known which they are."""
+        return min(self.computed, len(self.keys))
+
+    @property
+    def complete(self) -> bool:
+        """All its tokens are drawn; those that are unread still come."""
+        return self.total == self.prompt + self.request.max_new_tokens

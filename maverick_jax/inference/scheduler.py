@@ -1,0 +1,300 @@
+"""Who computes what in the next step of the engine: rows that are up to date decode, and the others compute pieces of their prompts.
+
+Always: a row that has not ended is waiting, waits for an older row's prompt or for its own tokens to be read, or runs in a slot; one that
+runs is behind, decodes, or has drawn all its tokens. The oldest row is never preempted, so that something always ends. What a row reads was
+launched before: `plan` counts what it launches as computed, and finds prefixes before it does.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+from operator import attrgetter
+
+from maverick_jax.inference.checks import NoRoom
+from maverick_jax.inference.plans import Call, Copy, Limits, Part, Plan
+from maverick_jax.inference.prefill import Budget, Piece, alike, fit, in_turn, next_piece
+from maverick_jax.inference.prefix import Resume, common
+from maverick_jax.inference.request import Finish, Full, Request, Row
+from maverick_jax.inference.slots import Slots
+
+age = attrgetter("number")
+
+
+class Scheduler:
+    """Plans the steps of an engine.
+
+    Steps are launched ahead: a token may be delivered after plans that go on behind it were made.
+
+    Attributes:
+      rows: those that have not ended, by number.
+    """
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.rows: dict[int, Row] = {}
+        self._count = 0
+        self._slots = Slots(limits)
+        self._budget = Budget(limits.piece_sizes[0])
+        self._oldest_leads = True
+        self._waiting: list[Row] = []  # by age
+        self._stuck: Row | None = None  # the oldest, for which there were no pages when last somebody left
+        self._behind: list[Row] = []  # by age
+        self._decoding: dict[int, Row] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._finished: list[int] = []  # since the last plan, as the next
+        self._preempted: list[int] = []
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self.rows
+
+    def add(self, request: Request, keys: Sequence[int], now: float) -> Row:
+        """Take a request in.
+
+        Args:
+          keys: of the prompt's tokens, see `Row`.
+          now: seconds, as in `plan`.
+
+        Raises:
+          NoRoom: prompt and answer can never fit.
+          Full: as many wait as may wait.
+        """
+        limits = self.limits
+        tokens = len(keys) + request.max_new_tokens
+        asked = f"the prompt has {len(keys)} tokens and up to {request.max_new_tokens} are asked for"
+        if tokens > limits.max_length:
+            raise NoRoom(f"{asked}, but {limits.max_length} is the longest there is room for: shorten the prompt or lower max_new_tokens.")
+        if self._slots.pages_of(tokens - 1) > limits.pages:  # what is drawn last is never read
+            raise NoRoom(f"{asked}, but the cache holds {limits.pages * limits.page}: shorten the prompt or lower max_new_tokens.")
+        if len(self.rows) - len(self._slots.running) >= limits.queue:
+            raise Full(f"{limits.queue} requests wait already, as many as may: send this one again later.")
+        row = Row(self._count, request, list(keys), prompt=len(keys), total=len(keys))
+        self._count += 1
+        self.rows[row.number] = row
+        self._waiting.append(row)
+        if request.deadline is not None:
+            row.expires = now + request.deadline
+            insort(self._deadlines, (row.expires, row.number))
+        return row
+
+    def cancel(self, row: Row) -> None:
+        """End a row now; one that has ended stays as it is. Its slot and pages serve others from the next plan on."""
+        if row.finish is None:
+            self.finish(row, Finish.CANCELLED)
+            self._finished.append(row.number)
+
+    def finish(self, row: Row, why: Finish) -> None:
+        """End a row whose last token was delivered, or which failed. What it computed remains for others to begin with."""
+        assert row.finish is None
+        row.finish = why
+        del self.rows[row.number]
+        if row.slot is not None:
+            self._leave(row)
+        elif row in self._waiting:
+            self._waiting.remove(row)
+        if row.expires is not None:
+            self._deadlines.remove((row.expires, row.number))
+
+    def deliver(self, row: Row, key: int) -> None:
+        """A drawn token has been read; in order. The row goes on until `finish` ends it; what comes after that is ignored."""
+        if row.finish is not None:
+            return
+        assert row.unread > 0
+        row.keys.append(key)
+        if row.slot is not None:
+            self._slots.seal(row)
+        elif row.unread == 0 and not row.complete:
+            insort(self._waiting, row, key=age)
+
+    def plan(self, now: float, budget: int) -> Plan:
+        """The next step, which counts as launched.
+
+        Args:
+          now: seconds, as in `add`.
+          budget: padded prompt tokens that may be computed beside a decode step, 1 or more; what is not used is saved for larger
+            pieces. Where nobody decodes, one full call is made.
+        """
+        self._expire(now)
+        copies = self._admit()
+        page = self.limits.page
+        for row in sorted((row for row in self._decoding.values() if row.computed == len(row.pages) * page), key=age):
+            if row.slot is not None and not self._extend(row, row.computed + 1):
+                self._preempt(row)
+        chosen = self._choose(budget)  # may preempt rows that decode
+        calls = (*self._decode(), *map(self._prefill, chosen))
+        plan = Plan(tuple(copies), tuple(self._slots.changes), calls, tuple(self._finished), tuple(self._preempted))
+        self._slots.changes, self._finished, self._preempted = [], [], []
+        for group in chosen:
+            for row, *_ in group:
+                self._slots.seal(row)
+                self._call_followers(row)
+        return plan
+
+    def check(self) -> None:
+        """Assert what this file and those below it promise."""
+        self._slots.check()
+        running = sorted(self._slots.running.values(), key=age)
+        complete = [row for row in running if row.complete]
+        assert sorted([*self._behind, *self._decoding.values(), *complete], key=age) == running
+        assert self._behind == [row for row in running if row.behind]
+        following = [row for other in running for _, row in other.followers if row.finish is None]
+        unread = [row for row in self.rows.values() if row.slot is None and (row.unread or row.complete)]
+        assert sorted([*running, *self._waiting, *following, *unread], key=age) == sorted(self.rows.values(), key=age)
+        assert self._waiting == sorted(self._waiting, key=age)
+        for row in self.rows.values():
+            assert row.cached <= row.computed < row.total <= row.prompt + row.request.max_new_tokens
+            assert row.finish is None
+            assert row.slot is not None or not (row.pages or row.computed or row.followers or row.draws)
+        if self.idle:
+            assert self._slots.available == self.limits.pages
+            assert not self._deadlines
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            row = self.rows[self._deadlines[0][1]]
+            self.finish(row, Finish.DEADLINE)
+            self._finished.append(row.number)
+
+    def _admit(self) -> list[Copy]:
+        """Give slots to those that wait, the oldest first."""
+        copies: list[Copy] = []
+        while self._waiting and self._slots.idle and self._waiting[0] is not self._stuck:
+            row = self._waiting[0]
+            resume = self._slots.find(row)
+            if self._follow(row, resume.length):
+                self._waiting.pop(0)
+            elif self._fits(row, resume):
+                self._waiting.pop(0)
+                insort(self._behind, row, key=age)
+                if (copy := self._slots.enter(row, resume)) is not None:
+                    copies.append(copy)
+            else:
+                self._stuck = row
+        return copies
+
+    def _follow(self, row: Row, ready: int) -> bool:
+        """Wait until an older row has computed what both begin with, if half of what is to be computed is saved by that."""
+        if not self.limits.reuse:
+            return False
+        best, leader, most = (ready + len(row.keys)) // 2, None, len(row.keys) - 1
+        for other in self._behind:
+            if other.number < row.number and best < min(most, other.total) and other.keys[best] == row.keys[best]:
+                shared = common(row.keys, other.keys, 0, min(most, other.total))
+                if shared > max(best, other.computed):
+                    best, leader = shared, other
+        if leader is not None:
+            leader.followers.append((best, row))
+        return leader is not None
+
+    def _fits(self, row: Row, resume: Resume) -> bool:
+        """Whether there are pages for all its tokens, for all of the others' prompts, and one more for each row that runs."""
+        if not self._slots.running:
+            return True
+        needed = self._slots.pages_needed(row, resume)
+        promised = sum(self._slots.pages_of(other.total) - len(other.pages) for other in self._behind)
+        return needed + promised + len(self._slots.running) <= self._slots.available
+
+    def _choose(self, budget: int) -> list[list[Piece]]:
+        """The prefill calls of a step, with pages for what they compute."""
+        limits, sizes, most = self.limits, self.limits.piece_sizes, self.limits.piece_tokens
+        beside = bool(self._decoding)
+        if beside:
+            self._budget.add(budget)
+            sizes = [size for size in sizes if size <= self._budget.largest(budget)]
+        pieces = [next_piece(row, limits.chunk, sizes) for row in self._behind]
+        chosen: list[list[Piece]] = []
+        while pieces:
+            group = self._group(in_turn(pieces, oldest=self._oldest_leads), min(most, self._budget.credit) if beside else most)
+            if not group:
+                break
+            chosen.append(group)
+            self._oldest_leads = not self._oldest_leads
+            if not beside:
+                break
+            self._budget.credit -= self._rows(len(group)) * group[0].size
+            pieces = [piece for piece in pieces if piece not in group]
+        groups = [[piece for piece in group if piece.row.slot is not None] for group in chosen]  # a later one may have preempted them
+        return [group for group in groups if group]
+
+    def _group(self, pieces: Sequence[Piece], most: int) -> list[Piece]:
+        """Those that make up the next call, of at most so many tokens: the first that has pages, and what can go with it."""
+        for leader in pieces:
+            if leader.size > most:
+                return []
+            if leader.row.slot is not None and self._extend(leader.row, leader.row.computed + leader.length):
+                break
+        else:
+            return []
+        sizes = [size for size in self.limits.row_sizes if size * leader.size <= most]
+        group = alike(leader, pieces)
+        group = group[: fit(len(group), sizes)[0]]
+        return [p for p in group if p.row.slot is not None and self._extend(p.row, p.row.computed + p.length)]
+
+    def _extend(self, row: Row, tokens: int) -> bool:
+        """Give a row pages for so many tokens, if need be by preempting the youngest; False if there are none from younger ones."""
+        while not self._slots.extend(row, tokens):
+            youngest = max(self._slots.running.values(), key=age)
+            if youngest is row:
+                return False
+            self._preempt(youngest)
+        return True
+
+    def _decode(self) -> list[Call]:
+        rows, most = list(self._decoding.values()), self.limits.row_sizes[-1]
+        return [self._decode_call(rows[start : start + most]) for start in range(0, len(rows), most)]
+
+    def _decode_call(self, rows: list[Row]) -> Call:
+        parts = []
+        for row in rows:
+            assert row.slot is not None
+            parts.append(Part(row.number, row.slot, row.computed, 1, True, row.total - row.prompt))
+            row.computed += 1
+            row.total += 1
+            if row.complete:
+                del self._decoding[row.number]
+        return Call("decode", tuple(parts), self._rows(len(rows)), 1, False)
+
+    def _prefill(self, group: list[Piece]) -> Call:
+        parts, first, size = [], group[0].first, group[0].size
+        for row, length, _, last in group:
+            assert row.slot is not None
+            parts.append(Part(row.number, row.slot, row.computed, length, last, row.total - row.prompt))
+            row.computed += length
+            if last:
+                row.draws = True
+                row.total += 1
+                self._behind.remove(row)
+                if not row.complete:
+                    self._decoding[row.number] = row
+        return Call("prefill", tuple(parts), self._rows(len(group)), size, first)
+
+    def _rows(self, count: int) -> int:
+        return next(size for size in self.limits.row_sizes if size >= count)
+
+    def _call_followers(self, row: Row) -> None:
+        """Those wait no longer for whom enough is computed; none does for a row that is up to date or has left."""
+        still = [(tokens, other) for tokens, other in row.followers if row.slot is not None and row.behind and row.computed < tokens]
+        for tokens, other in row.followers:
+            if (tokens, other) not in still and other.finish is None:
+                insort(self._waiting, other, key=age)
+        row.followers = still
+
+    def _preempt(self, row: Row) -> None:
+        self._leave(row)
+        row.cached = row.computed = row.sealed = 0
+        row.draws = False
+        self._preempted.append(row.number)
+        if not row.unread and not row.complete:
+            insort(self._waiting, row, key=age)
+
+    def _leave(self, row: Row) -> None:
+        """A row gives up its slot and pages."""
+        if row.behind:
+            self._behind.remove(row)
+        else:
+            self._decoding.pop(row.number, None)  # a complete one is not there
+        self._slots.leave(row)
+        self._stuck = None
+        self._call_followers(row)
