@@ -30,8 +30,7 @@ def admitted(request: Any, config: Config, max_length: int) -> Request:
     """
     if not isinstance(request, Request):
         raise UserError(f"request is {shown(request)}: give a maverick_jax.Request.")
-    ids = request.ids if isinstance(request.ids, np.ndarray) and request.ids.dtype == np.int32 else request.ids
-    (ids,) = token_rows([ids], config.text.vocab_size)
+    (ids,) = token_rows([request.ids], config.text.vocab_size)
     most = MAX_NEW_TOKENS.check("max_new_tokens", request.max_new_tokens)
     if len(ids) + most > max_length:
         raise NoRoom(

@@ -25,10 +25,11 @@ from maverick_jax.inference.admission import admitted, check_model
 from maverick_jax.inference.budget import Budget
 from maverick_jax.inference.handle import Handle, Stopped
 from maverick_jax.inference.not_finite import explain
-from maverick_jax.inference.request import Finish, Request
+from maverick_jax.inference.plans import Call, Copy, Limits, Part
+from maverick_jax.inference.request import Finish, Request, Row
 from maverick_jax.inference.room import Room, room_for
 from maverick_jax.inference.sampling import RowSampling
-from maverick_jax.inference.scheduler import Call, Copy, Limits, Part, Row, Scheduler
+from maverick_jax.inference.scheduler import Scheduler
 from maverick_jax.inference.sizes import PIECE, PIECES, decode_rows, prefill_rows
 from maverick_jax.model import Llama4
 from maverick_jax.sharding import multihost
@@ -230,11 +231,13 @@ class Engine:
 
     def _launch(self) -> list[_Launched]:
         plan = self._scheduler.plan(time.monotonic(), self._budget.tokens)
-        for number, why in plan.finished:
-            self._end(self._served[number], Finish(why))
-        for slot, column, page in plan.table:
+        for number in plan.finished:
+            served = self._served.get(number)
+            if served is not None:  # a cancelled one has been told
+                self._end(served, Finish.DEADLINE)
+        for slot, column, page in plan.table_changes:
             self._table_SJ[slot, column] = page
-        if plan.table:
+        if plan.table_changes:
             self._table = steps.upload(self.model.constrain, self._table_SJ)
         for copy in plan.copies:
             self._copy(copy)

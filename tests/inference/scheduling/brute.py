@@ -74,7 +74,9 @@ class Brute:
     def _run_call(self, call: Call, rows: dict[int, Row]) -> None:
         limits = self.limits
         assert len({part.slot for part in call.parts}) == len(call.parts) > 0
-        assert call.rows == min(size for size in limits.row_sizes if size >= len(call.parts))
+        assert call.rows == min(
+            size for size in (limits.decode_rows if call.kind == "decode" else limits.prefill_rows) if size >= len(call.parts)
+        )
         if call.kind == "prefill":
             assert call.tokens in limits.piece_sizes
             assert call.rows * call.tokens <= limits.piece_tokens
@@ -134,7 +136,8 @@ def random_limits(chance: random.Random) -> Limits:
         chunk=chance.choice([None, page, 2 * page, 3 * page, 4 * page]),
         max_length=chance.choice([16, 48]),
         queue=chance.randint(1, 8),
-        row_sizes=row_sizes,
+        decode_rows=row_sizes,
+        prefill_rows=row_sizes,
         piece_sizes=piece_sizes,
         piece_tokens=max(piece_sizes[-1], chance.choice([4, 8, 16, 32])),
         reuse=chance.random() < 0.9,
