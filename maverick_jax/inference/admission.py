@@ -22,6 +22,12 @@ def check_model(model: Any) -> None:
         raise UserError(f"model is {shown(model)}: open it with maverick_jax.load.")
 
 
+def pixels(tiles: Any, config: Config) -> np.ndarray | None:
+    """[N, 3, S, S] float32; None for no tiles."""
+    found = None if tiles is None else tiles_of(tiles, config.vision)
+    return None if found is None else np.asarray(found, np.float32)
+
+
 def admitted(request: Any, config: Config, max_length: int) -> Request:
     """The request with arrays for lists, and the config's stop tokens where it names none.
 
@@ -37,7 +43,7 @@ def admitted(request: Any, config: Config, max_length: int) -> Request:
             f"the prompt has {len(ids)} tokens and up to {shown(most)} are asked for, but there is room for {max_length}: "
             "shorten the prompt or lower max_new_tokens."
         )
-    tiles = None if request.tiles is None else np.asarray(tiles_of(request.tiles, config.vision))
+    tiles = pixels(request.tiles, config)
     check_patches(ids == config.image_token_index, tiles, config.vision)
     if not isinstance(request.sampling, Sampling) or not isinstance(request.sampling.seed, int):
         raise UserError(f"sampling is {shown(request.sampling)}: give a maverick_jax.Sampling with a single seed.")

@@ -347,7 +347,7 @@ class Engine:
         index_T = np.zeros_like(tokens)
         if served.feature_T is not None:
             index_T[: len(request.ids)] = np.maximum(served.feature_T, 0)
-        return f"after {served.new} new tokens: {explain(self.model, tokens, index_T, features, request.tiles)}"
+        return f"the logits are not finite after {served.new} new tokens: {explain(self.model, tokens, index_T, features, request.tiles)}"
 
     # State.
 

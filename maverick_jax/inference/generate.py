@@ -8,14 +8,14 @@ import numpy as np
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
-from maverick_jax.inference.admission import check_model
+from maverick_jax.inference.admission import check_model, pixels
 from maverick_jax.inference.checks import MAX_NEW_TOKENS, check_room, names_the_nearest, stop_tokens, token_rows
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.request import Request
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.inference.sizes import next_power_of_two, round_up_context
 from maverick_jax.model import Llama4
-from maverick_jax.model.inputs import check_patches, tiles_of
+from maverick_jax.model.inputs import check_patches
 
 SLOTS = 64  # prompts served at once; the others wait
 
@@ -57,7 +57,7 @@ def generate(
     stop = None if stop_ids is None else stop_tokens(stop_ids, config.text.vocab_size)
     rows = token_rows(prompts, config.text.vocab_size)
     check_room(rows, most, config.text)
-    shared = _tiles_by_row(rows, None if tiles is None else np.asarray(tiles_of(tiles, config.vision)), config)
+    shared = _tiles_by_row(rows, pixels(tiles, config), config)
     one_each = sampling.by_row(len(rows))
     if not rows:
         return []
@@ -81,7 +81,7 @@ def engine_for(model: Llama4, lengths: Sequence[int]) -> Engine:
 def _tiles_by_row(rows: Sequence[np.ndarray], tiles: np.ndarray | None, config: Config) -> list[np.ndarray | None]:
     """Each row's tiles, of those of all."""
     is_patch = [ids == config.image_token_index for ids in rows]
-    check_patches(np.concatenate([[], *is_patch]), tiles, config.vision)
+    check_patches(np.concatenate([np.zeros(0, bool), *is_patch]), tiles, config.vision)
     if tiles is None or config.vision is None:
         return [None] * len(rows)
     per_tile, found, start = config.vision.tokens_per_tile, [], 0
