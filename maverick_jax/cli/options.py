@@ -180,7 +180,7 @@ def as_json(text: str, answer: Handle) -> str:
         "new_tokens": answer.new_tokens,
         "seconds": {name: round(value, 4) for name, value in answer.seconds.items()},
         "tokens_per_second": round(answer.decode_rate, 2),
-        "dropped": answer.dropped,
+        "cached_tokens": answer.cached_tokens,
     }
     return json.dumps(values, ensure_ascii=False)
 

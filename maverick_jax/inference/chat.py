@@ -49,6 +49,7 @@ class Chat:
       messages: the conversation so far, as role/content dicts; pictures as the tiles they were cut into.
       sampling: how tokens are chosen; another `Sampling` may be set between two questions.
       last: the `Handle` of the newest answer, with its times; None before the first.
+      engine: keeps what it has read, so that a turn reads only what is new; None before the first.
 
     Raises:
       UserError: no model that `load` opened, tokenizer or template files that cannot be read, or a setting of another type or
@@ -84,7 +85,7 @@ class Chat:
         self.tokenizer = Tokenizer.from_directory(model.directory)
         self.template = load_template(model.directory)
         self.last: Handle | None = None
-        self._engine: Engine | None = None  # keeps what it has read: the next turn reads only what is new
+        self.engine: Engine | None = None
         self.reset()
 
     def __repr__(self) -> str:
@@ -148,9 +149,9 @@ class Chat:
 
     def _engine_for(self, tokens: int) -> Engine:
         """One with room for so many; a larger one reads the conversation again, once each time that it has doubled."""
-        if self._engine is None or self._engine.limits.max_length < tokens:
-            self._engine = engine_for(self.model, [next_power_of_two(max(tokens, SHORTEST))])
-        return self._engine
+        if self.engine is None or self.engine.limits.max_length < tokens:
+            self.engine = engine_for(self.model, [next_power_of_two(max(tokens, SHORTEST))])
+        return self.engine
 
     def _text(self, answer: Handle) -> Iterator[str]:
         decoder, stop = StreamDecoder(self.tokenizer), StopStrings(self.stop)
