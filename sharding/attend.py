@@ -18,7 +18,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from maverick_jax.ops.attention import Keys, Partial, attend, attend_in_order, partial_attention
-from maverick_jax.ops.paged_attention import Pages, over_pages, write_tokens
+from maverick_jax.ops.paged_attention import over_pages, write_tokens
+from maverick_jax.ops.pages import Pages
 from maverick_jax.sharding.layout import Layout, check_placed
 
 QUERIES = ("attention_batch", "attention_sequence", "heads", None)
@@ -123,8 +124,7 @@ class AttendOnMesh:
     def _pages(self, pages):
         """Mesh axes of the heads and of a page's slots, and the pages' partition."""
         _, heads, sequence, _ = self.layout.split(PAGES, pages.key_NKPd.shape, self.mesh)
-        spec = PartitionSpec(None, heads, sequence)
-        return heads, sequence, Pages(spec, spec)
+        return heads, sequence, jax.tree.map(lambda _: PartitionSpec(None, heads, sequence), pages)
 
     def _divided(self, query_BTHd, key_BKSd):
         """Mesh axes of rows, sequence and heads. Query heads go with their key/value head, however the layout divides them."""

@@ -23,7 +23,7 @@ from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import Range, shown, whole
 from maverick_jax.model.attention import Piece
 from maverick_jax.model.parameter import float_dtype
-from maverick_jax.ops.paged_attention import Pages
+from maverick_jax.ops.pages import Pages
 from maverick_jax.sharding.attend import PAGES
 
 ROOM = Range(whole, 1, 2**31 - 1, "a whole number, 1 or more")
@@ -113,7 +113,7 @@ class KVCache:
         if not isinstance(config, TextConfig):
             raise UserError(f"config is {shown(config)}: it must be a TextConfig, such as model.config.text.")
         batch, max_length = (ROOM.check(name, value) for name, value in (("batch", batch), ("max_length", max_length)))
-        page = page_size(config, max_length)
+        page, dtype = page_size(config, max_length), float_dtype(dtype)
         stretches = -(-max_length // page)
         layers = make_pages(config, batch, batch * stretches, max_length, page, dtype, constrain)
         row_B = jnp.arange(batch, dtype=jnp.int32)
@@ -166,11 +166,20 @@ def pages_per_chunk(chunk: int, max_length: int, page: int) -> int:
 def make_pages(
     config: TextConfig, places: int, pages: int, max_length: int, page: int, dtype: DTypeLike, constrain: Any = None
 ) -> tuple[Pages, ...]:
-    """Empty pages of every layer: `pages` of those that see everything, and those of each place of a batch in the others."""
-    dtype, layers = float_dtype(dtype), []
+    """Empty pages of every layer: `pages` of those that see everything, and those of each place of a batch in the others.
+
+    `dtype` "int8" stores keys and values in 8 bits, with a scale per head and slot.
+    """
+
+    def zeros(shape, dtype):
+        made = jnp.zeros(shape, dtype)
+        return made if constrain is None else constrain(made, PAGES[: len(shape)])
+
+    layers = []
     for i in range(config.num_hidden_layers):
         chunk = config.chunk_of_layer(i)
         count = pages if chunk is None else places * pages_per_chunk(chunk, max_length, page)
-        made = Pages(*(jnp.zeros((count, config.num_key_value_heads, page, config.head_dim), dtype) for _ in range(2)))
-        layers.append(made if constrain is None else Pages(*(constrain(x, PAGES) for x in made)))
+        shape = (count, config.num_key_value_heads, page, config.head_dim)
+        scales = [zeros(shape[:-1], jnp.float32) for _ in range(2)] if jnp.dtype(dtype) == jnp.int8 else [None, None]
+        layers.append(Pages(zeros(shape, dtype), zeros(shape, dtype), *scales))
     return tuple(layers)

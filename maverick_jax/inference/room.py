@@ -39,7 +39,9 @@ class Room:
         return f"{g.places} slots of up to {g.max_length:,} tokens, {g.pages} pages of {g.page}, {self.bytes / 2**20:,.1f} MiB per device"
 
 
-def room_for(model: Llama4, *, slots: int | None = None, max_length: int | None = None, pages: int | None = None) -> Room:
+def room_for(
+    model: Llama4, *, slots: int | None = None, max_length: int | None = None, pages: int | None = None, eight_bits: bool = False
+) -> Room:
     """Room as asked for, or as much as fits: first one request of full length, then slots, then pages for all of them.
 
     Raises:
@@ -55,16 +57,16 @@ def room_for(model: Llama4, *, slots: int | None = None, max_length: int | None 
     free = free_bytes(model)
     length = max_length or text.max_position_embeddings
     if max_length is None:
-        while length > SHORTEST and _room(model, slots or 1, length, _row(model, length)).bytes > free:
+        while length > SHORTEST and _room(model, eight_bits, slots or 1, length, _row(model, length)).bytes > free:
             length = -(-length // 2)
     one = _row(model, length)
     if slots is None:
-        slots = next((n for n in SLOTS if _room(model, n, length, pages or one).bytes <= free), 1)
+        slots = next((n for n in SLOTS if _room(model, eight_bits, n, length, pages or one).bytes <= free), 1)
     if pages is None:
         pages = slots * one
-        while pages > one and _room(model, slots, length, pages).bytes > free:
+        while pages > one and _room(model, eight_bits, slots, length, pages).bytes > free:
             pages = max(one, pages * 3 // 4)
-    return _room(model, slots, length, pages)
+    return _room(model, eight_bits, slots, length, pages)
 
 
 def _row(model: Llama4, max_length: int) -> int:
@@ -72,8 +74,8 @@ def _row(model: Llama4, max_length: int) -> int:
     return Geometry.of(model.config.text, 1, max_length).pages
 
 
-def _room(model: Llama4, slots: int, max_length: int, pages: int) -> Room:
-    text, dtype = model.config.text, jnp.dtype(model.text.embedding.dtype).name
+def _room(model: Llama4, eight_bits: bool, slots: int, max_length: int, pages: int) -> Room:
+    text, dtype = model.config.text, "int8" if eight_bits else jnp.dtype(model.text.embedding.dtype).name
     geometry = Geometry.of(text, slots, max_length, pages)
     layers = jax.eval_shape(lambda: make_pages(text, slots, geometry.pages, max_length, geometry.page, dtype))
     return Room(geometry, dtype, sum(_local_bytes(model, x) for x in jax.tree.leaves(layers)))
@@ -83,7 +85,9 @@ def _local_bytes(model: Llama4, pages: jax.ShapeDtypeStruct) -> int:
     """Of one device."""
     mesh, layout = getattr(model.constrain, "mesh", None), getattr(model.constrain, "layout", None)
     ways = (
-        1 if mesh is None or layout is None else math.prod(mesh.shape[a] for axes in layout.split(PAGES, pages.shape, mesh) for a in axes)
+        1
+        if mesh is None or layout is None
+        else math.prod(mesh.shape[a] for axes in layout.split(PAGES[: pages.ndim], pages.shape, mesh) for a in axes)
     )
     return math.prod(pages.shape) * pages.dtype.itemsize // ways
 

@@ -30,7 +30,7 @@ from jax import lax
 from maverick_jax.config import TextConfig
 from maverick_jax.inference.cache import KVCache, make_pages, page_size, pages_per_chunk
 from maverick_jax.inference.sampling import RowSampling, sample
-from maverick_jax.ops.paged_attention import Pages
+from maverick_jax.ops.pages import Pages
 
 NOT_FINITE = -2  # in the place of a token whose logits are not finite
 
@@ -215,5 +215,5 @@ def copy(geometry: Geometry, state: State, places_2: jax.Array, pages_2: jax.Arr
     for pages, chunk in zip(state.layers, geometry.chunks, strict=True):
         own = 1 if chunk is None else pages_per_chunk(chunk, geometry.max_length, geometry.page)
         source, target = pages_2 if chunk is None else places_2 * own
-        layers.append(Pages(*(moved(x, source, target, own) for x in pages)))
+        layers.append(jax.tree.map(functools.partial(moved, source=source, target=target, count=own), pages))
     return dataclasses.replace(state, layers=tuple(layers))

@@ -9,25 +9,16 @@ heads, G query heads per key/value head, d head size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from maverick_jax.ops.attention import MASKED, MOST_SCORES, Keys, Partial, of_query_blocks
+from maverick_jax.ops.pages import Pages, quantize_keys
 
-
-class Pages(NamedTuple):
-    """Pages of one layer, in the model's dtype."""
-
-    key_NKPd: jax.Array
-    value_NKPd: jax.Array
-
-    @property
-    def slots(self) -> int:
-        """Of a page."""
-        return self.key_NKPd.shape[2]
+FEW = 8  # tokens of a row, up to which a platform's own kernel is used: decoding, and drafts
 
 
 def over_pages(query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array, limit_BT: jax.Array, *, page: int, first: jax.Array) -> Partial:
@@ -40,6 +31,32 @@ def over_pages(query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array, limit_B
       page: slots of a whole page.
       first: [] int32.
     """
+    if query_BTHd.shape[1] > FEW:
+        return _in_blocks(query_BTHd, pages, table_BJ, limit_BT, first, page=page)
+    branches = {"tpu": _on_tpu, "cuda": _on_gpu, "default": _in_blocks}
+    branches = {platform: functools.partial(form, page=page) for platform, form in branches.items()}
+    return lax.platform_dependent(query_BTHd, pages, table_BJ, limit_BT, first, **branches)
+
+
+# Importing Pallas takes a while, and much that imports this module never attends to anything.
+def _on_tpu(query_BTHd, pages, table_BJ, limit_BT, first, *, page):
+    from maverick_jax.ops.paged_attention_tpu import paged_attention_tpu, suits
+
+    if not suits(query_BTHd, pages, table_BJ):
+        return _in_blocks(query_BTHd, pages, table_BJ, limit_BT, first, page=page)
+    return paged_attention_tpu(query_BTHd, pages, table_BJ, limit_BT, page=page, first=first)
+
+
+def _on_gpu(query_BTHd, pages, table_BJ, limit_BT, first, *, page):
+    from maverick_jax.ops.paged_attention_gpu import paged_attention_gpu, suits
+
+    if not suits(query_BTHd, pages):
+        return _in_blocks(query_BTHd, pages, table_BJ, limit_BT, first, page=page)
+    return paged_attention_gpu(query_BTHd, pages, table_BJ, limit_BT, page=page, first=first)
+
+
+def _in_blocks(query_BTHd, pages, table_BJ, limit_BT, first, *, page):
+    """Some queries after the other: no more than `MOST_SCORES` are held."""
     B, T, H, d = query_BTHd.shape
     size = T
     while size > 1 and B * H * size * pages.slots > MOST_SCORES:
@@ -63,7 +80,7 @@ def _over_stretches(query_BTHd, pages, table_BJ, limit_BT, page, first):
 
     def add(j, done):
         page_B = lax.dynamic_index_in_dim(table_BJ, j, axis=1, keepdims=False)
-        key_BKPd, value_BKPd = (look_up_pages(x, page_B) for x in pages)
+        key_BKPd, value_BKPd = (_look_up(x, scale, page_B, query.dtype) for x, scale in (pages[::2], pages[1::2]))
         slot_P = j * page + first + jnp.arange(P, dtype=jnp.int32)
         scores = jnp.einsum("BTKGd,BKPd->BKGTP", query, key_BKPd, preferred_element_type=jnp.float32) * d**-0.5
         scores = jnp.where((slot_P[None, None, :] <= limit_BT[:, :, None])[:, None, None], scores, MASKED)
@@ -77,15 +94,19 @@ def _over_stretches(query_BTHd, pages, table_BJ, limit_BT, page, first):
     return lax.fori_loop(0, limit_BT.max() // page + 1, add, nothing)
 
 
-def look_up_pages(pages_NKPd, page_B):
-    """[B, K, P, d]. A single page is a slice, which XLA:CPU need not gather."""
-    if page_B.shape[0] == 1:
-        return lax.dynamic_slice_in_dim(pages_NKPd, page_B[0], 1)
-    return pages_NKPd.at[page_B].get(mode="promise_in_bounds")
+def _look_up(stored_NKPd, scale_NKP, page_B, dtype):
+    """[B, K, P, d] keys or values of a page for each row. A single page is a slice, which XLA:CPU need not gather."""
+
+    def take(x):
+        return lax.dynamic_slice_in_dim(x, page_B[0], 1) if page_B.shape[0] == 1 else x.at[page_B].get(mode="promise_in_bounds")
+
+    if scale_NKP is None:
+        return take(stored_NKPd)
+    return (take(stored_NKPd).astype(jnp.float32) * take(scale_NKP)[..., None]).astype(dtype)
 
 
 def write_tokens(pages: Pages, new: Keys, page_BT: jax.Array, slot_BT: jax.Array, first: jax.Array) -> Pages:
-    """New keys and values into pages.
+    """New keys and values into pages, in 8 bits where those are.
 
     Args:
       page_BT: int32, N for a token that goes nowhere.
@@ -95,7 +116,10 @@ def write_tokens(pages: Pages, new: Keys, page_BT: jax.Array, slot_BT: jax.Array
     slot_BT = slot_BT - first
     page_BT = jnp.where((slot_BT >= 0) & (slot_BT < pages.slots), page_BT, pages.key_NKPd.shape[0])
 
-    def write(pages_NKPd, new_BKTd):
-        return pages_NKPd.at[page_BT, :, slot_BT].set(new_BKTd.swapaxes(1, 2).astype(pages_NKPd.dtype), mode="drop")
+    def write(stored, new_BKT):
+        return stored.at[page_BT, :, slot_BT].set(new_BKT.swapaxes(1, 2).astype(stored.dtype), mode="drop")
 
-    return Pages(write(pages.key_NKPd, new.key_BKSd), write(pages.value_NKPd, new.value_BKSd))
+    if pages.key_scale_NKP is None:
+        return Pages(write(pages.key_NKPd, new.key_BKSd), write(pages.value_NKPd, new.value_BKSd))
+    (key, key_scale), (value, value_scale) = quantize_keys(new.key_BKSd), quantize_keys(new.value_BKSd)
+    return Pages(*(write(stored, x) for stored, x in zip(pages, (key, value, key_scale, value_scale), strict=True)))

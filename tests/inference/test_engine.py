@@ -19,7 +19,7 @@ NEW = 12
 @pytest.fixture(scope="module")
 def model():
     """A chunk of 8, so that a few tokens cross borders; pictures of one token per tile."""
-    return plain_model(vision=VISION, attention_chunk_size=8, max_position_embeddings=64)
+    return plain_model(vision=VISION, num_hidden_layers=2, attention_chunk_size=8, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_alone_is_what_the_model_says(model, requests, alone):
         assert logits.argmax(axis=-1).tolist() == tokens
 
 
-@pytest.mark.parametrize("options", [{}, dict(slots=2, pages=10), dict(reuse=False), dict(slots=16), dict(pages=8)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(pages=10), dict(reuse=False)], ids=["default", "few pages", "no reuse"])
 def test_any_company_and_any_order(model, requests, alone, options):
     """In order and backwards, with few slots, few pages (rows are preempted and computed again), with and without reuse."""
     for order in (1, -1):
@@ -89,6 +89,16 @@ def test_other_pictures_are_no_prefix(model, requests, alone):
     assert [first.tokens, second.tokens] == alone[10:12]
     assert first.tokens != second.tokens
     assert second.cached_tokens <= 1
+
+
+def test_keys_in_eight_bits(model, requests, alone):
+    """Half of the memory, and most of the tokens: it is an approximation, which `reuse` must not make a different one."""
+    small, large = engine(model, eight_bits=True), engine(model)
+    assert small.room.bytes < large.room.bytes / 2
+    found = [handle.tokens for handle in small.run(requests)]
+    assert found == [handle.tokens for handle in engine(model, eight_bits=True, reuse=False).run(requests)]
+    agreeing = sum(a == b for ours, theirs in zip(found, alone, strict=True) for a, b in zip(ours, theirs, strict=True))
+    assert agreeing > 0.5 * NEW * len(requests)
 
 
 def test_many_answers_to_one_prompt_read_it_once(model):
