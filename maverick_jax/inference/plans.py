@@ -113,18 +113,16 @@ class Plan:
 
     def as_json(self) -> str:
         """One line."""
-        copies = [(copy.source, copy.target, copy.tokens, copy.pages) for copy in self.copies]
-        calls = [(call.kind, call.parts, call.rows, call.tokens, call.first) for call in self.calls]
-        return json.dumps([copies, self.table_changes, calls, self.finished, self.preempted], separators=(",", ":"))
+        return json.dumps(vars(self), default=vars, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Plan:
         """The plan of which `as_json` made this."""
-        copies, changes, calls, finished, preempted = json.loads(line)
+        values = json.loads(line)
         return cls(
-            tuple(Copy(source, target, tokens, tuple(map(tuple, pages))) for source, target, tokens, pages in copies),
-            tuple(map(tuple, changes)),
-            tuple(Call(kind, tuple(Part(*part) for part in parts), *shape) for kind, parts, *shape in calls),
-            tuple(finished),
-            tuple(preempted),
+            copies=tuple(Copy(**copy | {"pages": tuple(map(tuple, copy["pages"]))}) for copy in values["copies"]),
+            table_changes=tuple(map(tuple, values["table_changes"])),
+            calls=tuple(Call(**call | {"parts": tuple(Part(*part) for part in call["parts"])}) for call in values["calls"]),
+            finished=tuple(values["finished"]),
+            preempted=tuple(values["preempted"]),
         )

@@ -50,6 +50,11 @@ class Scheduler:
         """Nothing waits and nothing runs."""
         return not self.rows
 
+    @property
+    def available_pages(self) -> int:
+        """Pages that no row holds, those kept for prefixes included."""
+        return self._slots.available
+
     def add(self, request: Request, keys: Sequence[int], now: float) -> Row:
         """Take a request in.
 
@@ -104,7 +109,8 @@ class Scheduler:
         assert row.unread > 0
         row.keys.append(key)
         if row.slot is not None:
-            self._slots.seal(row)
+            if len(row.keys) >= (row.sealed + 1) * self.limits.page:
+                self._slots.seal(row)
         elif row.unread == 0 and not row.complete:
             insort(self._waiting, row, key=age)
 

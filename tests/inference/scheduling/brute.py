@@ -13,12 +13,9 @@ import dataclasses
 import random
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from maverick_jax.inference.checks import NoRoom
 from maverick_jax.inference.plans import Call, Limits, Plan
@@ -28,9 +25,32 @@ from maverick_jax.inference.scheduler import Scheduler
 MOST_PLANS = 5000  # of a trace that takes some hundred
 
 
+LIMITS = Limits(
+    slots=8, pages=64, page=4, chunk=16, max_length=200, queue=8, row_sizes=(1, 4), piece_sizes=(2, 8, 32), piece_tokens=32
+)  # of what is tried by hand
+
+
 def ask(max_new_tokens: int, deadline: float | None = None) -> Request:
     """The scheduler looks at nothing else of a request."""
     return Request(ids=np.zeros(1, np.int32), max_new_tokens=max_new_tokens, deadline=deadline)
+
+
+def step(scheduler: Scheduler, *, now: float = 0.0, budget: int = 8, key: int = 9) -> Plan:
+    """A plan whose tokens, all the same, are read at once."""
+    plan = scheduler.plan(now, budget)
+    for call in plan.calls:
+        for part in call.parts:
+            if part.samples:
+                read(scheduler, scheduler.rows[part.row], key)
+    scheduler.check()
+    return plan
+
+
+def read(scheduler: Scheduler, row: Row, key: int = 9) -> None:
+    """Deliver a token; end a row that has all it may have."""
+    scheduler.deliver(row, key)
+    if row.complete and not row.unread:
+        scheduler.finish(row, Finish.LENGTH)
 
 
 class Brute:
@@ -129,11 +149,11 @@ def random_limits(chance: random.Random) -> Limits:
     row_sizes, piece_sizes = chance.choice([(1,), (1, 2), (1, 2, 4), (1, 4)]), chance.choice([(2, 4, 8), (1, 3, 8), (4,), (2, 16)])
     return Limits(
         slots=chance.randint(1, 6),
-        pages=chance.choice([chance.randint(8, 16) // page + 2, chance.randint(16, 64) // page + 4, 400 // page]),
+        pages=chance.choice([chance.randint(16, 32) // page, chance.randint(32, 96) // page, 400 // page]),
         page=page,
         chunk=chance.choice([None, page, 2 * page, 3 * page, 4 * page]),
-        max_length=chance.choice([16, 48]),
-        queue=chance.randint(1, 8),
+        max_length=chance.choice([24, 48]),
+        queue=chance.choice([2, 20]),
         row_sizes=row_sizes,
         piece_sizes=piece_sizes,
         piece_tokens=max(piece_sizes[-1], chance.choice([4, 8, 16, 32])),
@@ -213,7 +233,7 @@ class Trace:
 
     def _prompt(self) -> list[int]:
         chance = self.chance
-        new = [chance.randint(0, 2) for _ in range(chance.randint(1, 24))]
+        new = [chance.randint(0, 2) for _ in range(chance.randint(1, self.scheduler.limits.max_length // 2))]
         if self.texts and chance.random() < 0.6:
             text = chance.choice(self.texts)
             return text[: chance.randint(1, len(text))] + new[: chance.choice([0, 0, 1, 3, 24])]
