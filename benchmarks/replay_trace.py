@@ -56,7 +56,7 @@ class Summary:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Do again what the scheduler of a recorded run did, and say what that was.")
     parser.add_argument("trace", type=Path)
     args = parser.parse_args()
     summary, start = Summary(), time.perf_counter()

@@ -41,6 +41,7 @@ class Scheduler:
         self._stuck: Row | None = None  # the oldest, for which there were no pages when last somebody left
         self._behind: list[Row] = []  # by age
         self._decoding: dict[int, Row] = {}
+        self._full: list[Row] = []  # have no place for the next token
         self._deadlines: list[tuple[float, int]] = []
         self._finished: list[int] = []  # since the last plan, as the next
         self._preempted: list[int] = []
@@ -124,14 +125,16 @@ class Scheduler:
         """
         self._expire(now)
         copies = self._admit()
-        page = self.limits.page
-        for row in sorted((row for row in self._decoding.values() if row.computed == len(row.pages) * page), key=age):
-            if row.slot is not None and not self._extend(row, row.computed + 1):
+        full, self._full = sorted(self._full, key=age), []
+        for row in full:
+            if row.number in self._decoding and not self._extend(row, row.computed + 1):
                 self._preempt(row)
         chosen = self._choose(budget)  # may preempt rows that decode
         calls = (*self._decode(), *map(self._prefill, chosen))
         plan = Plan(tuple(copies), tuple(self._slots.changes), calls, tuple(self._finished), tuple(self._preempted))
         self._slots.changes, self._finished, self._preempted = [], [], []
+        for row in self._full:
+            self._slots.seal(row)
         for group in chosen:
             for row, *_ in group:
                 self._slots.seal(row)
@@ -252,12 +255,14 @@ class Scheduler:
         return [self._decode_call(rows[start : start + most]) for start in range(0, len(rows), most)]
 
     def _decode_call(self, rows: list[Row]) -> Call:
-        parts = []
+        parts, page = [], self.limits.page
         for row in rows:
             assert row.slot is not None
             parts.append(Part(row.number, row.slot, row.computed, 1, True, row.total - row.prompt))
             row.computed += 1
             row.total += 1
+            if row.computed == len(row.pages) * page:
+                self._full.append(row)
             if row.complete:
                 del self._decoding[row.number]
         return Call("decode", tuple(parts), self._rows(len(rows)), 1, False)
@@ -268,6 +273,8 @@ class Scheduler:
             assert row.slot is not None
             parts.append(Part(row.number, row.slot, row.computed, length, last, row.total - row.prompt))
             row.computed += length
+            if row.computed == len(row.pages) * self.limits.page:
+                self._full.append(row)
             if last:
                 row.draws = True
                 row.total += 1
