@@ -24,6 +24,7 @@ class Limits:
       row_sizes, piece_sizes: rows of a call, and tokens of a row, that there are programs for; ascending, the
         first of the rows 1.
       piece_tokens: most tokens of a prefill call, rows times length.
+      draft: longest draft, in tokens; there are decode programs for one token and for one and a draft. 0 without.
       reuse: whether a row may begin with what others have computed.
     """
 
@@ -36,6 +37,7 @@ class Limits:
     row_sizes: tuple[int, ...]
     piece_sizes: tuple[int, ...]
     piece_tokens: int = 8192
+    draft: int = 0
     reuse: bool = True
 
 
@@ -62,7 +64,7 @@ class Part(NamedTuple):
       row: its number.
       slot: where it runs.
       start: place of the first token that is computed.
-      length: tokens that are computed.
+      length: tokens that are computed; in "decode" the last token drawn, and a draft behind it.
       samples: with the last of them a token is drawn.
       step: tokens that the row has drawn before.
     """
@@ -80,9 +82,9 @@ class Call:
     """One run of a program.
 
     Attributes:
-      kind: in "decode" every part computes the token that its slot drew last.
+      kind: in "decode" every part begins with the token that its slot drew last.
       rows: number of rows that the program has, at least that of the parts.
-      tokens: length that each row has in the program, at least that of every part; 1 in "decode".
+      tokens: length that each row has in the program, at least that of every part; 1 in "decode" without drafts.
       first: all parts begin at 0: there is nothing before them.
     """
 

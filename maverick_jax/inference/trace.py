@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -30,9 +30,10 @@ class Recording(Scheduler):
         self._stream = stream
         self._write(limits=dataclasses.asdict(limits))
 
-    def add(self, request: Request, keys: Sequence[int], now: float) -> Row:
-        row = super().add(request, keys, now)
-        self._write(add=row.number, keys=row.keys, max_new_tokens=request.max_new_tokens, deadline=request.deadline, now=now)
+    def add(self, request: Request, keys: Sequence[int], now: float, *, ahead: bool = True) -> Row:
+        row = super().add(request, keys, now, ahead=ahead)
+        asked = {"max_new_tokens": request.max_new_tokens, "deadline": request.deadline}
+        self._write(add=row.number, keys=row.keys, now=now, ahead=ahead, **asked)
         return row
 
     def cancel(self, row: Row) -> None:
@@ -50,9 +51,14 @@ class Recording(Scheduler):
             self._write(deliver=row.number, key=key)
         super().deliver(row, key)
 
-    def plan(self, now: float, budget: int) -> Plan:
-        plan = super().plan(now, budget)
-        self._write(plan=plan, now=now, budget=budget)
+    def accept(self, row: Row, tokens: int) -> None:
+        if row.finish is None:
+            self._write(accept=row.number, tokens=tokens)
+        super().accept(row, tokens)
+
+    def plan(self, now: float, budget: int, drafts: Mapping[int, int] | None = None) -> Plan:
+        plan = super().plan(now, budget, drafts)
+        self._write(plan=plan, now=now, budget=budget, drafts=list((drafts or {}).items()))
         return plan
 
     def _write(self, **event: Any) -> None:
@@ -87,17 +93,19 @@ def replay(lines: Iterable[str]) -> Iterator[tuple[Scheduler, Plan]]:
 
 def _tell(scheduler: Scheduler, rows: dict[int, Row], event: dict[str, Any]) -> Plan | None:
     match event:
-        case {"add": row, "keys": keys, "max_new_tokens": most, "deadline": deadline, "now": now}:
+        case {"add": row, "keys": keys, "max_new_tokens": most, "deadline": deadline, "now": now, "ahead": ahead}:
             request = Request(ids=np.array(keys), max_new_tokens=most, deadline=deadline)  # the ids themselves decide nothing
-            rows[row] = scheduler.add(request, keys, now)
+            rows[row] = scheduler.add(request, keys, now, ahead=ahead)
         case {"cancel": row}:
             scheduler.cancel(rows[row])
         case {"finish": row, "why": why}:
             scheduler.finish(rows[row], Finish(why))
         case {"deliver": row, "key": key}:
             scheduler.deliver(rows[row], key)
-        case {"plan": dict(), "now": now, "budget": budget}:
-            return scheduler.plan(now, budget)
+        case {"accept": row, "tokens": tokens}:
+            scheduler.accept(rows[row], tokens)
+        case {"plan": dict(), "now": now, "budget": budget, "drafts": drafts}:
+            return scheduler.plan(now, budget, dict(drafts))
         case _:
             raise ValueError("it is of no known kind")
     return None

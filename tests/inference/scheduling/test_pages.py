@@ -43,6 +43,9 @@ def test_a_page_that_two_hold_stays_until_both_have_left():
     give_back(pages, row)
     assert pages.available == 1
     assert pages.find((None, b"a")) is page
+    pages.hold(page)
+    assert pages.take() is None
+    give_back(pages, row)
     new = pages.take()
     assert (new.number, page.gone, pages.find((None, b"a"))) == (page.number, True, None)
 

@@ -34,8 +34,8 @@ def rows_of(call: Call) -> list[int]:
 @pytest.mark.parametrize("part", range(8))
 def test_whatever_comes_every_row_reads_its_own_past(part):
     """Random traces against a cache that is simulated token by token: arrivals, shared prefixes, stops, cancellations, deadlines, few
-    pages, steps launched ahead. `brute.py --traces 100000` tries more."""
-    for seed in range(250 * part, 250 * part + 250):
+    pages, steps launched ahead, drafts. `brute.py --traces 100000` tries more."""
+    for seed in range(200 * part, 200 * part + 200):
         Trace(seed).run(requests=12)
 
 
@@ -254,6 +254,60 @@ def test_no_row_begins_that_would_soon_be_preempted():
         plan = step(scheduler)
         assert not plan.preempted
         assert len({part.row for call in plan.calls for part in call.parts}) <= 1
+
+
+def test_a_draft_ends_at_the_border_and_at_the_last_token_but_one():
+    """A refused token would have written over the chunk before; and the token that is drawn behind a draft is one of the answer's."""
+    scheduler = Scheduler(replace(LIMITS, draft=3))
+    row = scheduler.add(ask(7), prompt(13), 0.0, ahead=False)
+    rooms, parts = [], []
+    while row.finish is None:
+        rooms.append(scheduler.draft_room(row))
+        plan = scheduler.plan(0.0, 8, {row.number: rooms[-1]})
+        parts += [(part.start, part.length, call.tokens) for call in plan.calls for part in call.parts]
+        if not row.behind:
+            assert not scheduler.plan(0.0, 8).calls, "before it is known what stands, nothing can go on behind it"
+            scheduler.accept(row, rooms[-1] and 1)
+            for _ in range(row.unread):
+                read(scheduler, row)
+        scheduler.check()
+    assert parts == [(0, 8, 8), (8, 5, 8), (13, 3, 4), (15, 1, 1), (16, 3, 4), (18, 1, 1)]
+    assert rooms == [0, 0, 2, 0, 2, 0]
+    assert len(row.new_tokens) == 7
+
+
+def test_rows_with_and_without_a_draft_share_a_call():
+    """Every call reads all weights. Those without one are launched ahead as ever."""
+    scheduler = Scheduler(replace(LIMITS, draft=3))
+    (ahead,) = decoding(scheduler)
+    row = scheduler.add(ask(9), prompt(5), 0.0, ahead=False)
+    while row.behind:
+        scheduler.plan(0.0, 8)
+    scheduler.accept(row, 0)
+    scheduler.deliver(row, 9)
+    (call,) = scheduler.plan(0.0, 8, {row.number: 2}).calls
+    assert (rows_of(call), [part.length for part in call.parts], call.tokens) == ([ahead.number, row.number], [1, 3], 4)
+    (call,) = scheduler.plan(0.0, 8).calls
+    assert (rows_of(call), call.tokens) == ([ahead.number], 1)
+    scheduler.cancel(row)
+    scheduler.accept(row, 2)
+    scheduler.check()
+
+
+def test_a_draft_takes_no_page_from_others():
+    """It would be a bad bargain: a token that may stand for a row that is computed again."""
+    scheduler = Scheduler(replace(LIMITS, draft=3, pages=5, chunk=None, reuse=False))
+    row = scheduler.add(ask(3), prompt(7, 1), 0.0, ahead=False)
+    other = scheduler.add(ask(9), prompt(7, 2), 0.0)
+    for _ in range(3):
+        scheduler.plan(0.0, 8)
+    assert len(other.pages) == 3
+    scheduler.accept(row, 0)
+    scheduler.deliver(row, 9)
+    assert scheduler.draft_room(row) == 1
+    plan = scheduler.plan(0.0, 8, {row.number: 1})
+    assert plan.preempted == ()
+    assert [(part.row, part.length) for part in plan.calls[0].parts] == [(other.number, 1), (row.number, 1)]
 
 
 def test_a_plan_is_a_line():
