@@ -40,7 +40,7 @@ class Summary:
             counts[f"{call.kind} calls"] += 1
             counts[f"{call.kind} tokens"] += sum(part.length for part in call.parts)
             counts[f"{call.kind} tokens, padded"] += call.rows * call.tokens
-            counts["tokens drawn"] += sum(part.samples for part in call.parts)
+            counts["draws"] += sum(part.samples for part in call.parts)
             for part in call.parts:
                 if part.row not in self.begun:
                     self.begun.add(part.row)

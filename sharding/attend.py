@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -18,36 +17,42 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from maverick_jax.ops.attention import Keys, Partial, attend, attend_in_order, partial_attention, write_slots
+from maverick_jax.ops.attention import Keys, Partial, attend, attend_in_order, partial_attention
+from maverick_jax.ops.paged_attention import Pages, over_pages, write_tokens
 from maverick_jax.sharding.layout import Layout, check_placed
 
 QUERIES = ("attention_batch", "attention_sequence", "heads", None)
 KEYS = ("attention_batch", "attention_sequence", "kv_heads", None)
-CACHE = ("attention_batch", "kv_heads", "attention_sequence", None)
+PAGES = (None, "kv_heads", "attention_sequence", None)  # of each page a part: equal shares, whatever the rows
 
 
 class Attend(Protocol):
-    """Both ways of attending, as in `ops.attention`, and writing keys or values into a cache that may be divided like them."""
-
-    def write(self, buffer_BKSd, new_BKTd, slots_BT) -> jax.Array: ...
-
-    def over(self, query_BTHd, query_positions_BT, seen: Sequence[Keys], chunk: int | None) -> jax.Array: ...
+    """Ways of attending, as in `ops.attention` and `ops.paged_attention`, and writing pages that may be divided."""
 
     def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk: int | None) -> jax.Array: ...
+
+    def over(self, query_BTHd, query_positions_BT, keys: Keys, chunk: int | None) -> Partial: ...
+
+    def over_pages(self, query_BTHd, pages: Pages, table_BJ, limit_BT) -> Partial: ...
+
+    def write(self, pages: Pages, new: Keys, page_BT, slot_BT) -> Pages: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class AttendHere:
     """Everything on one device."""
 
-    def write(self, buffer_BKSd, new_BKTd, slots_BT):
-        return write_slots(buffer_BKSd, new_BKTd, slots_BT)
-
-    def over(self, query_BTHd, query_positions_BT, seen, chunk):
-        return attend(query_BTHd, query_positions_BT, seen, chunk)
-
     def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk):
         return attend_in_order(query_BTHd, key_BKTd, value_BKTd, chunk)
+
+    def over(self, query_BTHd, query_positions_BT, keys, chunk):
+        return partial_attention(query_BTHd, query_positions_BT, keys, chunk)
+
+    def over_pages(self, query_BTHd, pages, table_BJ, limit_BT):
+        return over_pages(query_BTHd, pages, table_BJ, limit_BT, page=pages.slots, first=jnp.int32(0))
+
+    def write(self, pages, new, page_BT, slot_BT):
+        return write_tokens(pages, new, page_BT, slot_BT, jnp.int32(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,33 +64,6 @@ class AttendOnMesh:
 
     def __post_init__(self) -> None:
         check_placed(self.mesh, self.layout)
-
-    def write(self, buffer_BKSd, new_BKTd, slots_BT):
-        rows, kv_heads, sequence, _ = self.layout.split(CACHE, buffer_BKSd.shape, self.mesh)
-        if not sequence:
-            return write_slots(buffer_BKSd, new_BKTd, slots_BT)
-
-        def part(buffer, new, slots):
-            """The partitioner would gather the buffer: each device takes what falls into its part."""
-            S = buffer.shape[2]
-            own = slots - lax.axis_index(sequence) * S
-            return write_slots(buffer, new, jnp.where((own >= 0) & (own < S), own, S))
-
-        buffers = PartitionSpec(rows, kv_heads, sequence)
-        local = self._shard_map(part, (buffers, PartitionSpec(rows, kv_heads), PartitionSpec(rows)))
-        return local(buffer_BKSd, new_BKTd, slots_BT)
-
-    def over(self, query_BTHd, query_positions_BT, seen, chunk):
-        if query_BTHd.shape[1] == 1:
-            parts = (self._partial(query_BTHd, query_positions_BT, keys, chunk) for keys in seen)
-            return functools.reduce(Partial.merge, parts).finish(query_BTHd.dtype)
-        rows, sequence, heads = self._divided(query_BTHd, seen[0].key_BKSd)
-        keys = Keys(PartitionSpec(rows, heads), PartitionSpec(rows, heads), PartitionSpec(rows))
-        local = self._shard_map(
-            functools.partial(attend, chunk=chunk),
-            (PartitionSpec(rows, sequence, heads), PartitionSpec(rows, sequence), [keys] * len(seen)),
-        )
-        return local(query_BTHd, query_positions_BT, list(seen))
 
     def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk):
         rows, sequence, heads = self._divided(query_BTHd, key_BKTd)
@@ -99,26 +77,54 @@ class AttendOnMesh:
             first = lax.axis_index(sequence) * tokens
             positions_BT = jnp.broadcast_to(first + jnp.arange(tokens, dtype=jnp.int32), query.shape[:2])
             key_positions_BS = jnp.broadcast_to(jnp.arange(key.shape[2], dtype=jnp.int32), (key.shape[0], key.shape[2]))
-            return attend(query, positions_BT, [Keys(key, value, key_positions_BS)], chunk)
+            return attend(query, positions_BT, Keys(key, value, key_positions_BS), chunk)
 
         keys = PartitionSpec(rows, heads)
         return self._shard_map(behind, (queries, keys, keys))(query_BTHd, key_BKTd, value_BKTd)
 
-    def _partial(self, query_B1Hd, query_positions_B1, keys, chunk):
-        """One token's: each device looks at its part of the sequence; only sums travel."""
-        rows, kv_heads, sequence, _ = self.layout.split(CACHE, keys.key_BKSd.shape, self.mesh)
-        if not sequence:  # plain operations, which the compiler divides and fuses better than a region of our own
-            return partial_attention(query_B1Hd, keys, query_positions_B1, chunk)
+    def over(self, query_BTHd, query_positions_BT, keys, chunk):
+        rows, sequence, heads = self._divided(query_BTHd, keys.key_BKSd)
+        of_keys = Keys(PartitionSpec(rows, heads), PartitionSpec(rows, heads), PartitionSpec(rows))
+        sums = PartitionSpec(rows, heads, None, sequence)
+        local = self._shard_map(
+            functools.partial(partial_attention, chunk=chunk),
+            (PartitionSpec(rows, sequence, heads), PartitionSpec(rows, sequence), of_keys),
+            Partial(sums, sums, sums),
+        )
+        return local(query_BTHd, query_positions_BT, keys)
 
-        def part(query, positions, keys):
-            out, total, most = partial_attention(query, keys, positions, chunk)
-            highest = lax.pmax(most, sequence)
-            shrink = jnp.exp(most - highest)
-            return Partial(*lax.psum((out * shrink[..., None], total * shrink), sequence), highest)
+    def over_pages(self, query_BTHd, pages, table_BJ, limit_BT):
+        """Each device looks at its part of every page; only sums travel."""
+        heads, sequence, of_pages = self._pages(pages)
 
-        buffers, sums = PartitionSpec(rows, kv_heads, sequence), PartitionSpec(rows, kv_heads)
-        in_specs = (PartitionSpec(rows, None, kv_heads), PartitionSpec(rows), Keys(buffers, buffers, PartitionSpec(rows, sequence)))
-        return self._shard_map(part, in_specs, Partial(sums, sums, sums))(query_B1Hd, query_positions_B1, keys)
+        def part(query, pages, table, limit):
+            own = over_pages(query, pages, table, limit, page=page, first=_first(sequence, pages))
+            if not sequence:
+                return own
+            highest = lax.pmax(own.most_BKGT, sequence)
+            shrink = jnp.exp(own.most_BKGT - highest)
+            return Partial(*lax.psum((own.out_BKGTd * shrink[..., None], own.total_BKGT * shrink), sequence), highest)
+
+        page, sums, whole = pages.slots, PartitionSpec(None, heads), PartitionSpec()
+        local = self._shard_map(part, (PartitionSpec(None, None, heads), of_pages, whole, whole), Partial(sums, sums, sums))
+        return local(query_BTHd, pages, table_BJ, limit_BT)
+
+    def write(self, pages, new, page_BT, slot_BT):
+        """The partitioner would gather the pages: each device takes what falls into its part."""
+        heads, sequence, of_pages = self._pages(pages)
+
+        def part(pages, new, page_BT, slot_BT):
+            return write_tokens(pages, new, page_BT, slot_BT, _first(sequence, pages))
+
+        whole, of_new = PartitionSpec(), PartitionSpec(None, heads)
+        local = self._shard_map(part, (of_pages, Keys(of_new, of_new, whole), whole, whole))
+        return local(pages, new, page_BT, slot_BT)
+
+    def _pages(self, pages):
+        """Mesh axes of the heads and of a page's slots, and the pages' partition."""
+        _, heads, sequence, _ = self.layout.split(PAGES, pages.key_NKPd.shape, self.mesh)
+        spec = PartitionSpec(None, heads, sequence)
+        return heads, sequence, Pages(spec, spec)
 
     def _divided(self, query_BTHd, key_BKSd):
         """Mesh axes of rows, sequence and heads. Query heads go with their key/value head, however the layout divides them."""
@@ -129,3 +135,8 @@ class AttendOnMesh:
     def _shard_map(self, function, in_specs, out_specs=None):
         """What comes out lies like the first argument, unless `out_specs` says otherwise."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs or in_specs[0], check_vma=False)
+
+
+def _first(sequence, pages):
+    """[] int32 the first slot of a whole page that lies on this device."""
+    return lax.axis_index(sequence) * pages.slots if sequence else jnp.int32(0)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from maverick_jax.inference.chat import Chat
-    from maverick_jax.inference.generate import Generation
+    from maverick_jax.inference.handle import Handle
     from maverick_jax.model import Llama4
 
 DEVICES = 8
@@ -95,14 +95,14 @@ def run(args: argparse.Namespace) -> int:
     print(f"expected  {expected}")
 
     _heading("tokens per expert, a mark for each of the 128")
-    assert chat.last is not None
-    _print_load(model.config.text.moe_layers, chat.last.load_ME)
+    assert chat.engine is not None
+    _print_load(model.config.text.moe_layers, chat.engine.load_ME)
     print("Of a prompt, the last layer computes only the last token: nothing else of it is read.")
-    print(f"dropped = {chat.last.dropped}")
+    print(f"dropped = {chat.engine.dropped}")
 
     _heading("speed")
     print(options.speed(_warm(chat, question, images)))
-    if answer != expected or chat.last.dropped:
+    if answer != expected or chat.engine.dropped:
         options.note("maverick: the answer is wrong.")
         return 1
     return 0
@@ -146,7 +146,7 @@ def _print_load(layers: tuple[int, ...], load_ME: np.ndarray) -> None:
     print(f"{'':9} {SHADES[0]} none   {SHADES[1]} 1   {SHADES[2]} 2-3   {SHADES[3]} 4-7   {SHADES[4]} 8 or more")
 
 
-def _warm(chat: Chat, question: str, images: list) -> Generation:
+def _warm(chat: Chat, question: str, images: list) -> Handle:
     """The same question again, now that everything is compiled."""
     again = type(chat)(chat.model, max_new_tokens=32)
     again(question, images)

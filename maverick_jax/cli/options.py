@@ -22,7 +22,7 @@ from maverick_jax.cli.parser import given_words, real, whole
 DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")  # TPU, NVIDIA, WSL, AMD
 
 if TYPE_CHECKING:
-    from maverick_jax.inference.generate import Generation
+    from maverick_jax.inference.handle import Handle
     from maverick_jax.model import Llama4
 
 
@@ -163,24 +163,24 @@ def chat_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def speed(generation: Generation) -> str:
+def speed(answer: Handle) -> str:
     """One line about a finished answer's cost."""
-    seconds = generation.seconds
+    seconds = answer.seconds
     return (
-        f"{generation.prompt_tokens} prompt tokens in {seconds['prefill']:.2f} s, {generation.new_tokens} new tokens, "
-        f"{generation.decode_rate:.1f} tokens/s; compilation {seconds['compile']:.1f} s"
+        f"{answer.prompt_tokens} prompt tokens in {seconds['prefill']:.2f} s, {answer.new_tokens} new tokens, "
+        f"{answer.decode_rate:.1f} tokens/s; compilation {seconds['compile']:.1f} s"
     )
 
 
-def as_json(text: str, generation: Generation) -> str:
+def as_json(text: str, answer: Handle) -> str:
     """An answer and its cost as one line of JSON."""
     values = {
         "text": text,
-        "prompt_tokens": generation.prompt_tokens,
-        "new_tokens": generation.new_tokens,
-        "seconds": {name: round(value, 4) for name, value in generation.seconds.items()},
-        "tokens_per_second": round(generation.decode_rate, 2),
-        "dropped": generation.dropped,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": answer.new_tokens,
+        "seconds": {name: round(value, 4) for name, value in answer.seconds.items()},
+        "tokens_per_second": round(answer.decode_rate, 2),
+        "cached_tokens": answer.cached_tokens,
     }
     return json.dumps(values, ensure_ascii=False)
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from maverick_jax.errors import UserError
-from maverick_jax.inference.checks import MAX_NEW_TOKENS, names_the_nearest, shown, stop_strings
-from maverick_jax.inference.generate import Generation, check_model
+from maverick_jax.inference.admission import check_model
+from maverick_jax.inference.checks import MAX_NEW_TOKENS, check_room, names_the_nearest, shown, stop_strings
+from maverick_jax.inference.engine import Engine
+from maverick_jax.inference.generate import engine_for
+from maverick_jax.inference.handle import Handle
+from maverick_jax.inference.request import Request
 from maverick_jax.inference.sampling import Sampling
+from maverick_jax.inference.sizes import next_power_of_two
 from maverick_jax.inference.stop import StopStrings
 from maverick_jax.model import Llama4
 from maverick_jax.prompt import (
@@ -22,6 +29,8 @@ from maverick_jax.prompt import (
     tool_schemas,
     user_message,
 )
+
+SHORTEST = 2048  # tokens that a conversation has room for at first
 
 
 class Chat:
@@ -39,7 +48,8 @@ class Chat:
     Attributes:
       messages: the conversation so far, as role/content dicts; pictures as the tiles they were cut into.
       sampling: how tokens are chosen; another `Sampling` may be set between two questions.
-      last: the `Generation` of the newest answer, with its times and expert loads; None before the first.
+      last: the `Handle` of the newest answer, with its times; None before the first.
+      engine: keeps what it has read, so that a turn reads only what is new; None before the first.
 
     Raises:
       UserError: no model that `load` opened, tokenizer or template files that cannot be read, or a setting of another type or
@@ -74,7 +84,8 @@ class Chat:
         self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         self.tokenizer = Tokenizer.from_directory(model.directory)
         self.template = load_template(model.directory)
-        self.last: Generation | None = None
+        self.last: Handle | None = None
+        self.engine: Engine | None = None
         self.reset()
 
     def __repr__(self) -> str:
@@ -128,19 +139,31 @@ class Chat:
         """Continue a prompt as text, up to a stop token or a stop string."""
         if not isinstance(prompt, Prompt):
             raise UserError(f"prompt is {shown(prompt)}: expected what `prompt` or `raw_prompt` makes of messages or of text.")
-        self.last = Generation(
-            self.model, [prompt.token_ids], tiles=prompt.tiles, max_new_tokens=self.max_new_tokens, sampling=self.sampling
-        )
+        if not isinstance(self.sampling, Sampling):
+            raise UserError(f"sampling is {shown(self.sampling)}: give a maverick_jax.Sampling.")
+        (sampling,) = self.sampling.by_row(1)
+        check_room([np.asarray(prompt.token_ids)], self.max_new_tokens, self.model.config.text)
+        request = Request(ids=prompt.token_ids, tiles=prompt.tiles, max_new_tokens=self.max_new_tokens, sampling=sampling)
+        self.last = self._engine_for(len(prompt.token_ids) + self.max_new_tokens).submit(request)
         return self._text(self.last)
 
-    def _text(self, generation: Generation) -> Iterator[str]:
+    def _engine_for(self, tokens: int) -> Engine:
+        """One with room for so many; a larger one reads the conversation again, once each time that it has doubled."""
+        if self.engine is None or self.engine.limits.max_length < tokens:
+            self.engine = engine_for(self.model, [next_power_of_two(max(tokens, SHORTEST))])
+        return self.engine
+
+    def _text(self, answer: Handle) -> Iterator[str]:
         decoder, stop = StreamDecoder(self.tokenizer), StopStrings(self.stop)
-        for (tokens,) in generation:
-            text = stop.push("".join(decoder.push(token) for token in tokens))
-            if text:
-                yield text
-            if stop.met:
-                return
+        try:
+            for token in answer:
+                text = stop.push(decoder.push(token))
+                if text:
+                    yield text
+                if stop.met:
+                    return
+        finally:
+            answer.cancel()  # whoever listens no more pays no more
         text = stop.push(decoder.flush()) + stop.flush()
         if text:
             yield text

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from maverick_jax.inference.cache import KVCache, new_cache
-from maverick_jax.inference.sizes import longest_piece, piece_size, round_up_context
+from maverick_jax.inference.sizes import PIECES, next_power_of_two, round_up_context
 from maverick_jax.model import Llama4, parameter_name
 from maverick_jax.model.attention import Piece
 from maverick_jax.model.inputs import Array
@@ -59,9 +59,9 @@ def _first_of_text(model, ids_T, index_T, features_ID) -> str | None:
     graphdef, weights = nnx.split(model)
     dtype = jnp.dtype(model.text.embedding.dtype)
     cache = new_cache(model.config.text, 1, round_up_context(len(ids_T)), dtype, model.constrain)
-    for start in range(0, len(ids_T), longest_piece(1)):
-        part = slice(start, start + longest_piece(1))
-        ids_1T, index_1T = np.zeros((2, 1, piece_size(len(ids_T[part]))), np.int32)
+    for start in range(0, len(ids_T), PIECES[-1]):
+        part = slice(start, start + PIECES[-1])
+        ids_1T, index_1T = np.zeros((2, 1, max(PIECES[0], next_power_of_two(len(ids_T[part])))), np.int32)
         length = len(ids_T[part])
         ids_1T[0, :length], index_1T[0, :length] = ids_T[part], index_T[part]
         cache, finite_L = _through_text(graphdef, weights, cache, ids_1T, np.array([length], np.int32), features_ID, index_1T)
@@ -89,12 +89,12 @@ def _through_text(graphdef, weights, cache, ids_1T, lengths_1, features_ID, inde
     model = nnx.merge(graphdef, weights)
     piece = Piece.of(cache.lengths_B, lengths_1, ids_1T.shape[1])
     outputs, layers = [model.embed(ids_1T, features_ID, index_1T)], []
-    for layer, layer_cache in zip(model.text.layers, cache.layers, strict=True):
-        output, layer_cache, _ = layer(outputs[-1], piece, layer_cache)
+    for layer, rows in zip(model.text.layers, cache.rows(), strict=True):
+        output, rows, _ = layer(outputs[-1], piece, rows)
         outputs.append(output)
-        layers.append(layer_cache)
+        layers.append(rows)
     last = rms_norm(piece.pick_last(outputs[-1]), model.text.norm[...], model.text.eps)
-    return cache.advanced(tuple(layers), piece.end_B), _finite([*outputs, last, model.logits(last)], model)
+    return cache.advanced(layers, piece.end_B), _finite([*outputs, last, model.logits(last)], model)
 
 
 def _finite(outputs, model) -> jax.Array:

@@ -21,8 +21,8 @@ class Limits:
       chunk: tokens that the other layers see, a multiple of `page`; None for a model without such layers.
       max_length: longest prompt and answer together.
       queue: requests that may wait.
-      row_sizes, piece_sizes: rows of a call, and tokens of a row, that there are programs for; ascending, the
-        first of the rows 1.
+      decode_rows, prefill_rows, piece_sizes: rows of a call of either kind, and tokens of a row in a prefill, that there are programs
+        for; ascending, the first of the rows 1.
       piece_tokens: most tokens of a prefill call, rows times length.
       draft: longest draft, in tokens; there are decode programs for one token and for one and a draft. 0 without.
       reuse: whether a row may begin with what others have computed.
@@ -34,7 +34,8 @@ class Limits:
     chunk: int | None
     max_length: int
     queue: int
-    row_sizes: tuple[int, ...]
+    decode_rows: tuple[int, ...]
+    prefill_rows: tuple[int, ...]
     piece_sizes: tuple[int, ...]
     piece_tokens: int = 8192
     draft: int = 0

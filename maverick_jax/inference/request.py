@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from maverick_jax.errors import UserError
+from maverick_jax.inference.checks import Range, real
+from maverick_jax.inference.sampling import Sampling
 
 if TYPE_CHECKING:
     from maverick_jax.inference.pages import Page
-    from maverick_jax.inference.sampling import Sampling
+
+DEADLINE = Range(real, 0.0, float(np.finfo(np.float32).max), "a number of seconds, 0 or more")
 
 
 class Full(UserError):
@@ -34,19 +38,19 @@ class Request:
     """What is asked for.
 
     Attributes:
-      ids: [T] int32 tokens of the prompt, one or more.
+      ids: tokens of the prompt, one or more.
       tiles: [N, 3, S, S] float32 of its pictures, in order; None without.
       max_new_tokens: longest answer, a stop token included.
-      sampling: how tokens are chosen, with one seed; None takes the most likely.
-      stop_ids: tokens that end the answer.
+      sampling: how tokens are chosen, with one seed.
+      stop_ids: tokens that end the answer; None takes the model's, `()` never stops early.
       deadline: seconds after it was submitted; None for as long as it takes.
     """
 
-    ids: np.ndarray
+    ids: Sequence[int] | np.ndarray
     tiles: np.ndarray | None = None
     max_new_tokens: int
-    sampling: Sampling | None = None
-    stop_ids: frozenset[int] = frozenset()
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: Collection[int] | int | None = None
     deadline: float | None = None
 
 

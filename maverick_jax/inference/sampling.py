@@ -57,6 +57,10 @@ class Sampling:
         read = SEED.check("seed", self.seed) if seeds is None else tuple(SEED.check(f"seed {i}", s) for i, s in enumerate(seeds))
         object.__setattr__(self, "seed", read)
 
+    def by_row(self, batch: int) -> list[Sampling]:
+        """The same settings for every row, each with its own seed."""
+        return [dataclasses.replace(self, seed=int(seed)) for seed in self.seeds(batch)]
+
     def seeds(self, batch: int) -> np.ndarray:
         """[B] uint32."""
         if isinstance(self.seed, int):
@@ -78,28 +82,37 @@ class RowSampling:
     seed_B: jax.Array | np.ndarray
 
     @classmethod
-    def repeat(cls, sampling: Sampling, batch: int) -> RowSampling:
-        """The same settings for every row, each with its own seed."""
+    def empty(cls, rows: int) -> RowSampling:
+        """Greedy rows, on the host."""
+        zeros = np.zeros(rows, np.float32)
+        return cls(
+            zeros,
+            np.full(rows, np.iinfo(np.int32).max, np.int32),
+            np.full(rows, np.inf, np.float32),
+            zeros.copy(),
+            np.zeros(rows, np.uint32),
+        )
+
+    def set(self, row: int, sampling: Sampling) -> None:
+        """(On the host) a row's settings, of one seed."""
         no_limit = np.iinfo(np.int32).max
         # What comes before the last tokens may add up to a little more than 1.
         all_tokens = sampling.top_p is None or sampling.top_p == 1
-        return cls(
-            np.full(batch, sampling.temperature, np.float32),
-            np.full(batch, min(sampling.top_k or no_limit, no_limit), np.int32),
-            np.full(batch, np.inf if all_tokens else sampling.top_p, np.float32),
-            np.full(batch, sampling.min_p or 0.0, np.float32),
-            sampling.seeds(batch),
-        )
+        self.temperature_B[row] = sampling.temperature
+        self.top_k_B[row] = min(sampling.top_k or no_limit, no_limit)
+        self.top_p_B[row] = np.inf if all_tokens else sampling.top_p
+        self.min_p_B[row] = sampling.min_p or 0.0
+        self.seed_B[row] = sampling.seed
 
 
-def sample(logits_BV: jax.Array, rows: RowSampling, step: jax.Array) -> jax.Array:
-    """[B, V] float32 logits -> [B] int32 tokens. `step` numbers the draws of a row."""
+def sample(logits_BV: jax.Array, rows: RowSampling, step_B: jax.Array) -> jax.Array:
+    """[B, V] float32 logits -> [B] int32 tokens. `step_B` numbers the draws of each row."""
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw():
         scaled = logits_BV / jnp.maximum(rows.temperature_B, 1e-6)[:, None]
         kept = jnp.where(_kept(scaled, rows), scaled, -jnp.inf)
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(jnp.asarray(rows.seed_B))
+        keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(jnp.asarray(rows.seed_B), step_B)
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
         return jnp.where(rows.temperature_B > 0, drawn, greedy_B)
 

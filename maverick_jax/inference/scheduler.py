@@ -249,7 +249,7 @@ class Scheduler:
             self._oldest_leads = not self._oldest_leads
             if not beside:
                 break
-            self._budget.credit -= self._rows(len(group)) * group[0].size
+            self._budget.credit -= _padded(len(group), limits.prefill_rows) * group[0].size
             pieces = [piece for piece in pieces if piece not in group]
         groups = [[piece for piece in group if piece.row.slot is not None] for group in chosen]  # a later one may have preempted them
         return [group for group in groups if group]
@@ -263,7 +263,7 @@ class Scheduler:
                 break
         else:
             return []
-        sizes = [size for size in self.limits.row_sizes if size * leader.size <= most]
+        sizes = [size for size in self.limits.prefill_rows if size * leader.size <= most]
         group = alike(leader, pieces)
         group = group[: fit(len(group), sizes)[0]]
         return [p for p in group if p.row.slot is not None and self._extend(p.row, p.row.computed + p.length)]
@@ -286,7 +286,7 @@ class Scheduler:
         return self._slots.extend(row, row.computed + 1 + length)
 
     def _decode(self, drafts: Mapping[int, int]) -> list[Call]:
-        rows, most = list(self._decoding.values()), self.limits.row_sizes[-1]
+        rows, most = list(self._decoding.values()), self.limits.decode_rows[-1]
         return [self._decode_call(rows[start : start + most], drafts) for start in range(0, len(rows), most)]
 
     def _decode_call(self, rows: list[Row], drafts: Mapping[int, int]) -> Call:
@@ -304,7 +304,7 @@ class Scheduler:
                 if not row.ahead:
                     self._held.add(row.number)
         drafted = bool(drafts) and any(row.number in drafts for row in rows)
-        return Call("decode", tuple(parts), self._rows(len(rows)), 1 + self.limits.draft if drafted else 1, False)
+        return Call("decode", tuple(parts), _padded(len(rows), self.limits.decode_rows), 1 + self.limits.draft if drafted else 1, False)
 
     def _prefill(self, group: list[Piece]) -> Call:
         parts, first, size = [], group[0].first, group[0].size
@@ -322,10 +322,7 @@ class Scheduler:
                     self._held.add(row.number)
                 elif not row.complete:
                     self._decoding[row.number] = row
-        return Call("prefill", tuple(parts), self._rows(len(group)), size, first)
-
-    def _rows(self, count: int) -> int:
-        return next(size for size in self.limits.row_sizes if size >= count)
+        return Call("prefill", tuple(parts), _padded(len(group), self.limits.prefill_rows), size, first)
 
     def _call_followers(self, row: Row) -> None:
         """Those wait no longer for whom enough is computed; none does for a row that is up to date or has left."""
@@ -352,3 +349,7 @@ class Scheduler:
         self._slots.leave(row)
         self._stuck = None
         self._call_followers(row)
+
+
+def _padded(count: int, sizes: Sequence[int]) -> int:
+    return next(size for size in sizes if size >= count)

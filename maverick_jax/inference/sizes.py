@@ -1,21 +1,22 @@
 """How prompts are cut and padded: to few sizes, so that few programs are compiled."""
 
-PIECE = 8192  # tokens of a prefill piece, all rows together: bounds what a layer computes at once
-SHORTEST_PIECE = 32
+PIECE = 8192  # tokens of a prefill call, all rows together: bounds what a layer computes at once
+PIECES = (32, 128, 512, 2048, 8192)  # tokens of one row in a call
+PREFILL_ROWS = (1, 4, 16, 64)
 
 
 def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def longest_piece(rows: int) -> int:
-    """Tokens that each of so many rows reads at once in a prefill."""
-    return max(SHORTEST_PIECE, PIECE // next_power_of_two(rows))
+def decode_rows(slots: int) -> tuple[int, ...]:
+    """Rows of a decode step: the powers of two up to the slots."""
+    return tuple(1 << i for i in range(next_power_of_two(slots).bit_length()))
 
 
-def piece_size(tokens: int) -> int:
-    """Padded length of a prefill piece: a power of two."""
-    return max(SHORTEST_PIECE, next_power_of_two(tokens))
+def prefill_rows(slots: int) -> tuple[int, ...]:
+    """Rows of a prefill call."""
+    return tuple(rows for rows in PREFILL_ROWS if rows < 4 * slots)
 
 
 def round_up_context(tokens: int) -> int:

@@ -10,8 +10,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-import numpy as np
-
 from maverick_jax.errors import UserError
 from maverick_jax.inference.plans import Limits, Plan
 from maverick_jax.inference.request import Finish, Request, Row
@@ -94,7 +92,7 @@ def replay(lines: Iterable[str]) -> Iterator[tuple[Scheduler, Plan]]:
 def _tell(scheduler: Scheduler, rows: dict[int, Row], event: dict[str, Any]) -> Plan | None:
     match event:
         case {"add": row, "keys": keys, "max_new_tokens": most, "deadline": deadline, "now": now, "ahead": ahead}:
-            request = Request(ids=np.array(keys), max_new_tokens=most, deadline=deadline)  # the ids themselves decide nothing
+            request = Request(ids=keys, max_new_tokens=most, deadline=deadline)  # the ids themselves decide nothing
             rows[row] = scheduler.add(request, keys, now, ahead=ahead)
         case {"cancel": row}:
             scheduler.cancel(rows[row])

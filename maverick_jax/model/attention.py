@@ -31,15 +31,20 @@ class Piece:
       start_B: tokens that each row held before.
       lengths_B: real tokens of each row in this call; the rest of the row is padding on the right.
       positions_BT: position of every token, padding included.
+      first: no row held any.
+      within_chunk: no row begins in one chunk and ends in another.
     """
 
     start_B: jax.Array
     lengths_B: jax.Array
     positions_BT: jax.Array
+    first: bool = dataclasses.field(default=False, metadata={"static": True})
+    within_chunk: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def of(cls, start_B: jax.Array, lengths_B: jax.Array, T: int) -> "Piece":
-        return cls(start_B, lengths_B, start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :])
+    def of(cls, start_B: jax.Array, lengths_B: jax.Array, T: int, *, first: bool = False, within_chunk: bool = False) -> "Piece":
+        positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+        return cls(start_B, lengths_B, positions_BT, first, within_chunk or T == 1)
 
     @property
     def end_B(self) -> jax.Array:
@@ -94,37 +99,29 @@ class Attention(nnx.Module):
             query, key = self._rotate_and_norm(query, asking), self._rotate_and_norm(key, piece)
         else:
             query = self._scale(query, asking)
-        key_BKSd, value_BKSd = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        new = Keys(key_BKSd, value_BKSd, piece.positions_BT)
-        if cache is not None and not cache.fresh and x_BTD.shape[1] == 1:
-            out, cache = self._one_token(query, asking.positions_BT, new, piece, cache)
-        else:
-            in_order = not last_only and (cache is None or cache.fresh)
-            cache, seen = (None, [new]) if cache is None else cache.append(new, piece, self.attend.write)
-            if in_order:
-                out = self.attend.in_order(query, key_BKSd, value_BKSd, self.chunk)
-            else:
-                out = self.attend.over(query, asking.positions_BT, seen, self.chunk)
+        new = Keys(key.swapaxes(1, 2), value.swapaxes(1, 2), piece.positions_BT)
+        if cache is None or piece.first:
+            out = self._first(query, asking, new, last_only)
+            cache = None if cache is None else self._written(cache, new, piece)
+        elif piece.within_chunk:
+            cache = self._written(cache, new, piece)
+            out = self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_after(asking)).finish(query.dtype)
+        else:  # a piece over a border overwrites what its own first tokens still see
+            before = self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_before(asking, piece.start_B))
+            out = before.merge(self.attend.over(query, asking.positions_BT, new, self.chunk)).finish(query.dtype)
+            out, new = lax.optimization_barrier((out, new))
+            cache = self._written(cache, new, piece)
         out = self.constrain(out, QUERIES)
         return linear(out, self.output[...], contract=2), cache
 
-    def _one_token(self, query, positions_B1, new, piece, cache):
-        """In the order in which XLA copies no buffer of the cache.
+    def _first(self, query, asking, new, last_only):
+        """The piece is all there is."""
+        if last_only:
+            return self.attend.over(query, asking.positions_BT, new, self.chunk).finish(query.dtype)
+        return self.attend.in_order(query, new.key_BKSd, new.value_BKSd, self.chunk)
 
-        A TPU stages on the chip what is read after it is written, and copies all of it back. The others do not keep a read
-        ahead of a write, and copy the whole buffer to be safe.
-        """
-
-        def read_then_write(query, new, cache):
-            out = self.attend.over(query, positions_B1, [cache.before(piece), new], self.chunk)
-            out, new = lax.optimization_barrier((out, new))
-            return out, cache.append(new, piece, self.attend.write)[0]
-
-        def write_then_read(query, new, cache):
-            cache, seen = cache.append(new, piece, self.attend.write)
-            return self.attend.over(query, positions_B1, seen, self.chunk), cache
-
-        return lax.platform_dependent(query, new, cache, tpu=read_then_write, default=write_then_read)
+    def _written(self, cache, new, piece):
+        return cache.written(self.attend.write(cache.pages, new, *cache.places(piece)))
 
     def _rotate_and_norm(self, x, piece):
         """RoPE, then (Scout) the weightless norm per head. Within a chunk only differences of positions matter."""

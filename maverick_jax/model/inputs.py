@@ -93,7 +93,8 @@ def check_cache(cache: KVCache, config: TextConfig, added_B: Array) -> None:
     """Is the cache this model's, for as many rows, and is there room for the tokens that each row adds?"""
     if not hasattr(cache, "lengths_B"):
         raise UserError(f"cache is {show(cache)}: it must be a KVCache, which KVCache.create gives.")
-    buffers = {layer.key_BKSd.shape[:2] + layer.key_BKSd.shape[3:] for layer in cache.layers}
+    rows = cache.lengths_B.shape[0]
+    buffers = {(rows, pages.key_NKPd.shape[1], pages.key_NKPd.shape[3]) for pages in cache.layers}
     mine = (added_B.shape[0], config.num_key_value_heads, config.head_dim)
     if len(cache.layers) != config.num_hidden_layers or buffers != {mine}:
         raise UserError(

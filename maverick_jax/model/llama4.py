@@ -155,18 +155,28 @@ class Llama4(nnx.Module):
         return self.constrain(x_BTD, RESIDUAL)
 
     def hidden(
-        self, x_BTD: jax.Array, lengths_B: Array | None = None, cache: KVCache | None = None, *, last_only: bool = False
+        self,
+        x_BTD: jax.Array,
+        lengths_B: Array | None = None,
+        cache: KVCache | None = None,
+        *,
+        last_only: bool = False,
+        first: bool = False,
+        within_chunk: bool = False,
     ) -> tuple[jax.Array, KVCache | None, tuple[Stats, ...]]:
         """Embeddings through the decoder: [B, T, D] normed hidden states, the new cache, and stats per MoE layer.
 
-        With `last_only` only each row's last token comes out, [B, 1, D], and the last layer computes only that.
+        Args:
+          last_only: only each row's last token comes out, [B, 1, D], and the last layer computes only that.
+          first, within_chunk: what the caller knows of the piece, for a quicker program: the cache is empty; no row of the piece crosses
+            a border of its attention chunks. If it is not so, the result is wrong.
         """
         B, T = x_BTD.shape[:2]
         lengths = jnp.full((B,), T, jnp.int32) if lengths_B is None else jnp.asarray(lengths_B, jnp.int32)
         start = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths_B
-        piece = Piece.of(start, lengths, T)
-        x_BTD, layers, stats = self.text(x_BTD, piece, None if cache is None else cache.layers, last_only=last_only)
-        return x_BTD, None if cache is None else cache.advanced(layers, piece.end_B), stats
+        piece = Piece.of(start, lengths, T, first=first or cache is None, within_chunk=within_chunk)
+        x_BTD, rows, stats = self.text(x_BTD, piece, None if cache is None else cache.rows(), last_only=last_only)
+        return x_BTD, None if cache is None else cache.advanced(rows, piece.end_B), stats
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] normed hidden states -> [..., V] float32."""

@@ -6,7 +6,6 @@ head, d head size.
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -101,8 +100,17 @@ class Partial(NamedTuple):
         return jnp.moveaxis(out_BKGTd, 3, 1).reshape(B, T, -1, d).astype(dtype)
 
 
-def partial_attention(query_BTHd: jax.Array, keys: Keys, query_positions_BT: jax.Array, chunk: int | None) -> Partial:
-    """Over one part of the keys, masked by positions; where a query sees none of them, `most` says so to `merge`."""
+def partial_attention(query_BTHd: jax.Array, query_positions_BT: jax.Array, keys: Keys, chunk: int | None) -> Partial:
+    """Over some of the keys, masked by positions (see `visible`); where a query sees none of them, `most` says so to `merge`.
+
+    Many scores are made in blocks: no more than `MOST_SCORES` are held.
+    """
+    B, T, H, _ = query_BTHd.shape
+    form = _partial if B * H * T * keys.positions_BS.shape[1] <= MOST_SCORES else _blockwise
+    return form(query_BTHd, query_positions_BT, keys, chunk)
+
+
+def _partial(query_BTHd, query_positions_BT, keys, chunk):
     B, T, _, d = query_BTHd.shape
     query = query_BTHd.reshape(B, T, keys.key_BKSd.shape[1], -1, d)
     scores = jnp.einsum("BTKGd,BKSd->BKGTS", query, keys.key_BKSd, preferred_element_type=jnp.float32) * d**-0.5
@@ -114,26 +122,16 @@ def partial_attention(query_BTHd: jax.Array, keys: Keys, query_positions_BT: jax
     return Partial(out, weights.sum(axis=-1), most)
 
 
-def attend(query_BTHd: jax.Array, query_positions_BT: jax.Array, seen: Sequence[Keys], chunk: int | None) -> jax.Array:
-    """Queries over any keys, told apart by their positions (see `visible`): a piece over a cache, one token of a decode.
-
-    Many scores are made in blocks: no more than `MOST_SCORES` are held.
-
-    Args:
-      seen: the keys, in parts, which for one token are not copied together.
+def attend(query_BTHd: jax.Array, query_positions_BT: jax.Array, keys: Keys, chunk: int | None) -> jax.Array:
+    """Queries over keys, told apart by their positions: as `partial_attention`, of all keys there are.
 
     Returns:
       [B, T, H, d] in the query's dtype.
     """
     B, T, H, _ = query_BTHd.shape
-    if T == 1:
-        parts = (partial_attention(query_BTHd, keys, query_positions_BT, chunk) for keys in seen)
-        return functools.reduce(Partial.merge, parts).finish(query_BTHd.dtype)
-    key, value, positions = zip(*seen, strict=True)
-    keys = Keys(jnp.concatenate(key, axis=2), jnp.concatenate(value, axis=2), jnp.concatenate(positions, axis=1))
-    if B * H * T * keys.positions_BS.shape[1] <= MOST_SCORES:
+    if T > 1 and B * H * T * keys.positions_BS.shape[1] <= MOST_SCORES:
         return attention(query_BTHd, keys.key_BKSd, keys.value_BKSd, visible(query_positions_BT, keys.positions_BS, chunk))
-    return _blockwise(query_BTHd, query_positions_BT, keys, chunk)
+    return partial_attention(query_BTHd, query_positions_BT, keys, chunk).finish(query_BTHd.dtype)
 
 
 def attend_in_order(query_BTHd: jax.Array, key_BKTd: jax.Array, value_BKTd: jax.Array, chunk: int | None) -> jax.Array:
@@ -177,12 +175,12 @@ def _causal(query_BTHd, key_BKTd, value_BKTd):
     B, T, H, _ = query_BTHd.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if B * H * T * T > MOST_SCORES:
-        return _blockwise(query_BTHd, positions_BT, Keys(key_BKTd, value_BKTd, positions_BT), None)
+        return attend(query_BTHd, positions_BT, Keys(key_BKTd, value_BKTd, positions_BT), None)
     size = max(SHORTEST_BLOCK, -(-T // BLOCKS))
     blocks = []
     for start, end in ((start, min(start + size, T)) for start in range(0, T, size)):
         earlier = Keys(key_BKTd[:, :, :end], value_BKTd[:, :, :end], positions_BT[:, :end])
-        blocks.append(attend(query_BTHd[:, start:end], positions_BT[:, start:end], [earlier], None))
+        blocks.append(attend(query_BTHd[:, start:end], positions_BT[:, start:end], earlier, None))
     return jnp.concatenate(blocks, axis=1)
 
 
@@ -217,21 +215,21 @@ def _blockwise(query_BTHd, query_positions_BT, keys, chunk):
             block = functools.partial(lax.dynamic_slice_in_dim, start_index=j * KEY_BLOCK, slice_size=KEY_BLOCK)
             some = Keys(block(padded.key_BKSd, axis=2), block(padded.value_BKSd, axis=2), block(padded.positions_BS, axis=1))
             any_seen = visible(positions_BQ, some.positions_BS, chunk).any()
-            return lax.cond(any_seen, lambda: done.merge(partial_attention(query_BQHd, some, positions_BQ, chunk)), lambda: done), None
+            return lax.cond(any_seen, lambda: done.merge(_partial(query_BQHd, positions_BQ, some, chunk)), lambda: done), None
 
         zeros = jnp.zeros((B, K, H // K, size), jnp.float32)
         nothing = Partial(jnp.zeros((*zeros.shape, d), jnp.float32), zeros, zeros + MASKED)
         done, _ = lax.scan(per_keys, nothing, jnp.arange((S + missing_keys) // KEY_BLOCK))
-        return done.finish(query_BTHd.dtype)
+        return done
 
-    out = lax.map(per_queries, (jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)))  # [blocks, B, size, H, d]
-    return jnp.moveaxis(out, 0, 1).reshape(B, T + missing, H, d)[:, :T]
+    parts = lax.map(per_queries, (jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)))
+    return Partial(*(of_query_blocks(x, T) for x in parts))
 
 
-def write_slots(buffer_BKSd: jax.Array, new_BKTd: jax.Array, slots_BT: jax.Array) -> jax.Array:
-    """New keys or values into the slots of a buffer; slot S, one past the last, is nowhere."""
-    rows = jnp.arange(buffer_BKSd.shape[0])[:, None]
-    return buffer_BKSd.at[rows, :, slots_BT].set(new_BKTd.swapaxes(1, 2).astype(buffer_BKSd.dtype), mode="drop")
+def of_query_blocks(x: jax.Array, T: int) -> jax.Array:
+    """[blocks, B, K, G, size, ...] -> [B, K, G, T, ...]: sums of queries that were taken block by block."""
+    x = jnp.moveaxis(x, 0, 3)
+    return x.reshape(*x.shape[:3], -1, *x.shape[5:])[:, :, :, :T]
 
 
 def temperature_scale(positions: jax.Array, *, floor_scale: int, attn_scale: float) -> jax.Array:

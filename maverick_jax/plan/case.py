@@ -15,11 +15,12 @@ from jax.sharding import AbstractMesh, Mesh
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
+from maverick_jax.inference.cache import page_size
 from maverick_jax.inference.checks import Range, whole
 from maverick_jax.model.parameter import Axes
 from maverick_jax.plan.topology import Topology
 from maverick_jax.plan.weights import COMPONENTS, check_dtype, parameters, stored
-from maverick_jax.sharding.attend import CACHE as CACHE_AXES
+from maverick_jax.sharding.attend import KEYS, PAGES
 from maverick_jax.sharding.layout import Layout
 from maverick_jax.sharding.mesh import AXES as MESH_AXES
 from maverick_jax.sharding.mesh import divide_axes
@@ -96,10 +97,12 @@ class Case:
         """The mesh axes that divide a logical axis of this size."""
         return set(self.layout.split((axis,), (size,), self.mesh)[0])
 
-    def split_sequence(self, rows: int) -> set[str]:
-        """The mesh axes that divide the cache of each of so many rows: those that rows leave free."""
+    @functools.cached_property
+    def split_pages(self) -> set[str]:
+        """The mesh axes that divide every page of the cache."""
         text = self.config.text
-        return set(self.layout.split(CACHE_AXES, (rows, text.num_key_value_heads, self.context, text.head_dim), self.mesh)[2])
+        shape = (1, text.num_key_value_heads, page_size(text, self.context), text.head_dim)
+        return set(self.layout.split(PAGES, shape, self.mesh)[2])
 
     def among(self, mesh_axes: Iterable[str]) -> Ways:
         """Devices along these mesh axes. Between hosts lie the first axes, as far as they divide the hosts (`divide_axes`)."""
@@ -136,4 +139,4 @@ class Case:
     @property
     def row_ways(self) -> int:
         """A batch is divided among devices only if it is a multiple of this."""
-        return max(self.ways("batch"), self.ways(CACHE_AXES[0]))
+        return max(self.ways("batch"), self.ways(KEYS[0]))

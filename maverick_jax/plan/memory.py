@@ -10,12 +10,13 @@ import math
 import jax
 
 from maverick_jax.config import TextConfig
-from maverick_jax.inference.cache import KVCache
-from maverick_jax.inference.sizes import longest_piece
+from maverick_jax.inference.cache import make_pages
+from maverick_jax.inference.sizes import PIECE, next_power_of_two
+from maverick_jax.inference.steps import Geometry
 from maverick_jax.ops.attention import MOST_SCORES
 from maverick_jax.plan.case import Case
 from maverick_jax.plan.weights import DENSE, SHARED, itemsize
-from maverick_jax.sharding.attend import CACHE as CACHE_AXES
+from maverick_jax.sharding.attend import KEYS, PAGES
 
 RESERVE = 0.06  # of the memory: the runtime, communication buffers, fragmentation, and GB that are no GiB (chips.py)
 DISPATCH_ROOM = 2  # rows of a dispatcher's buffers of fixed size, as a multiple of the tokens
@@ -69,19 +70,16 @@ def cache_bytes(case: Case) -> tuple[int, int]:
     """Bytes per device of the layers with an attention chunk, and of those that see the whole context."""
     found = [0, 0]
     for (shape, sees_all), count in _cache_shapes(case.config.text, case.batch, case.context).items():
-        found[sees_all] += math.prod(case.local(CACHE_AXES, shape)) * itemsize(case.dtype) * count
+        found[sees_all] += math.prod(case.local(PAGES, shape)) * itemsize(case.dtype) * count
     return found[0], found[1]
 
 
 @functools.lru_cache(maxsize=64)
 def _cache_shapes(config: TextConfig, batch: int, context: int) -> dict[tuple[tuple[int, ...], bool], int]:
-    """(shape, whether the layer sees the whole context) -> buffers, keys and values counted one by one."""
-    cache = jax.eval_shape(lambda: KVCache.create(config, batch, context, "bfloat16"))
-    return collections.Counter(
-        (buffer.shape, config.chunk_of_layer(i) is None)
-        for i, layer in enumerate(cache.layers)
-        for buffer in (layer.key_BKSd, layer.value_BKSd)
-    )
+    """(shape, whether the layer sees the whole context) -> arrays, keys and values counted one by one."""
+    g = Geometry.of(config, batch, context)
+    layers = jax.eval_shape(lambda: make_pages(config, g.places, g.pages, g.max_length, g.page, "bfloat16"))
+    return collections.Counter((x.shape, chunk is None) for pages, chunk in zip(layers, g.chunks, strict=True) for x in pages)
 
 
 def prefill_rows(case: Case) -> int:
@@ -91,7 +89,7 @@ def prefill_rows(case: Case) -> int:
 
 def prefill_piece(case: Case) -> int:
     """Tokens of a prompt that a prefill takes at once."""
-    return min(case.context, longest_piece(prefill_rows(case)))
+    return min(case.context, PIECE // next_power_of_two(prefill_rows(case)))
 
 
 def temporaries(case: Case, rows: int, tokens: int) -> dict[str, int]:
@@ -111,7 +109,7 @@ def temporaries(case: Case, rows: int, tokens: int) -> dict[str, int]:
     width = max([text.intermediate_size_mlp] * (DENSE in case.weight_bytes) + [text.intermediate_size] * (SHARED in case.weight_bytes))
     (F,) = case.local(("mlp",), (width,))
     (V,) = case.local(("vocab",), (text.vocab_size,))
-    (asking,) = case.local((CACHE_AXES[0],), (rows,))
+    (asking,) = case.local((KEYS[0],), (rows,))
     (heads,) = case.local(("heads",), (text.num_attention_heads,))
     seen = max(min(case.context, text.chunk_of_layer(i) or case.context) for i in range(text.num_hidden_layers))
     scores = asking * heads * tokens * seen

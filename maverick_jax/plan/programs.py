@@ -6,7 +6,6 @@ Shape suffixes: B batch, T tokens, N tiles, S pixels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,25 +15,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
-from maverick_jax.inference.cache import KVCache
+from maverick_jax.inference import steps
+from maverick_jax.model.llama4 import identity
+from maverick_jax.model.text import RESIDUAL
 from maverick_jax.plan.weights import DTYPES, abstract_model
 from maverick_jax.sharding import AttendOnMesh, Constrain, Dispatcher, Layout, make_dispatcher
-from maverick_jax.sharding.attend import CACHE
+from maverick_jax.sharding.attend import PAGES
 
 TILES = 16  # of the largest picture, without its global tile: a vision program's rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`jax.jit(function, static_argnums=0, donate_argnums=donated).lower(*arguments)` is the program."""
+    """One of the engine's programs (`inference/steps.py`) and what it is called with."""
 
     name: str
-    function: Callable
+    function: Any
     arguments: tuple
-    donated: tuple[int, ...] = ()
 
     def lower(self) -> jax.stages.Lowered:
-        return jax.jit(self.function, static_argnums=0, donate_argnums=self.donated).lower(*self.arguments)
+        return self.function.lower(*self.arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +53,19 @@ class Programs:
     dispatcher: str | Dispatcher | None = None
 
     def decode(self, batch: int, context: int) -> Program:
-        """One token of every row, over a cache for `context` tokens: the new cache and the likeliest next tokens."""
-
-        def step(graphdef, weights, cache, token_B):
-            model = nnx.merge(graphdef, weights)
-            x_B1D, cache, _ = model.hidden(model.embed(token_B[:, None]), None, cache)
-            return cache, jnp.argmax(model.logits(x_B1D[:, 0]), axis=-1).astype(jnp.int32)
-
-        token_B = self._array((batch,), jnp.int32, ("batch",))
-        return Program("decode", step, (*self._model(vision=False), self._cache(batch, context, fresh=False), token_B), (2,))
+        """One token of every row, over a cache for `context` tokens each: the new cache and the next tokens' logits."""
+        structure, leaves = self._model(vision=False)
+        geometry, state, table_SJ = self._cache(batch, context)
+        token_S, rows_BC = self._whole((batch,)), self._whole((batch, len(steps.Call._fields)))
+        return Program("decode", steps.decode, (structure, geometry, leaves, state, table_SJ, token_S, rows_BC))
 
     def prefill(self, batch: int, tokens: int, context: int | None = None) -> Program:
-        """The first `tokens` of every row into an empty cache: the cache and the likeliest next tokens."""
-
-        def step(graphdef, weights, cache, ids_BT, lengths_B):
-            model = nnx.merge(graphdef, weights)
-            x_B1D, cache, _ = model.hidden(model.embed(ids_BT), lengths_B, cache, last_only=True)
-            return cache, jnp.argmax(model.logits(x_B1D[:, 0]), axis=-1).astype(jnp.int32)
-
-        ids_BT = self._array((batch, tokens), jnp.int32, ("batch", "sequence"))
-        lengths_B = self._array((batch,), jnp.int32, ("batch",))
-        cache = self._cache(batch, context or tokens, fresh=True)
-        return Program("prefill", step, (*self._model(vision=False), cache, ids_BT, lengths_B), (2,))
+        """The first `tokens` of every row into an empty cache: the cache and the next tokens' logits."""
+        structure, leaves = self._model(vision=False)
+        geometry, state, table_SJ = self._cache(batch, context or tokens)
+        x_BTD = self._array((batch, tokens, self.config.text.hidden_size), jnp.dtype(DTYPES[self.dtype]), RESIDUAL)
+        rows_BC = self._whole((batch, len(steps.Call._fields)))
+        return Program("prefill", steps.prefill, (structure, geometry, True, leaves, state, table_SJ, x_BTD, rows_BC))
 
     def vision(self, tiles: int = TILES) -> Program:
         """Tiles to image features."""
@@ -83,34 +74,35 @@ class Programs:
         side = self.config.vision.image_size
         tiles_N3SS = self._array((tiles, self.config.vision.num_channels, side, side), jnp.float32, ("tiles", None, None, None))
 
-        def encode(graphdef, weights, tiles_N3SS):
-            return nnx.merge(graphdef, weights).encode_tiles(tiles_N3SS)
+        return Program("vision", steps.encode, (*self._model(vision=True), tiles_N3SS))
 
-        return Program("vision", encode, (*self._model(vision=True), tiles_N3SS))
-
-    def _model(self, *, vision: bool) -> tuple[nnx.GraphDef, Any]:
-        """Graph and weights; of the two towers only the one that the program reads."""
+    def _model(self, *, vision: bool) -> tuple[Any, list[Any]]:
+        """Structure and leaves; of the two towers only the one that the program reads."""
         config = self.config if vision else dataclasses.replace(self.config, vision=None)
         options = {
             "dispatcher": make_dispatcher(self.mesh, self.layout, self.dispatcher),
             "attend": AttendOnMesh(self.mesh, self.layout),
             "constrain": Constrain(self.mesh, self.layout),
         }
-        graphdef, weights = nnx.split(abstract_model(config, self.dtype, **options))
-        for _, leaf in nnx.to_flat_state(weights):
+        model = abstract_model(config, self.dtype, **options)
+        for _, leaf in nnx.to_flat_state(nnx.state(model)):
             leaf.set_value(self._array(leaf.shape, leaf.dtype, leaf.get_metadata()["axes"]))
-        return graphdef, weights
+        leaves, structure = jax.tree.flatten(model)
+        return structure, leaves
 
-    def _cache(self, batch: int, context: int, *, fresh: bool) -> KVCache:
-        cache = jax.eval_shape(lambda: KVCache.create(self.config.text, batch, context, DTYPES[self.dtype]))
-        cache = dataclasses.replace(cache, layers=tuple(dataclasses.replace(layer, fresh=fresh) for layer in cache.layers))
-        whole = NamedSharding(self.mesh, PartitionSpec())
+    def _cache(self, batch: int, context: int) -> tuple[steps.Geometry, steps.State, Any]:
+        """An engine's, with pages for `batch` rows of full length."""
+        geometry = steps.Geometry.of(self.config.text, batch, context)
+        state, _ = jax.eval_shape(lambda: steps.create(self.config.text, geometry, DTYPES[self.dtype], identity))
 
-        def place(buffer):
-            sharding = self.layout.sharding(CACHE, buffer.shape, self.mesh) if buffer.ndim == len(CACHE) else whole
-            return jax.ShapeDtypeStruct(buffer.shape, buffer.dtype, sharding=sharding)
+        def place(x):
+            return self._array(x.shape, x.dtype, PAGES) if x.ndim == len(PAGES) else self._whole(x.shape)
 
-        return jax.tree.map(place, cache)
+        return geometry, jax.tree.map(place, state), self._whole((batch, geometry.stretches))
+
+    def _whole(self, shape) -> jax.ShapeDtypeStruct:
+        """Whole numbers, the same on every device."""
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
     def _array(self, shape, dtype, axes) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.sharding(axes, shape, self.mesh))

@@ -52,7 +52,7 @@ class Plan:
         """What a reader must know beside the numbers."""
         case, found = self.case, []
         if case.batch % case.row_ways:
-            parts = case.among(case.split_sequence(case.batch)).total
+            parts = case.among(case.split_pages).total
             lies = f"each row's cache lies on {parts} by its sequence" if parts > 1 else "each of these has a row's whole cache"
             found.append(f"batch {case.batch} is no multiple of {case.row_ways}: devices share rows, and {lies}.")
         if case.topology.chip.is_gpu and self.memory.needed > GPU_DEFAULT_SHARE * self.memory.capacity:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from maverick_jax.plan.case import Case, Ways
 from maverick_jax.plan.memory import prefill_piece, prefill_rows
 from maverick_jax.plan.weights import ATTENTION, DENSE, EMBEDDING, ROUTED, SHARED, SMALL, UNEMBEDDING, VISION, itemsize
-from maverick_jax.sharding.attend import CACHE as CACHE_AXES
+from maverick_jax.sharding.attend import KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +142,12 @@ def steps(case: Case, rows: int, tokens: int, starts: Iterable[int]) -> Iterator
     text, size = case.config.text, itemsize(case.dtype)
     D = text.hidden_size
     (own_rows,) = case.local(("batch",), (rows,))
-    (asking_rows,) = case.local((CACHE_AXES[0],), (rows,))
+    (asking_rows,) = case.local((KEYS[0],), (rows,))
     experts, hit, routed_tokens, distinct = _experts(case, rows * tokens)
 
-    sharing = case.among(case.split_sequence(rows) if tokens == 1 else ())
-    parts = sharing.total
+    # Of a decode step each device looks at its part of every row's pages.
+    sharing = case.among(case.split_pages if tokens == 1 else ())
+    parts, looking_rows = sharing.total, rows if tokens == 1 else asking_rows
     (kv_heads,) = case.local(("kv_heads",), (text.num_key_value_heads,))
     (heads,) = case.local(("heads",), (text.num_attention_heads,))
     weights = {part: float(size) for part, size in case.weight_bytes.items() if part not in (VISION, EMBEDDING)}
@@ -165,7 +166,7 @@ def steps(case: Case, rows: int, tokens: int, starts: Iterable[int]) -> Iterator
 
     exchanges = _exchanges(case, rows, tokens)
     if parts > 1:  # float32 sums of the parts of a row's cache
-        sums = asking_rows * heads * text.head_dim * 4
+        sums = looking_rows * heads * text.head_dim * 4
         exchanges["attention parts all-reduce"] = (text.num_hidden_layers, all_reduce(sharing, sums))
     sent = {name: count * each.inside for name, (count, each) in exchanges.items() if each.inside}
     crossed = {name: count * each.across for name, (count, each) in exchanges.items() if each.across}
@@ -178,8 +179,8 @@ def steps(case: Case, rows: int, tokens: int, starts: Iterable[int]) -> Iterator
         exchange["network"] = sum(crossed.values()) / chip.network
 
     for slots, pairs in _attention(case, tokens, starts):
-        cache = 2 * asking_rows * kv_heads * slots * text.head_dim * size / parts
-        scores = 4.0 * asking_rows * heads * text.head_dim * pairs / parts
+        cache = 2 * looking_rows * kv_heads * slots * text.head_dim * size / parts
+        scores = 4.0 * looking_rows * heads * text.head_dim * pairs / parts
         read, made = weights | {"cache": cache}, products | {"scores": scores}
         seconds = {"memory": sum(read.values()) / chip.bandwidth, "compute": compute + scores / chip.flops} | exchange
         yield Cost(read, made, sent, crossed, collectives, seconds, distinct)
@@ -221,14 +222,14 @@ def _exchanges(case: Case, rows: int, tokens: int) -> dict[str, tuple[int, Sent]
     text = case.config.text
     layers, mixtures = text.num_hidden_layers, len(text.moe_layers)
     (own_rows,) = case.local(("batch",), (rows,))
-    (asking_rows,) = case.local((CACHE_AXES[0],), (rows,))
+    (asking_rows,) = case.local((KEYS[0],), (rows,))
     own, asking = own_rows * tokens * token_bytes(case), asking_rows * tokens * token_bytes(case)
     dispatched = math.ceil(rows * tokens / case.ways("tokens")) * token_bytes(case)
 
     def among(axis: str, size: int) -> Ways:
         return case.among(case.split(axis, size))
 
-    regrouped = case.among(case.split("batch", rows) ^ case.split(CACHE_AXES[0], rows))
+    regrouped = case.among(case.split("batch", rows) ^ case.split(KEYS[0], rows))
     to_experts = all_to_all(among("expert", text.num_local_experts), dispatched) if mixtures else Sent(0, 0)
     found = {
         "embedding all-reduce": (1, all_reduce(among("vocab", text.vocab_size), own)),

@@ -28,7 +28,7 @@ def endless(*parts):
     time.sleep(1000)
 scripted.Scripted.seen = []
 scripted.Scripted.answers = [endless(), endless("one ", "two "), lambda prompt: f"\x1b[31m{prompt}\r\n\u202e"]
-chat.Generation = scripted.Scripted
+chat.engine_for = scripted.Scripted
 options.load_model = lambda args: scripted.Model()
 from maverick_jax.__main__ import main
 sys.exit(main())

@@ -18,9 +18,9 @@ from oracle.scripted import TOKENIZER, Model, Scripted
 def talk(maverick, monkeypatch):
     """`talk(lines, answers)` -> what the command left behind; of the model only its weights are missing."""
 
-    def run(lines, answers=(), *arguments, generation=Scripted):
+    def run(lines, answers=(), *arguments, engine=Scripted):
         Scripted.answers, Scripted.seen = list(answers), []
-        monkeypatch.setattr(chat_module, "Generation", generation)
+        monkeypatch.setattr(chat_module, "engine_for", engine)
         monkeypatch.setattr(options, "load_model", lambda args: Model())
         text = lines if isinstance(lines, bytes) else "\n".join(map(str, lines)).encode()
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
@@ -100,7 +100,7 @@ def test_slashes_and_white_space(talk):
 
 def test_a_full_context_names_the_way_out(talk):
     """The request is checked as it is, before anything is computed."""
-    result = talk(["word " * 5000, "/reset"], generation=chat_module.Generation)
+    result = talk(["word " * 5000, "/reset"], engine=chat_module.engine_for)
     assert result.status == 0
     assert result.err.startswith("maverick: prompt 0 has ")
     assert "the context holds 4096" in result.err

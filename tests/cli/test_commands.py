@@ -37,7 +37,7 @@ def test_generate_json(maverick, pictures):
     images = [word for picture in pictures for word in ("--image", picture)]
     result = json.loads(maverick("generate", QUESTION, *images, "--json").out)
     assert result["text"] == EXPECTED
-    assert result["dropped"] == 0
+    assert result["cached_tokens"] == 0
     assert set(result["seconds"]) == {"compile", "prefill", "decode"}
     before = EXPECTED.split("=")[0]
     assert json.loads(maverick("generate", QUESTION, *images, "--json", "--stop", "=").out)["text"] == before

@@ -26,7 +26,7 @@ RED = Image.new("RGB", (60, 32), "red")
 def script(monkeypatch) -> type[Scripted]:
     """What the model will say, and what it was given."""
     Scripted.answers, Scripted.seen = [], []
-    monkeypatch.setattr(chat_module, "Generation", Scripted)
+    monkeypatch.setattr(chat_module, "engine_for", Scripted)
     return Scripted
 
 
@@ -78,7 +78,7 @@ def test_a_stop_string_ends_the_answer(script):
 
 
 def test_half_a_character_at_the_end_is_shown_as_such(script, monkeypatch):
-    monkeypatch.setattr(Scripted, "__iter__", lambda self: iter([[TOKENIZER.encode("aé")[:-1]]]))
+    monkeypatch.setattr(Scripted, "__iter__", lambda self: iter(TOKENIZER.encode("aé")[:-1]))
     assert Chat(Model())("?") == "a\ufffd"
 
 
@@ -164,12 +164,12 @@ def test_tools_are_in_every_prompt(script, tmp_path):
     assert script.seen[-1][0] == TOKENIZER.encode("<|begin_of_text|>look_up1", allow_special=True)
 
 
-def test_settings_reach_the_generation(script):
+def test_settings_reach_the_engine(script):
     script.answers += ["a"]
     chat = Chat(Model(), max_new_tokens=7, temperature=0.5, seed=3)
     chat("?")
-    max_new_tokens, sampling = chat.last.settings
-    assert (max_new_tokens, sampling.temperature, sampling.seed) == (7, 0.5, 3)
+    asked = chat.last.request
+    assert (asked.max_new_tokens, asked.sampling.temperature, asked.sampling.seed) == (7, 0.5, 3)
 
 
 def test_a_model_from_nowhere():
@@ -265,7 +265,7 @@ def test_settings_may_change_between_two_questions(script):
     chat("?")
     chat.sampling = Sampling(temperature=0.5)
     chat("?")
-    assert chat.last.settings[1].temperature == 0.5
+    assert chat.last.request.sampling.temperature == 0.5
     assert set(dataclasses.asdict(chat.sampling)) < set(inspect.signature(mj.generate).parameters)
 
 

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from maverick_jax.inference import clock
-from maverick_jax.inference.generate import Generation
+from maverick_jax.inference.generate import engine_for
+from maverick_jax.inference.request import Request
 from oracle.plain import plain_model
 
 
@@ -24,17 +25,17 @@ def test_seconds_compiling(monkeypatch):
     assert [clock.seconds_compiling(since) for since in (0.0, 2.5, 5.0, 6.0, 9.0)] == [4.0, 3.5, 1.5, 0.5, 0.0]
 
 
-def test_a_run_is_divided_into_compiling_prefill_and_decode():
+def test_a_request_is_divided_into_compiling_prefill_and_decode():
     """A first run compiles and a second one does not; together the parts are what a clock on the wall shows."""
+    request = Request(ids=[1, 2, 3], max_new_tokens=9, stop_ids=())
     for compiles in (True, False):
-        run = Generation(plain_model(num_hidden_layers=2), [[1, 2, 3]], max_new_tokens=9, stop_ids=())
+        engine = engine_for(plain_model(num_hidden_layers=2), [12])
         started = time.perf_counter()
-        list(run)
+        (handle,) = engine.run([request])
         passed = time.perf_counter() - started
-        assert (run.seconds["compile"] > 0) == compiles
-        assert min(run.seconds["prefill"], run.seconds["decode"]) > 0
-        assert sum(run.seconds.values()) <= passed
-    assert run.decode_rate == pytest.approx(8 / run.seconds["decode"])
-    run.seconds["decode"] = 0.0
-    run.first_tokens = run.new_tokens
-    assert run.decode_rate == 0.0
+        assert (handle.seconds["compile"] > 0) == compiles
+        assert min(handle.seconds["prefill"], handle.seconds["decode"]) > 0
+        assert sum(handle.seconds.values()) <= passed
+    assert handle.decode_rate == pytest.approx(8 / handle.seconds["decode"])
+    handle.seconds["decode"] = 0.0
+    assert handle.decode_rate == 0.0

@@ -1,23 +1,23 @@
 """Generation: the tokens of transformers, for rows of any lengths, stopping where it should."""
 
 import dataclasses
-import itertools
 
+import jax
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from numpy.testing import assert_allclose
 from transformers import GenerationConfig, Llama4TextConfig
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference import generate as generation
-from maverick_jax.inference import sizes
-from maverick_jax.inference.generate import Generation, generate
+from maverick_jax.inference import engine as engine_module
+from maverick_jax.inference import pictures, steps
+from maverick_jax.inference.generate import engine_for, generate
+from maverick_jax.inference.request import Request
 from maverick_jax.sharding import make_mesh
 from oracle.forward import text_ids
 from oracle.pair import Pair, picture_prompt
-from oracle.plain import PATCH, SIDE, VISION, plain_model
+from oracle.plain import SIDE, VISION, plain_model
 from oracle.port import port
 from oracle.tiny_checkpoints import make_model, text_values
 
@@ -66,7 +66,7 @@ def test_a_row_in_a_batch_is_as_if_alone(small, greedy):
 
 def test_a_prompt_of_many_pieces(small, monkeypatch):
     """A long prompt goes in by several pieces, though a short neighbour ends in the first."""
-    monkeypatch.setattr(sizes, "PIECE", 32)  # 32 per row, the shortest
+    monkeypatch.setattr(engine_module, "PIECES", (32,))
     prompts = [text_ids(1, 128)[0].tolist(), PROMPTS[1], text_ids(1, 64)[0].tolist()]  # 128 tokens of cache hold no answer
     assert generate(small.model, prompts, max_new_tokens=NEW, stop_ids=()) == [reference_tokens(small, prompt) for prompt in prompts]
 
@@ -74,9 +74,7 @@ def test_a_prompt_of_many_pieces(small, monkeypatch):
 def test_a_mesh_changes_no_token(small, greedy):
     """Cache, rows and experts laid out over eight devices."""
     model = port(small.reference, mesh=make_mesh(data=2, expert=2, tensor=2))
-    run = Generation(model, PROMPTS, max_new_tokens=NEW, stop_ids=())
-    assert [list(itertools.chain(*row)) for row in zip(*run, strict=True)] == greedy
-    assert run.dropped == 0
+    assert generate(model, PROMPTS, max_new_tokens=NEW, stop_ids=()) == greedy
 
 
 def test_stop_ids_end_each_row_for_itself(small, greedy):
@@ -103,52 +101,37 @@ def test_max_new_tokens(small, greedy, count):
 
 def test_no_recompilation_within_a_bucket(small, greedy):
     """Prompts of up to 32 tokens share one program, whatever their lengths and settings."""
-    sizes = generation._prefill_piece._cache_size(), generation._decode._cache_size()
+    programs = (steps.prefill, steps.decode, steps.draw)
+    before = [program._cache_size() for program in programs]
     for length in (1, 7, 32):
         prompts = [PROMPTS[0][:3], PROMPTS[1], (PROMPTS[2] * 2)[:length]]
         generate(small.model, prompts, max_new_tokens=NEW, stop_ids=(), temperature=0.1 * length, top_k=length)
-    assert (generation._prefill_piece._cache_size(), generation._decode._cache_size()) == sizes
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_expert_loads_count_every_token_once(tiny):
     """Prompt and new tokens, without padding, the last new token is never fed back; the last layer skips what nobody reads."""
-    run = Generation(tiny.model, PROMPTS, max_new_tokens=NEW, stop_ids=())
-    assert sum(len(row) for portion in run for row in portion) == run.new_tokens == 3 * NEW
-    *others, last = run.load_ME.sum(axis=1).tolist()
-    assert others == [run.prompt_tokens + 3 * (NEW - 1)] * len(others) != []
-    assert last == len(PROMPTS) * NEW
-    assert run.dropped == 0
-
-
-def test_a_finished_row_writes_and_routes_no_more(monkeypatch):
-    """What is decoded behind a row's stop token is nobody's: it takes no slot of the cache and no expert's time."""
-    model, prompts = plain_model(), [[4, 5, 6], [7, 8, 9, 10, 11]]
-    never = generate(model, prompts, max_new_tokens=20, stop_ids=())
-    stop = next(token for i, token in enumerate(never[0]) if i > 2 and token not in [*never[0][:i], *never[1]])
-    lengths, decode = [], generation._decode
-
-    def recording(*arguments):
-        state, tokens = decode(*arguments)
-        lengths.append(np.asarray(state.cache.lengths_B).tolist())
-        return state, tokens
-
-    monkeypatch.setattr(generation, "_decode", recording)
-    run = Generation(model, prompts, max_new_tokens=20, stop_ids=[stop])
-    list(run)
-    assert run.rows == [never[0][: never[0].index(stop)], never[1]]
-    # The first token of a row comes with the prefill, the last one is never fed back.
-    assert lengths[-1] == [3 + len(run.rows[0]), 5 + 19]
-    assert run.load_ME.sum() == sum(lengths[-1])
+    engine = engine_for(tiny.model, [len(prompt) + NEW for prompt in PROMPTS])
+    handles = engine.run([Request(ids=prompt, max_new_tokens=NEW, stop_ids=()) for prompt in PROMPTS])
+    assert sum(handle.new_tokens for handle in handles) == 3 * NEW
+    *others, last = engine.load_ME.sum(axis=1).tolist()
+    assert others == [sum(map(len, PROMPTS)) + 3 * (NEW - 1)] * len(others) != []
+    pieces = sum(-(-len(prompt) // tiny.config.text.attention_chunk_size) for prompt in PROMPTS)
+    assert last == pieces + len(PROMPTS) * (NEW - 1)
+    assert engine.dropped == 0
 
 
 def test_tiles_of_many_calls_of_the_tower():
     """The tower takes sixteen tiles at a time: later ones are not the first ones again, and those that pad the last call are nobody's."""
     model = plain_model(vision=VISION)
     tiles = np.random.default_rng(0).uniform(-1, 1, (37, 3, SIDE, SIDE)).astype(np.float32)
-    prompts = [[1] + [PATCH] * count + [2] for count in (5, 20, 12)]
-    features, index = Generation(model, prompts, tiles=tiles, max_new_tokens=1)._features(*nnx.split(model))
-    assert np.concatenate([i[np.array(p) == PATCH] for i, p in zip(index, prompts, strict=True)]).tolist() == list(range(37))
-    assert_allclose(features[:37], model.encode_tiles(tiles), atol=1e-6)
+    leaves, structure = jax.tree.flatten(model)
+    features = pictures.Features(lambda group: steps.encode(structure, leaves, group), steps.pick)
+    found = features.of(pictures.digests(tiles), tiles)
+    assert_allclose(np.concatenate(found), model.encode_tiles(tiles), atol=1e-6)
+    again = np.array([30, 2, 30])
+    assert_allclose(np.concatenate(features.of(pictures.digests(tiles[again]), tiles[again])), model.encode_tiles(tiles[again]), atol=1e-6)
+    assert features.encoded == 37
 
 
 def test_no_prompts_no_tokens(small):

@@ -6,7 +6,8 @@ import pytest
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference import not_finite
-from maverick_jax.inference.generate import Generation, generate
+from maverick_jax.inference.generate import engine_for, generate
+from maverick_jax.inference.request import Finish, Request
 from maverick_jax.model import Llama4
 from maverick_jax.sharding import THROUGHPUT, AttendOnMesh, Constrain, make_dispatcher, make_mesh
 from oracle.plain import PATCH, SIDE, VISION, plain_model
@@ -47,7 +48,7 @@ def refusal(model: Llama4, prompts=PROMPTS, **options) -> str:
 def test_the_first_layer_is_named(name, layer):
     """One damaged weight makes everything behind it NaN: only where it begins helps."""
     said = refusal(damage(plain_model(), name))
-    assert said.startswith(f"the logits of prompt 0 are not finite after 0 new tokens: {layer} is the first layer whose output is not; ")
+    assert said.startswith(f"prompt 0: the logits are not finite after 0 new tokens: {layer} is the first layer whose output is not; ")
     assert f"its weight {name} holds NaN or infinity: fetch or convert the checkpoint again" in said
 
 
@@ -82,18 +83,19 @@ def test_tokens_come_until_it_happens(monkeypatch):
     """NaN in one row of the embedding is met when that token comes: what came before is right, and the count says where it was."""
     expected = generate(plain_model(), [PROMPTS[1]], max_new_tokens=12, stop_ids=())[0]
     at = next(i for i, token in enumerate(expected) if i > 2 and token not in [0, *PROMPTS[1], *expected[:i]])  # 0 is what pads
-    for size in ("longest_piece", "piece_size"):
-        monkeypatch.setattr(not_finite, size, lambda _: 4)  # the row is read again in pieces
-    run = Generation(damage(plain_model(), "text.embedding", at=expected[at]), [PROMPTS[1]], max_new_tokens=12, stop_ids=())
-    with pytest.raises(UserError, match=rf"prompt 0 are not finite after {at + 1} new tokens: text\.embedding is the first layer"):
-        list(run)
-    assert run.rows == [expected[: at + 1]]
+    monkeypatch.setattr(not_finite, "PIECES", (4,))  # the row is read again in pieces
+    engine = engine_for(damage(plain_model(), "text.embedding", at=expected[at]), [20])
+    handle = engine.submit(Request(ids=PROMPTS[1], max_new_tokens=12, stop_ids=()))
+    with pytest.raises(UserError, match=rf"the logits are not finite after {at + 1} new tokens: text\.embedding is the first layer"):
+        list(handle)
+    assert handle.tokens == expected[: at + 1]
+    assert handle.finish is Finish.ERROR
 
 
 def test_the_row_is_named_and_others_do_not_hide_it():
     """NaN where only the second prompt comes by."""
     said = refusal(damage(plain_model(), "text.embedding", at=PROMPTS[1][2]))
-    assert "the logits of prompt 1 are not finite after 0 new tokens: text.embedding is" in said
+    assert said.startswith("prompt 1: the logits are not finite after 0 new tokens: text.embedding is")
 
 
 def test_on_a_mesh():

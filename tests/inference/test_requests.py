@@ -1,13 +1,11 @@
 """What a caller asks for wrongly is one line that names it, before anything runs; what is unusual but right is taken as meant."""
 
-import itertools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.generate import Generation, generate
+from maverick_jax.inference.generate import generate
 from oracle.plain import PATCH, SIDE, VISION, plain_model
 
 TILES = np.zeros((1, 3, SIDE, SIDE), np.float32)
@@ -25,7 +23,7 @@ def seeing():
 
 def message(model, *, prompts=([1, 2],), max_new_tokens=2, **options) -> str:
     with pytest.raises(UserError) as caught:
-        Generation(model, prompts, max_new_tokens=max_new_tokens, **options)
+        generate(model, prompts, max_new_tokens=max_new_tokens, **options)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
     return str(caught.value)
@@ -148,12 +146,3 @@ def test_what_is_unusual_is_taken_as_meant(model, seeing):
 def test_what_is_no_model():
     """The name of a directory is not yet a model."""
     assert "model is 'my-model': open it with maverick_jax.load" in message("my-model")
-
-
-def test_a_generation_is_iterated_once(model):
-    """A second iteration would run everything again and count it twice; what was made is still there."""
-    run = Generation(model, [[1, 2]], max_new_tokens=3, stop_ids=())
-    portions = [portion[0] for portion in run]
-    assert run.rows == [list(itertools.chain(*portions))]
-    with pytest.raises(UserError, match="iterated before"):
-        iter(run)

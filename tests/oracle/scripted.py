@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -28,7 +29,7 @@ class Model(mj.Llama4):
 
 
 class Scripted:
-    """Stands for `Generation`: notes the prompts, and says the next answer a few tokens at a time.
+    """Stands for `engine_for` and the engine and the handle that come of it: notes the prompts, and says the next answer.
 
     Attributes:
       answers: what will be said: a text, or its parts and what breaks it off, or a function of the prompt's text.
@@ -38,21 +39,25 @@ class Scripted:
     answers: list[Answer]
     seen: list[tuple[list[int], np.ndarray | None]]
     seconds = {"compile": 0.0, "prefill": 1.0, "decode": 1.0}  # noqa: RUF012 - never changed
-    prompt_tokens = new_tokens = dropped = 0
+    prompt_tokens = new_tokens = cached_tokens = 0
     decode_rate = 0.0
 
-    def __init__(self, model, prompts, *, tiles, max_new_tokens, sampling):
-        (self.prompt,) = prompts
-        self.seen.append((self.prompt, tiles))
-        self.settings = (max_new_tokens, sampling)
+    def __init__(self, model, lengths):
+        self.limits = types.SimpleNamespace(max_length=lengths[0])
 
-    def __iter__(self) -> Iterator[list[list[int]]]:
+    def submit(self, request) -> Scripted:
+        self.request = request
+        self.seen.append((request.ids, request.tiles))
+        return self
+
+    def cancel(self) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[int]:
         answer = self.answers.pop(0)
         if callable(answer):
-            answer = answer(TOKENIZER.decode(self.prompt))
+            answer = answer(TOKENIZER.decode(self.request.ids))
         for part in [answer] if isinstance(answer, str) else answer:
             if isinstance(part, BaseException):
                 raise part
-            ids = TOKENIZER.encode(part)
-            for start in range(0, len(ids), 3):
-                yield [ids[start : start + 3]]
+            yield from TOKENIZER.encode(part)

@@ -12,7 +12,7 @@ from transformers import Llama4TextConfig
 
 from maverick_jax.inference.cache import KVCache
 from maverick_jax.sharding import LATENCY, THROUGHPUT, TRAINING, AllToAll, get_layout, make_mesh
-from maverick_jax.sharding.attend import CACHE
+from maverick_jax.sharding.attend import PAGES
 from oracle.forward import TOLERANCE, cached_step, forms_for_tpu, logits, text_ids
 from oracle.pair import picture_prompt
 from oracle.port import port
@@ -58,7 +58,7 @@ def test_one_row_on_many_devices(tiny_maverick, sizes, layout, forms):
     mesh = make_mesh(**sizes)
     model = port(tiny_maverick.reference, mesh=mesh, layout=layout)
     ids = text_ids(1, 72)
-    assert not layout.sharding(CACHE, (1, 2, 128, 32), mesh).is_fully_replicated
+    assert not layout.sharding(PAGES, (8, 2, 16, 32), mesh).is_fully_replicated
     create = jax.jit(lambda: KVCache.create(model.config.text, 1, 128, jnp.float32, model.constrain))
     expected = tiny_maverick.expected_logits(ids)
     with forms():

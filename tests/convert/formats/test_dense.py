@@ -24,7 +24,8 @@ from maverick_jax.convert.formats import tied
 from maverick_jax.convert.proof.compare import compare
 from maverick_jax.convert.proof.verify import verify
 from maverick_jax.inference.cache import KVCache
-from maverick_jax.inference.generate import Generation
+from maverick_jax.inference.generate import engine_for
+from maverick_jax.inference.request import Request
 from maverick_jax.plan import make_plan
 from oracle import tiny_checkpoints
 from oracle.forward import TOLERANCE, cached_step, logits, text_ids
@@ -166,10 +167,10 @@ def test_generation_of_a_model_without_mixtures(dense):
     model, ids = load(dense["mobile"].converted, dtype="float32"), text_ids(1, 20)
     with torch.no_grad():
         expected = dense["mobile"].model.generate(torch.tensor(ids, dtype=torch.long), max_new_tokens=12, do_sample=False, eos_token_id=[])
-    generation = Generation(model, ids.tolist(), max_new_tokens=12, stop_ids=())
-    assert [token for (tokens,) in generation for token in tokens] == expected[0, 20:].tolist()
-    assert generation.load_ME.shape == (0, 0)
-    assert generation.dropped == 0
+    engine = engine_for(model, [32])
+    assert engine.run([Request(ids=ids[0], max_new_tokens=12, stop_ids=())])[0].tokens == expected[0, 20:].tolist()
+    assert engine.load_ME.shape == (0, 0)
+    assert engine.dropped == 0
 
 
 def test_described_and_planned(one):

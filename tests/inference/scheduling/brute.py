@@ -25,9 +25,18 @@ from maverick_jax.inference.scheduler import Scheduler
 MOST_PLANS = 5000  # of a trace that takes some hundred
 
 
-LIMITS = Limits(
-    slots=8, pages=64, page=4, chunk=16, max_length=200, queue=8, row_sizes=(1, 4), piece_sizes=(2, 8, 32), piece_tokens=32
-)  # of what is tried by hand
+LIMITS = Limits(  # of what is tried by hand
+    slots=8,
+    pages=64,
+    page=4,
+    chunk=16,
+    max_length=200,
+    queue=8,
+    decode_rows=(1, 4),
+    prefill_rows=(1, 4),
+    piece_sizes=(2, 8, 32),
+    piece_tokens=32,
+)
 
 
 def ask(max_new_tokens: int, deadline: float | None = None) -> Request:
@@ -94,7 +103,8 @@ class Brute:
     def _run_call(self, call: Call, rows: dict[int, Row], accepted: Mapping[int, int]) -> None:
         limits = self.limits
         assert len({part.slot for part in call.parts}) == len(call.parts) > 0
-        assert call.rows == min(size for size in limits.row_sizes if size >= len(call.parts))
+        sizes = limits.decode_rows if call.kind == "decode" else limits.prefill_rows
+        assert call.rows == min(size for size in sizes if size >= len(call.parts))
         if call.kind == "prefill":
             assert call.tokens in limits.piece_sizes
             assert call.rows * call.tokens <= limits.piece_tokens
@@ -151,7 +161,8 @@ class Brute:
 
 def random_limits(chance: random.Random) -> Limits:
     page = chance.choice([1, 2, 4])
-    row_sizes, piece_sizes = chance.choice([(1,), (1, 2), (1, 2, 4), (1, 4)]), chance.choice([(2, 4, 8), (1, 3, 8), (4,), (2, 16)])
+    row_sizes, prefill_rows = (chance.choice([(1,), (1, 2), (1, 2, 4), (1, 4)]) for _ in range(2))
+    piece_sizes = chance.choice([(2, 4, 8), (1, 3, 8), (4,), (2, 16)])
     return Limits(
         slots=chance.randint(1, 6),
         pages=chance.choice([chance.randint(16, 32) // page, chance.randint(32, 96) // page, 400 // page]),
@@ -159,7 +170,8 @@ def random_limits(chance: random.Random) -> Limits:
         chunk=chance.choice([None, page, 2 * page, 3 * page, 4 * page]),
         max_length=chance.choice([24, 48]),
         queue=chance.choice([2, 20]),
-        row_sizes=row_sizes,
+        decode_rows=row_sizes,
+        prefill_rows=prefill_rows,
         piece_sizes=piece_sizes,
         draft=chance.choice([0, 1, 3]),
         piece_tokens=max(piece_sizes[-1], chance.choice([4, 8, 16, 32])),

@@ -117,7 +117,7 @@ def test_pieces_beside_decode_steps_are_no_longer_than_what_is_saved():
 
 def test_a_short_prompt_waits_for_one_piece_of_a_long_one():
     """And the long one for one short one."""
-    scheduler = Scheduler(replace(LIMITS, row_sizes=(1,)))
+    scheduler = Scheduler(replace(LIMITS, prefill_rows=(1,)))
     scheduler.add(ask(1), prompt(80, 1), 0.0)
     for i in range(2, 5):
         scheduler.add(ask(1), prompt(7, i), 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -68,18 +68,17 @@ def test_what_is_no_trace_is_told_by_its_line(lines, message):
         list(replay(lines()))
 
 
-def test_the_script_says_what_was_done_and_needs_no_jax(tmp_path):
+def test_the_script_says_what_was_done(tmp_path, monkeypatch, capsys):
     """Its counts are those of the plans; a trace that is none ends with its line."""
-    trace, broken = tmp_path / "trace.jsonl", tmp_path / "broken.jsonl"
+    trace = tmp_path / "trace.jsonl"
     trace.write_text("\n".join(recorded()), encoding="utf-8")
-    broken.write_text("{}", encoding="utf-8")
-    code = "import runpy, sys; sys.modules['jax'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, SCRIPT, trace], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    counts = {line[:28].strip(): line[28:].strip() for line in done.stdout.splitlines()}
+    monkeypatch.setattr(sys, "argv", ["replay_trace.py", str(trace)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    counts = {line[:28].strip(): line[28:].strip() for line in capsys.readouterr().out.splitlines()}
     plans = [plan for _, plan in replay(recorded())]
     assert counts["steps"] == f"{len(plans):,}"
     assert counts["decode calls"] == f"{sum(call.kind == 'decode' for plan in plans for call in plan.calls):,}"
-    done = subprocess.run([sys.executable, SCRIPT, broken], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == f"{broken}: line 1 is no event of a trace, or one that cannot be here (KeyError('limits')): record it again.\n"
+    assert counts["prefill calls"] == f"{sum(call.kind == 'prefill' for plan in plans for call in plan.calls):,}"
+    trace.write_text("{}", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r": line 1 is no event of a trace, or one that cannot be here \(KeyError\('limits'\)\): record"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")

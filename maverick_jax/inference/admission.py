@@ -1,0 +1,53 @@
+"""A request as a caller wrote it, checked against a model before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from maverick_jax.config import Config
+from maverick_jax.errors import UserError
+from maverick_jax.inference.checks import MAX_NEW_TOKENS, NoRoom, shown, stop_tokens, token_rows
+from maverick_jax.inference.request import DEADLINE, Request
+from maverick_jax.inference.sampling import Sampling
+from maverick_jax.model import Llama4
+from maverick_jax.model.inputs import check_patches, tiles_of
+
+
+def check_model(model: Any) -> None:
+    """The name of a directory is not yet a model."""
+    if not isinstance(model, Llama4):
+        raise UserError(f"model is {shown(model)}: open it with maverick_jax.load.")
+
+
+def pixels(tiles: Any, config: Config) -> np.ndarray | None:
+    """[N, 3, S, S] float32; None for no tiles."""
+    found = None if tiles is None else tiles_of(tiles, config.vision)
+    return None if found is None else np.asarray(found, np.float32)
+
+
+def admitted(request: Any, config: Config, max_length: int) -> Request:
+    """The request with arrays for lists, and the config's stop tokens where it names none.
+
+    Raises:
+      UserError: a value of another type or outside its range, tiles that do not fit the prompt, no room in `max_length`.
+    """
+    if not isinstance(request, Request):
+        raise UserError(f"request is {shown(request)}: give a maverick_jax.Request.")
+    (ids,) = token_rows([request.ids], config.text.vocab_size)
+    most = MAX_NEW_TOKENS.check("max_new_tokens", request.max_new_tokens)
+    if len(ids) + most > max_length:
+        raise NoRoom(
+            f"the prompt has {len(ids)} tokens and up to {shown(most)} are asked for, but there is room for {max_length}: "
+            "shorten the prompt or lower max_new_tokens."
+        )
+    tiles = pixels(request.tiles, config)
+    check_patches(ids == config.image_token_index, tiles, config.vision)
+    if not isinstance(request.sampling, Sampling) or not isinstance(request.sampling.seed, int):
+        raise UserError(f"sampling is {shown(request.sampling)}: give a maverick_jax.Sampling with a single seed.")
+    stop = config.eos_token_id if request.stop_ids is None else request.stop_ids
+    stop_ids = frozenset(stop_tokens(sorted(stop) if isinstance(stop, frozenset) else stop, config.text.vocab_size).tolist())
+    deadline = None if request.deadline is None else DEADLINE.check("deadline", request.deadline)
+    return dataclasses.replace(request, ids=ids, tiles=tiles, max_new_tokens=most, stop_ids=stop_ids, deadline=deadline)

@@ -1,0 +1,219 @@
+"""The engine's compiled programs. There are few, and their shapes come from short lists (`sizes.py`).
+
+| program | shapes | what it does |
+|---|---|---|
+| `encode` | tiles at once | pictures' tiles to features |
+| `embed`, `place` | rows x tokens | token ids to embeddings; a tile's features in the place of its tokens |
+| `prefill` | rows x tokens, first piece or not | a piece of some prompts into the cache, logits of each row's last token |
+| `decode` | rows | one token of every row |
+| `draw` | rows | logits to tokens, which stay on the device for the next step |
+| `copy` | | what one place holds, to another |
+
+They follow each other on the device in the order of their launch, so that a page may be given to another row as soon as the
+last program that reads it is launched. What changes from call to call (places, tables, settings) is data: nothing compiles again.
+
+Shape suffixes: B rows of a call, S places of the engine, T tokens, J stretches of a row (a page each), D model width, V
+vocabulary, C columns of `Call`, P features of a tile, M mixture-of-experts layers, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from maverick_jax.config import TextConfig
+from maverick_jax.inference.cache import KVCache, make_pages, page_size, pages_per_chunk
+from maverick_jax.inference.sampling import RowSampling, sample
+from maverick_jax.ops.paged_attention import Pages
+
+NOT_FINITE = -2  # in the place of a token whose logits are not finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes of an engine's cache, the same in all its programs.
+
+    Attributes:
+      places: rows that may be served at once.
+      pages: of the pool, for the layers that see everything.
+      max_length: tokens of a row.
+      chunks: tokens per chunk of every layer, or None.
+      page: slots of a page.
+    """
+
+    places: int
+    pages: int
+    max_length: int
+    chunks: tuple[int | None, ...]
+    page: int
+
+    @classmethod
+    def of(cls, config: TextConfig, places: int, max_length: int, pages: int | None = None) -> Geometry:
+        """`pages` None: as many as fill every place."""
+        page = page_size(config, max_length)
+        chunks = tuple(config.chunk_of_layer(i) for i in range(config.num_hidden_layers))
+        return cls(places, pages or places * -(-max_length // page), max_length, chunks, page)
+
+    @property
+    def stretches(self) -> int:
+        """Pages of a row of full length."""
+        return -(-self.max_length // self.page)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What lives on the devices from one program to the next.
+
+    Attributes:
+      layers: the pages of every layer.
+      load_ME: int32, tokens that each expert of each mixture has computed. Of a prefill the last layer computes only the last
+        token of every row.
+      dropped: [] int32 tokens that found no room at their expert: 0.
+    """
+
+    layers: tuple[Pages, ...]
+    load_ME: jax.Array
+    dropped: jax.Array
+
+
+class Call(NamedTuple):
+    """The rows of a call: columns of one [B, C] int32 array, since each array costs the host a transfer.
+
+    Attributes:
+      place_B: where each row lies; S for a row that is none.
+      start_B: tokens that it held before.
+      length_B: tokens of this call; 0 for a row that is none.
+      step_B: how many tokens it has drawn before; negative: none is drawn now.
+    """
+
+    place_B: Any
+    start_B: Any
+    length_B: Any
+    step_B: Any
+
+    @classmethod
+    def of(cls, rows_BC: jax.Array) -> Call:
+        return cls(*(rows_BC[:, i] for i in range(len(cls._fields))))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def create(config: TextConfig, geometry: Geometry, dtype: str, constrain: Any) -> tuple[State, jax.Array]:
+    """An empty cache, and [S] int32 newest tokens."""
+    g = geometry
+    layers = make_pages(config, g.places, g.pages, g.max_length, g.page, dtype, constrain)
+    load_ME = jnp.zeros((len(config.moe_layers), config.num_local_experts), jnp.int32)
+    return _placed(State(layers, load_ME, jnp.int32(0)), constrain), constrain(jnp.zeros((g.places,), jnp.int32), (None,))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def upload(constrain: Any, values: Any) -> Any:
+    """The same on every device."""
+    return jax.tree.map(lambda x: constrain(jnp.asarray(x), (None,) * np.ndim(x)), values)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(structure: Any, leaves: list[Any], tiles_N3SS: jax.Array) -> jax.Array:
+    """[N, 3, S, S] -> [N, P, D]."""
+    model = jax.tree.unflatten(structure, leaves)
+    features = model.encode_tiles(tiles_N3SS)
+    return model.constrain(features.reshape(tiles_N3SS.shape[0], -1, features.shape[-1]), (None, None, None))
+
+
+@jax.jit
+def pick(features_NPD: jax.Array, tile: jax.Array) -> jax.Array:
+    """[P, D] of one tile."""
+    return features_NPD[tile]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed(structure: Any, leaves: list[Any], ids_BT: jax.Array) -> jax.Array:
+    return jax.tree.unflatten(structure, leaves).embed(ids_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def place(constrain: Any, x_BTD: jax.Array, features_PD: jax.Array, index_BT: jax.Array) -> jax.Array:
+    """A tile's features where `index_BT` names one; negative: the embedding stays."""
+    placed = jnp.where(index_BT[:, :, None] >= 0, features_PD[jnp.maximum(index_BT, 0)], x_BTD)
+    return constrain(placed, ("batch", "sequence", None))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def prefill(
+    structure: Any,
+    geometry: Geometry,
+    first: bool,
+    leaves: list[Any],
+    state: State,
+    table_SJ: jax.Array,
+    x_BTD: jax.Array,
+    rows_BC: jax.Array,
+) -> tuple[State, jax.Array]:
+    """A piece of each row: the state, and [B, V] logits of its last token. `first`: the rows hold nothing yet."""
+    return _forward(structure, geometry, leaves, state, table_SJ, x_BTD, Call.of(rows_BC), first)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def decode(
+    structure: Any, geometry: Geometry, leaves: list[Any], state: State, table_SJ: jax.Array, token_S: jax.Array, rows_BC: jax.Array
+) -> tuple[State, jax.Array]:
+    """The newest token of each row: the state, and [B, V] logits of the next."""
+    call = Call.of(rows_BC)
+    x_B1D = jax.tree.unflatten(structure, leaves).embed(token_S[_known(call.place_B, token_S)][:, None])
+    return _forward(structure, geometry, leaves, state, table_SJ, x_B1D, call, False)
+
+
+def _forward(structure, geometry, leaves, state, table_SJ, x_BTD, call, first):
+    model, g = jax.tree.unflatten(structure, leaves), geometry
+    place_B = _known(call.place_B, table_SJ)
+    cache = KVCache(state.layers, place_B, table_SJ[place_B], call.start_B, g.max_length, g.chunks, g.page)
+    x_B1D, cache, stats = model.hidden(x_BTD, call.length_B, cache, last_only=True, first=first, within_chunk=True)
+    load_ME, dropped = state.load_ME, state.dropped
+    if stats:
+        load_ME, dropped = load_ME + jnp.stack([s.load_E for s in stats]), dropped + sum(s.dropped for s in stats)
+    return _placed(State(cache.layers, load_ME, dropped), model.constrain), model.logits(x_B1D[:, 0])
+
+
+def _known(place_B, of_S):
+    """A row that is none looks at the last place; it writes nowhere."""
+    return jnp.minimum(place_B, of_S.shape[0] - 1)
+
+
+def _placed(state, constrain):
+    """As `create` laid it out, or the next call would be another program. The counts lie whole on every device: hosts read them."""
+    load_ME, dropped = constrain(state.load_ME, (None, None)), constrain(state.dropped, ())
+    return State(state.layers, load_ME, dropped)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def draw(
+    constrain: Any, logits_BV: jax.Array, token_S: jax.Array, settings_S: RowSampling, rows_BC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The tokens of all places with the new ones among them, and [B] int32 the new ones: NOT_FINITE where logits are not."""
+    call = Call.of(rows_BC)
+    place_B = _known(call.place_B, token_S)
+    settings = jax.tree.map(lambda x: x[place_B], settings_S)
+    token_B = jnp.where(jnp.isfinite(logits_BV).all(axis=-1), sample(logits_BV, settings, jnp.maximum(call.step_B, 0)), NOT_FINITE)
+    written = jnp.where(call.step_B >= 0, call.place_B, token_S.shape[0])
+    return constrain(token_S.at[written].set(token_B, mode="drop"), (None,)), constrain(token_B, (None,))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def copy(geometry: Geometry, state: State, places_2: jax.Array, pages_2: jax.Array) -> State:
+    """What a place holds in the layers with chunks, and a page of the others, to another place and page: (from, to) each."""
+
+    def moved(x, source, target, count):
+        return lax.dynamic_update_slice_in_dim(x, lax.dynamic_slice_in_dim(x, source, count), target, axis=0)
+
+    layers = []
+    for pages, chunk in zip(state.layers, geometry.chunks, strict=True):
+        own = 1 if chunk is None else pages_per_chunk(chunk, geometry.max_length, geometry.page)
+        source, target = pages_2 if chunk is None else places_2 * own
+        layers.append(Pages(*(moved(x, source, target, own) for x in pages)))
+    return dataclasses.replace(state, layers=tuple(layers))

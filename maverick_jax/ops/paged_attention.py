@@ -1,0 +1,101 @@
+"""Keys and values in pages: what attention reads of them, and how new tokens are written.
+
+A row's cache is a sequence of slots that lie in pages, wherever a table says. A query sees a prefix of them: nothing here knows
+of positions, chunks or other rows.
+
+Shape suffixes: B rows, T tokens, J stretches of a row (a page each), N pages, P slots of a page, K key/value heads, H query
+heads, G query heads per key/value head, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from maverick_jax.ops.attention import MASKED, MOST_SCORES, Keys, Partial, of_query_blocks
+
+
+class Pages(NamedTuple):
+    """Pages of one layer, in the model's dtype."""
+
+    key_NKPd: jax.Array
+    value_NKPd: jax.Array
+
+    @property
+    def slots(self) -> int:
+        """Of a page."""
+        return self.key_NKPd.shape[2]
+
+
+def over_pages(query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array, limit_BT: jax.Array, *, page: int, first: jax.Array) -> Partial:
+    """Attention over each row's pages, up to a slot that each query has for itself.
+
+    Args:
+      pages: all slots of every page, or on a mesh some: those from `first` on.
+      table_BJ: int32, the page of every stretch of `page` slots of a row; what no query sees is not looked at.
+      limit_BT: int32, the last slot of its row that a query sees; negative: none.
+      page: slots of a whole page.
+      first: [] int32.
+    """
+    B, T, H, d = query_BTHd.shape
+    size = T
+    while size > 1 and B * H * size * pages.slots > MOST_SCORES:
+        size = -(-size // 2)
+    if size == T:
+        return _over_stretches(query_BTHd, pages, table_BJ, limit_BT, page, first)
+    missing = -T % size
+    query = jnp.pad(query_BTHd, ((0, 0), (0, missing), (0, 0), (0, 0))).reshape(B, -1, size, H, d)
+    limit = jnp.pad(limit_BT, ((0, 0), (0, missing)), constant_values=-1).reshape(B, -1, size)
+    some = lax.map(
+        lambda block: _over_stretches(block[0], pages, table_BJ, block[1], page, first), (query.swapaxes(0, 1), limit.swapaxes(0, 1))
+    )
+    return Partial(*(of_query_blocks(x, T) for x in some))
+
+
+def _over_stretches(query_BTHd, pages, table_BJ, limit_BT, page, first):
+    """One stretch of all rows after the other, as many as the longest row needs."""
+    B, T, H, d = query_BTHd.shape
+    K, P = pages.key_NKPd.shape[1:3]
+    query = query_BTHd.reshape(B, T, K, H // K, d)
+
+    def add(j, done):
+        page_B = lax.dynamic_index_in_dim(table_BJ, j, axis=1, keepdims=False)
+        key_BKPd, value_BKPd = (look_up_pages(x, page_B) for x in pages)
+        slot_P = j * page + first + jnp.arange(P, dtype=jnp.int32)
+        scores = jnp.einsum("BTKGd,BKPd->BKGTP", query, key_BKPd, preferred_element_type=jnp.float32) * d**-0.5
+        scores = jnp.where((slot_P[None, None, :] <= limit_BT[:, :, None])[:, None, None], scores, MASKED)
+        most = scores.max(axis=-1)
+        weights = jnp.exp(scores - most[..., None])
+        out = jnp.einsum("BKGTP,BKPd->BKGTd", weights.astype(value_BKPd.dtype), value_BKPd, preferred_element_type=jnp.float32)
+        return done.merge(Partial(out, weights.sum(axis=-1), most))
+
+    zeros = jnp.zeros((B, K, H // K, T), jnp.float32)
+    nothing = Partial(jnp.zeros((*zeros.shape, d), jnp.float32), zeros, zeros + MASKED)
+    return lax.fori_loop(0, limit_BT.max() // page + 1, add, nothing)
+
+
+def look_up_pages(pages_NKPd, page_B):
+    """[B, K, P, d]. A single page is a slice, which XLA:CPU need not gather."""
+    if page_B.shape[0] == 1:
+        return lax.dynamic_slice_in_dim(pages_NKPd, page_B[0], 1)
+    return pages_NKPd.at[page_B].get(mode="promise_in_bounds")
+
+
+def write_tokens(pages: Pages, new: Keys, page_BT: jax.Array, slot_BT: jax.Array, first: jax.Array) -> Pages:
+    """New keys and values into pages.
+
+    Args:
+      page_BT: int32, N for a token that goes nowhere.
+      slot_BT: which slot of the whole page.
+      first: [] int32, the first slot of a whole page that lies here.
+    """
+    slot_BT = slot_BT - first
+    page_BT = jnp.where((slot_BT >= 0) & (slot_BT < pages.slots), page_BT, pages.key_NKPd.shape[0])
+
+    def write(pages_NKPd, new_BKTd):
+        return pages_NKPd.at[page_BT, :, slot_BT].set(new_BKTd.swapaxes(1, 2).astype(pages_NKPd.dtype), mode="drop")
+
+    return Pages(write(pages.key_NKPd, new.key_BKSd), write(pages.value_NKPd, new.value_BKSd))

@@ -1,0 +1,197 @@
+"""The engine: whoever comes and goes beside it, a request gets the tokens that it gets alone, and nothing is left behind."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from maverick_jax.errors import UserError
+from maverick_jax.inference.checks import NoRoom
+from maverick_jax.inference.engine import Engine
+from maverick_jax.inference.generate import generate
+from maverick_jax.inference.request import Finish, Full, Request
+from maverick_jax.inference.sampling import Sampling
+from oracle.plain import PATCH, SIDE, VISION, plain_model
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A chunk of 8, so that a few tokens cross borders; pictures of one token per tile."""
+    return plain_model(vision=VISION, attention_chunk_size=8, max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    """Prompts of all lengths, some of them alike, two with pictures that differ, greedy and drawn."""
+    random = np.random.default_rng(0)
+    shared = random.integers(4, 40, 21).tolist()
+    tiles = random.uniform(-1, 1, (3, 3, SIDE, SIDE)).astype(np.float32)
+    found = [Request(ids=random.integers(4, 40, n).tolist(), max_new_tokens=NEW, stop_ids=()) for n in (1, 8, 9, 30, 3, 17)]
+    found += [Request(ids=shared[:n], max_new_tokens=NEW, stop_ids=()) for n in (21, 21, 15, 16)]
+    found += [Request(ids=[5, PATCH, 6, PATCH, *shared[:9]], tiles=t, max_new_tokens=NEW, stop_ids=()) for t in (tiles[:2], tiles[1:])]
+    found += [Request(ids=shared, max_new_tokens=NEW, stop_ids=(), sampling=Sampling(temperature=1.0, seed=seed)) for seed in (1, 2)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(model, requests) -> list[list[int]]:
+    """What each request says with nobody beside it and nothing before it."""
+    return [Engine(model, slots=1, max_length=64, reuse=False).run([request])[0].tokens for request in requests]
+
+
+def engine(model, **options) -> Engine:
+    return Engine(model, **{"slots": 4, "max_length": 64, **options})
+
+
+def is_empty(engine: Engine) -> bool:
+    """Slots, pages and handles: everything came back."""
+    engine._scheduler.check()
+    return engine._scheduler.idle and not engine._served
+
+
+def test_alone_is_what_the_model_says(model, requests, alone):
+    """Token by token the likeliest of the whole sequence's logits, computed without a cache."""
+    for request, tokens in zip(requests[:6], alone, strict=False):
+        ids = [*request.ids, *tokens]
+        logits = np.asarray(model([ids]))[0, len(request.ids) - 1 : -1]
+        assert logits.argmax(axis=-1).tolist() == tokens
+
+
+@pytest.mark.parametrize("options", [{}, dict(slots=2, pages=10), dict(reuse=False), dict(slots=16), dict(pages=8)], ids=str)
+def test_any_company_and_any_order(model, requests, alone, options):
+    """In order and backwards, with few slots, few pages (rows are preempted and computed again), with and without reuse."""
+    for order in (1, -1):
+        serving = engine(model, **options)
+        handles = serving.run(requests[::order])
+        assert [handle.tokens for handle in handles] == alone[::order]
+        assert {handle.finish for handle in handles} == {Finish.LENGTH}
+        assert is_empty(serving)
+
+
+def test_a_prompt_seen_before_is_not_read_again(model, requests, alone):
+    """The second time all but the last token is there, pictures are not encoded again, and the tokens are the same."""
+    serving = engine(model)
+    serving.run(requests)
+    encoded = serving._features.encoded
+    for request, tokens in list(zip(requests, alone, strict=True))[-4:]:
+        (handle,) = serving.run([request])
+        assert handle.tokens == tokens
+        assert handle.cached_tokens >= 8
+    assert serving._features.encoded == encoded == 3
+
+
+def test_other_pictures_are_no_prefix(model, requests, alone):
+    """Two prompts with the same tokens and other pictures share what comes before the picture, and no more."""
+    serving = engine(model, slots=1)
+    (first,), (second,) = serving.run([requests[10]]), serving.run([requests[11]])
+    assert [first.tokens, second.tokens] == alone[10:12]
+    assert first.tokens != second.tokens
+    assert second.cached_tokens <= 1
+
+
+def test_many_answers_to_one_prompt_read_it_once(model):
+    """Those that come together wait for the first one's prefill."""
+    serving = engine(model)
+    ids = np.random.default_rng(1).integers(4, 40, 40).tolist()
+    asked = [Request(ids=ids, max_new_tokens=4, stop_ids=(), sampling=Sampling(temperature=1.0, seed=seed)) for seed in range(4)]
+    handles = serving.run(asked)
+    assert [handle.cached_tokens for handle in handles] == [0, 39, 39, 39]
+    expected = generate(model, [ids] * 4, max_new_tokens=4, stop_ids=(), temperature=1.0, seed=0)
+    assert [handle.tokens for handle in handles] == expected
+
+
+def test_from_many_threads(model, requests, alone):
+    """Submitted at the same time from threads of their own, iterated there, while others are cancelled."""
+    found: dict[int, list[int]] = {}
+    with engine(model) as serving:
+
+        def ask(place: int) -> None:
+            found[place] = list(serving.submit(requests[place]))
+
+        def leave(place: int) -> None:
+            handle = serving.submit(requests[place])
+            next(iter(handle))
+            handle.cancel()
+            assert handle.finish is Finish.CANCELLED
+
+        threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(requests))]
+        threads += [threading.Thread(target=leave, args=(place,)) for place in (3, 8, 10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert [found[place] for place in range(len(requests))] == alone
+        assert is_empty(serving)
+
+
+def test_closing_ends_everyone(model, requests):
+    """Who still waits is told, and the next request is served again."""
+    serving = engine(model)
+    with serving:
+        handles = [serving.submit(request) for request in requests]
+    assert all(handle.finish for handle in handles)
+    unfinished = [handle for handle in handles if handle.finish is Finish.CANCELLED]
+    assert unfinished
+    with pytest.raises(UserError, match="the engine was closed"):
+        unfinished[-1].result()
+    assert is_empty(serving)
+    assert len(serving.run(requests[:1])[0].tokens) == NEW
+
+
+def test_a_stop_token_ends_a_request_and_is_not_part_of_it(model, requests, alone):
+    stop = alone[0][5]
+    asked = Request(ids=requests[0].ids, max_new_tokens=NEW, stop_ids=stop)
+    serving = engine(model)
+    (handle,) = serving.run([asked])
+    assert handle.tokens == alone[0][: alone[0].index(stop)]
+    assert handle.finish is Finish.STOP
+    assert is_empty(serving)
+
+
+def test_what_cannot_be_served(model, requests):
+    """One clear error for that request, and nothing else is disturbed."""
+    serving = engine(model, slots=1, pages=4, queue=1)
+    with pytest.raises(NoRoom, match="the prompt has 60 tokens and up to 5 are asked for, but there is room for 64"):
+        serving.submit(Request(ids=[5] * 60, max_new_tokens=5))
+    with pytest.raises(NoRoom, match="but the cache holds 32"):
+        serving.submit(Request(ids=[5] * 30, max_new_tokens=5))
+    waiting = [serving.submit(requests[0])]
+    serving.step()
+    waiting.append(serving.submit(requests[1]))
+    with pytest.raises(Full, match="1 requests wait already"):
+        serving.submit(requests[2])
+    late = engine(model).submit(Request(ids=[5, 6], max_new_tokens=NEW, stop_ids=(), deadline=0))
+    assert late.result() == []
+    assert late.finish is Finish.DEADLINE
+    waiting[1].cancel()
+    assert len(waiting[0].result()) == NEW
+    assert waiting[1].result() == []
+    assert is_empty(serving)
+
+
+def test_an_interrupted_turn(model, requests, alone, monkeypatch):
+    """Ctrl-C may fall between launching and reading: nobody knows then what the device holds, so it begins anew."""
+    serving = engine(model)
+    handle = serving.submit(requests[0])
+    serving.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "_deliver", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            handle.result()
+    assert serving.run(requests[:2])[1].tokens == alone[1]
+    assert handle.finish is Finish.CANCELLED
+    assert is_empty(serving)
+
+
+def test_other_weights_forget_what_was_cached(requests):
+    """A prefix of the old weights would go on in the new ones."""
+    model = plain_model(num_hidden_layers=2)
+    ids = requests[6].ids
+    serving = engine(model)
+    serving.run([Request(ids=ids, max_new_tokens=3, stop_ids=())])
+    model.text.embedding.set_value(model.text.embedding[...][::-1])
+    (handle,) = serving.run([Request(ids=ids, max_new_tokens=NEW, stop_ids=())])
+    assert handle.cached_tokens == 0
+    assert handle.tokens == generate(model, [ids], max_new_tokens=NEW, stop_ids=())[0]
