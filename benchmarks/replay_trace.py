@@ -15,9 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.plans import Plan
-from maverick_jax.inference.scheduler import Scheduler
-from maverick_jax.inference.trace import replay
+from maverick_jax.inference.scheduling.plans import Plan
+from maverick_jax.inference.scheduling.scheduler import Scheduler
+from maverick_jax.inference.scheduling.trace import replay
 
 
 class Summary:

@@ -14,7 +14,7 @@ from maverick_jax.inference.checks import Range, real
 from maverick_jax.inference.sampling import Sampling
 
 if TYPE_CHECKING:
-    from maverick_jax.inference.pages import Page
+    from maverick_jax.inference.scheduling.pages import Page
 
 DEADLINE = Range(real, 0.0, float(np.finfo(np.float32).max), "a number of seconds, 0 or more")
 

@@ -18,9 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from maverick_jax.inference.checks import NoRoom
-from maverick_jax.inference.plans import Call, Limits, Plan
 from maverick_jax.inference.request import Finish, Full, Request, Row
-from maverick_jax.inference.scheduler import Scheduler
+from maverick_jax.inference.scheduling.plans import Call, Limits, Plan
+from maverick_jax.inference.scheduling.scheduler import Scheduler
 
 MOST_PLANS = 5000  # of a trace that takes some hundred
 

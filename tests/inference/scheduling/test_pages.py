@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from maverick_jax.inference.pages import Page, Pages
+from maverick_jax.inference.scheduling.pages import Page, Pages
 
 
 def filled(pages: Pages, *texts: bytes) -> list[Page]:

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from brute import LIMITS, ask, step
 
-from maverick_jax.inference.plans import Copy, Limits, Plan
-from maverick_jax.inference.prefix import Prefix, common
 from maverick_jax.inference.request import Finish, Row
-from maverick_jax.inference.scheduler import Scheduler
+from maverick_jax.inference.scheduling.plans import Copy, Limits, Plan
+from maverick_jax.inference.scheduling.prefix import Prefix, common
+from maverick_jax.inference.scheduling.scheduler import Scheduler
 
 TEXT = list(range(1000, 1200))
 OTHER = list(range(2000, 2200))
@@ -205,7 +205,7 @@ def test_a_prompt_like_no_other_pays_for_one_page(monkeypatch):
     packed, compared = [], []
     pack = Prefix._pack
     monkeypatch.setattr(Prefix, "_pack", lambda self, keys, place: packed.append(place) or pack(self, keys, place))
-    monkeypatch.setattr("maverick_jax.inference.prefix.common", lambda *args: compared.append(args) or common(*args))
+    monkeypatch.setattr("maverick_jax.inference.scheduling.prefix.common", lambda *args: compared.append(args) or common(*args))
     row = Row(0, ask(1), [5, 5, 5, *range(100_000, 108_000)], prompt=8003, total=8003)
     assert scheduler._slots.find(row).length == 3
     assert packed == [0]

@@ -9,9 +9,9 @@ import pytest
 from brute import LIMITS, Trace, ask, read, step
 
 from maverick_jax.inference.checks import NoRoom
-from maverick_jax.inference.plans import Call, Part, Plan
 from maverick_jax.inference.request import Finish, Full, Row
-from maverick_jax.inference.scheduler import Scheduler
+from maverick_jax.inference.scheduling.plans import Call, Part, Plan
+from maverick_jax.inference.scheduling.scheduler import Scheduler
 
 
 def prompt(length: int, first: int = 100) -> list[int]:

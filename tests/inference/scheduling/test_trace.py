@@ -13,7 +13,7 @@ import pytest
 from brute import Trace
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.trace import Recording, replay
+from maverick_jax.inference.scheduling.trace import Recording, replay
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "replay_trace.py"
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from maverick_jax.inference.checks import NoRoom
-from maverick_jax.inference.plans import Call, Copy, Limits, Part, Plan
-from maverick_jax.inference.prefill import Budget, Piece, alike, fit, in_turn, next_piece
-from maverick_jax.inference.prefix import Resume, common
 from maverick_jax.inference.request import Finish, Full, Request, Row
-from maverick_jax.inference.slots import Slots
+from maverick_jax.inference.scheduling.plans import Call, Copy, Limits, Part, Plan
+from maverick_jax.inference.scheduling.prefill import Budget, Piece, alike, fit, in_turn, next_piece
+from maverick_jax.inference.scheduling.prefix import Resume, common
+from maverick_jax.inference.scheduling.slots import Slots
 
 age = attrgetter("number")
 

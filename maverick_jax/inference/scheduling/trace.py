@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.plans import Limits, Plan
 from maverick_jax.inference.request import Finish, Request, Row
-from maverick_jax.inference.scheduler import Scheduler
+from maverick_jax.inference.scheduling.plans import Limits, Plan
+from maverick_jax.inference.scheduling.scheduler import Scheduler
 
 
 class Recording(Scheduler):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
-from maverick_jax.inference.pages import Page, Pages
-from maverick_jax.inference.plans import Copy, Limits
-from maverick_jax.inference.prefix import NOTHING, Prefix, Resume, Retained
 from maverick_jax.inference.request import Row
+from maverick_jax.inference.scheduling.pages import Page, Pages
+from maverick_jax.inference.scheduling.plans import Copy, Limits
+from maverick_jax.inference.scheduling.prefix import NOTHING, Prefix, Resume, Retained
 
 
 class Slots:
