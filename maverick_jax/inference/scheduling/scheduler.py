@@ -14,7 +14,7 @@ from operator import attrgetter
 from maverick_jax.inference.checks import NoRoom
 from maverick_jax.inference.request import Finish, Full, Request, Row
 from maverick_jax.inference.scheduling.plans import Call, Copy, Limits, Part, Plan
-from maverick_jax.inference.scheduling.prefill import Budget, Piece, alike, fit, in_turn, next_piece
+from maverick_jax.inference.scheduling.prefill import Credit, Piece, alike, fit, in_turn, next_piece
 from maverick_jax.inference.scheduling.prefix import Resume, common
 from maverick_jax.inference.scheduling.slots import Slots
 
@@ -35,7 +35,7 @@ class Scheduler:
         self.rows: dict[int, Row] = {}
         self._count = 0
         self._slots = Slots(limits)
-        self._budget = Budget(limits.piece_sizes[0])
+        self._credit = Credit(limits.piece_sizes[0])
         self._oldest_leads = True
         self._waiting: list[Row] = []  # by age
         self._stuck: Row | None = None  # the oldest, for which there were no pages when last somebody left
@@ -237,19 +237,19 @@ class Scheduler:
         limits, sizes, most = self.limits, self.limits.piece_sizes, self.limits.piece_tokens
         beside = bool(self._decoding or self._held)
         if beside:
-            self._budget.add(budget)
-            sizes = [size for size in sizes if size <= self._budget.largest(budget)]
+            self._credit.add(budget)
+            sizes = [size for size in sizes if size <= self._credit.largest(budget)]
         pieces = [next_piece(row, limits.chunk, sizes) for row in self._behind]
         chosen: list[list[Piece]] = []
         while pieces:
-            group = self._group(in_turn(pieces, oldest=self._oldest_leads), min(most, self._budget.credit) if beside else most)
+            group = self._group(in_turn(pieces, oldest=self._oldest_leads), min(most, self._credit.tokens) if beside else most)
             if not group:
                 break
             chosen.append(group)
             self._oldest_leads = not self._oldest_leads
             if not beside:
                 break
-            self._budget.credit -= _padded(len(group), limits.prefill_rows) * group[0].size
+            self._credit.tokens -= _padded(len(group), limits.prefill_rows) * group[0].size
             pieces = [piece for piece in pieces if piece not in group]
         groups = [[piece for piece in group if piece.row.slot is not None] for group in chosen]  # a later one may have preempted them
         return [group for group in groups if group]

@@ -81,7 +81,7 @@ def replay(lines: Iterable[str]) -> Iterator[tuple[Scheduler, Plan]]:
                 scheduler = Scheduler(Limits(**event["limits"] | lists))
                 continue
             plan = _tell(scheduler, rows, event)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"line {number} is no event of a trace, or one that cannot be here ({error!r}): record it again.") from error
         if plan is not None:
             if json.loads(plan.as_json()) != event["plan"]:

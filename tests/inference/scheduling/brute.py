@@ -265,7 +265,6 @@ class Trace:
         plan = self.scheduler.plan(self.now, self.budget, drafts)
         self.scheduler.check()
         assert not set(plan.finished) & self.scheduler.rows.keys()
-        assert Plan.from_json(plan.as_json()) == plan
         self.preempted |= set(plan.preempted)
         decoded = {part.row: part for call in plan.calls if call.kind == "decode" for part in call.parts}
         accepted = {number: self.chance.randint(0, part.length - 1) for number, part in decoded.items()}

@@ -59,6 +59,7 @@ def test_another_plan_is_told_by_its_line():
         pytest.param(lambda: [recorded()[0], '{"add":0}'], r"^line 2 is no event of a trace", id="half an event"),
         pytest.param(lambda: [recorded()[0], '{"cancel":7}'], r"^line 2 .*KeyError\(7\)", id="a row that never came"),
         pytest.param(lambda: [recorded()[0], "[1]"], r"^line 2 .*of no known kind", id="a list"),
+        pytest.param(lambda: changed(0, limits=None), r"^line 1 .*NoneType", id="limits of nothing"),
         pytest.param(lambda: changed(0, limits={"slots": 2}), r"^line 1 .*missing", id="half of the limits"),
     ],
 )
