@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from maverick_jax.inference.plans import Plan
+    from maverick_jax.inference.scheduling.plans import Plan
 
 SHARE = 0.5  # of the time of a decode step
 FIXED = 128  # tokens per step where nothing is measured: processes of one run must agree

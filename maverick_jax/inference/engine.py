@@ -25,11 +25,11 @@ from maverick_jax.inference.admission import admitted, check_model
 from maverick_jax.inference.budget import Budget
 from maverick_jax.inference.handle import Handle, Stopped
 from maverick_jax.inference.not_finite import explain
-from maverick_jax.inference.plans import Call, Copy, Limits, Part
 from maverick_jax.inference.request import Finish, Request, Row
 from maverick_jax.inference.room import Room, room_for
 from maverick_jax.inference.sampling import RowSampling
-from maverick_jax.inference.scheduler import Scheduler
+from maverick_jax.inference.scheduling.plans import Call, Copy, Limits, Part
+from maverick_jax.inference.scheduling.scheduler import Scheduler
 from maverick_jax.inference.sizes import PIECE, PIECES, decode_rows, prefill_rows
 from maverick_jax.model import Llama4
 from maverick_jax.sharding import multihost

@@ -14,7 +14,7 @@ from maverick_jax.inference.checks import Range, real
 from maverick_jax.inference.sampling import Sampling
 
 if TYPE_CHECKING:
-    from maverick_jax.inference.pages import Page
+    from maverick_jax.inference.scheduling.pages import Page
 
 DEADLINE = Range(real, 0.0, float(np.finfo(np.float32).max), "a number of seconds, 0 or more")
 
@@ -68,6 +68,7 @@ class Row:
       cached: tokens whose keys and values were there when it got its slot.
       computed: tokens whose keys and values have been launched into the cache, those that were there included.
       total: tokens of the prompt and tokens drawn, those launched and not yet read included.
+      ahead: whether its steps are planned before the last one's token is read.
       draws: its newest token was drawn in the slot it holds, where the device finds it: the row decodes.
       sealed: leading pages that others find by their keys.
       followers: rows that wait until so many tokens are computed, which they share.
@@ -84,6 +85,7 @@ class Row:
     cached: int = 0
     computed: int = 0
     total: int = 0
+    ahead: bool = True
     draws: bool = False
     sealed: int = 0
     followers: list[tuple[int, Row]] = field(default_factory=list)

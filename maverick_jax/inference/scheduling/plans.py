@@ -24,6 +24,7 @@ class Limits:
       decode_rows, prefill_rows, piece_sizes: rows of a call of either kind, and tokens of a row in a prefill, that there are programs
         for; ascending, the first of the rows 1.
       piece_tokens: most tokens of a prefill call, rows times length.
+      draft: longest draft, in tokens; there are decode programs for one token and for one and a draft. 0 without.
       reuse: whether a row may begin with what others have computed.
     """
 
@@ -37,6 +38,7 @@ class Limits:
     prefill_rows: tuple[int, ...]
     piece_sizes: tuple[int, ...]
     piece_tokens: int = 8192
+    draft: int = 0
     reuse: bool = True
 
 
@@ -63,7 +65,7 @@ class Part(NamedTuple):
       row: its number.
       slot: where it runs.
       start: place of the first token that is computed.
-      length: tokens that are computed.
+      length: tokens that are computed; in "decode" the last token drawn, and a draft behind it.
       samples: with the last of them a token is drawn.
       step: tokens that the row has drawn before.
     """
@@ -81,9 +83,9 @@ class Call:
     """One run of a program.
 
     Attributes:
-      kind: in "decode" every part computes the token that its slot drew last.
+      kind: in "decode" every part begins with the token that its slot drew last.
       rows: number of rows that the program has, at least that of the parts.
-      tokens: length that each row has in the program, at least that of every part; 1 in "decode".
+      tokens: length that each row has in the program, at least that of every part; 1 in "decode" without drafts.
       first: all parts begin at 0: there is nothing before them.
     """
 
@@ -114,18 +116,16 @@ class Plan:
 
     def as_json(self) -> str:
         """One line."""
-        copies = [(copy.source, copy.target, copy.tokens, copy.pages) for copy in self.copies]
-        calls = [(call.kind, call.parts, call.rows, call.tokens, call.first) for call in self.calls]
-        return json.dumps([copies, self.table_changes, calls, self.finished, self.preempted], separators=(",", ":"))
+        return json.dumps(vars(self), default=vars, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Plan:
         """The plan of which `as_json` made this."""
-        copies, changes, calls, finished, preempted = json.loads(line)
+        values = json.loads(line)
         return cls(
-            tuple(Copy(source, target, tokens, tuple(map(tuple, pages))) for source, target, tokens, pages in copies),
-            tuple(map(tuple, changes)),
-            tuple(Call(kind, tuple(Part(*part) for part in parts), *shape) for kind, parts, *shape in calls),
-            tuple(finished),
-            tuple(preempted),
+            copies=tuple(Copy(**copy | {"pages": tuple(map(tuple, copy["pages"]))}) for copy in values["copies"]),
+            table_changes=tuple(map(tuple, values["table_changes"])),
+            calls=tuple(Call(**call | {"parts": tuple(Part(*part) for part in call["parts"])}) for call in values["calls"]),
+            finished=tuple(values["finished"]),
+            preempted=tuple(values["preempted"]),
         )

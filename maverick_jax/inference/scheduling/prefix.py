@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from maverick_jax.inference.pages import Page, Pages
 from maverick_jax.inference.request import Row
+from maverick_jax.inference.scheduling.pages import Page, Pages
 
 STRETCH = 256  # keys that are compared at once
 

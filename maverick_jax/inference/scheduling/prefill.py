@@ -28,16 +28,16 @@ class Piece(NamedTuple):
         return self.row.computed == 0
 
 
-class Budget:
+class Credit:
     """Padded tokens that may be computed beside decode steps; what is not used is saved, up to a bound."""
 
     def __init__(self, smallest: int):
         self._smallest = smallest
-        self.credit = 0
+        self.tokens = 0
 
     def add(self, tokens: int) -> None:
         """A step may compute so many more."""
-        self.credit = min(self.credit + tokens, self.largest(tokens))
+        self.tokens = min(self.tokens + tokens, self.largest(tokens))
 
     def largest(self, tokens: int) -> int:
         """Size of the largest piece that can be saved for."""

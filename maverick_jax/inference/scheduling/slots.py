@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
-from maverick_jax.inference.pages import Page, Pages
-from maverick_jax.inference.plans import Copy, Limits
-from maverick_jax.inference.prefix import NOTHING, Prefix, Resume, Retained
 from maverick_jax.inference.request import Row
+from maverick_jax.inference.scheduling.pages import Page, Pages
+from maverick_jax.inference.scheduling.plans import Copy, Limits
+from maverick_jax.inference.scheduling.prefix import NOTHING, Prefix, Resume, Retained
 
 
 class Slots:
@@ -116,6 +116,8 @@ class Slots:
         assert sorted([*self.running, *self.idle]) == list(range(self.limits.slots)), "a slot is lost, or is running and idle"
         assert all(row.slot == slot for slot, row in self.running.items()), "a row runs in another slot than it thinks"
         for row in self.running.values():
+            assert not self.limits.reuse or row.sealed == row.known // self.limits.page, "a full page is not sealed"
+            assert [page.key is not None for page in row.pages].count(True) == row.sealed, "a page is sealed that is not full"
             assert row.computed <= len(row.pages) * self.limits.page, "a row has computed what it has no pages for"
         self._pages.check(page for row in self.running.values() for page in row.pages)
 

@@ -1,22 +1,22 @@
 """Who computes what in the next step of the engine: rows that are up to date decode, and the others compute pieces of their prompts.
 
 Always: a row that has not ended is waiting, waits for an older row's prompt or for its own tokens to be read, or runs in a slot; one that
-runs is behind, decodes, or has drawn all its tokens. The oldest row is never preempted, so that something always ends. What a row reads was
-launched before: `plan` counts what it launches as computed, and finds prefixes before it does.
+runs is behind, decodes, waits for `accept`, or has drawn all its tokens. The oldest row is never preempted, so that something always ends.
+What a row reads was launched before: `plan` counts what it launches as computed, and finds prefixes before it does.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from maverick_jax.inference.checks import NoRoom
-from maverick_jax.inference.plans import Call, Copy, Limits, Part, Plan
-from maverick_jax.inference.prefill import Budget, Piece, alike, fit, in_turn, next_piece
-from maverick_jax.inference.prefix import Resume, common
 from maverick_jax.inference.request import Finish, Full, Request, Row
-from maverick_jax.inference.slots import Slots
+from maverick_jax.inference.scheduling.plans import Call, Copy, Limits, Part, Plan
+from maverick_jax.inference.scheduling.prefill import Credit, Piece, alike, fit, in_turn, next_piece
+from maverick_jax.inference.scheduling.prefix import Resume, common
+from maverick_jax.inference.scheduling.slots import Slots
 
 age = attrgetter("number")
 
@@ -35,12 +35,14 @@ class Scheduler:
         self.rows: dict[int, Row] = {}
         self._count = 0
         self._slots = Slots(limits)
-        self._budget = Budget(limits.piece_sizes[0])
+        self._credit = Credit(limits.piece_sizes[0])
         self._oldest_leads = True
         self._waiting: list[Row] = []  # by age
         self._stuck: Row | None = None  # the oldest, for which there were no pages when last somebody left
         self._behind: list[Row] = []  # by age
         self._decoding: dict[int, Row] = {}
+        self._held: set[int] = set()  # numbers of rows that wait for `accept`
+        self._full: list[Row] = []  # whose next token may need a page
         self._deadlines: list[tuple[float, int]] = []
         self._finished: list[int] = []  # since the last plan, as the next
         self._preempted: list[int] = []
@@ -50,12 +52,19 @@ class Scheduler:
         """Nothing waits and nothing runs."""
         return not self.rows
 
-    def add(self, request: Request, keys: Sequence[int], now: float) -> Row:
+    @property
+    def available_pages(self) -> int:
+        """Pages that no row holds, those kept for prefixes included."""
+        return self._slots.available
+
+    def add(self, request: Request, keys: Sequence[int], now: float, *, ahead: bool = True) -> Row:
         """Take a request in.
 
         Args:
           keys: of the prompt's tokens, see `Row`.
           now: seconds, as in `plan`.
+          ahead: whether steps are planned before the last one's token is read. If not, the row may have drafts, and after each step
+            waits for `accept`.
 
         Raises:
           NoRoom: prompt and answer can never fit.
@@ -70,7 +79,7 @@ class Scheduler:
             raise NoRoom(f"{asked}, but the cache holds {limits.pages * limits.page}: shorten the prompt or lower max_new_tokens.")
         if len(self.rows) - len(self._slots.running) >= limits.queue:
             raise Full(f"{limits.queue} requests wait already, as many as may: send this one again later.")
-        row = Row(self._count, request, list(keys), prompt=len(keys), total=len(keys))
+        row = Row(self._count, request, list(keys), prompt=len(keys), total=len(keys), ahead=ahead)
         self._count += 1
         self.rows[row.number] = row
         self._waiting.append(row)
@@ -90,6 +99,7 @@ class Scheduler:
         assert row.finish is None
         row.finish = why
         del self.rows[row.number]
+        self._held.discard(row.number)
         if row.slot is not None:
             self._leave(row)
         elif row in self._waiting:
@@ -104,28 +114,53 @@ class Scheduler:
         assert row.unread > 0
         row.keys.append(key)
         if row.slot is not None:
-            self._slots.seal(row)
+            if len(row.keys) >= (row.sealed + 1) * self.limits.page:
+                self._slots.seal(row)
         elif row.unread == 0 and not row.complete:
             insort(self._waiting, row, key=age)
 
-    def plan(self, now: float, budget: int) -> Plan:
+    def draft_room(self, row: Row) -> int:
+        """How long a draft may be in the next plan: up to the chunk's border and to the last token but one."""
+        if row.ahead or row.number not in self._decoding:
+            return 0
+        left, chunk = row.prompt + row.request.max_new_tokens - row.total - 1, self.limits.chunk
+        return min(left, self.limits.draft, left if chunk is None else chunk - 1 - row.computed % chunk)
+
+    def accept(self, row: Row, tokens: int) -> None:
+        """Of a row that is not planned ahead so many tokens of its draft stand; they and the one drawn behind them are delivered next."""
+        if row.finish is not None:
+            return
+        self._held.remove(row.number)
+        row.total += tokens
+        if row.slot is not None:
+            row.computed += tokens
+            if row.computed % self.limits.page == 0:
+                self._full.append(row)
+            if not row.complete:
+                self._decoding[row.number] = row
+
+    def plan(self, now: float, budget: int, drafts: Mapping[int, int] | None = None) -> Plan:
         """The next step, which counts as launched.
 
         Args:
           now: seconds, as in `add`.
           budget: padded prompt tokens that may be computed beside a decode step, 1 or more; what is not used is saved for larger
             pieces. Where nobody decodes, one full call is made.
+          drafts: their lengths by the rows' numbers, at most `draft_room`.
         """
         self._expire(now)
         copies = self._admit()
-        page = self.limits.page
-        for row in sorted((row for row in self._decoding.values() if row.computed == len(row.pages) * page), key=age):
-            if row.slot is not None and not self._extend(row, row.computed + 1):
+        full, self._full = sorted(self._full, key=age), []
+        for row in full:
+            if row.number in self._decoding and not self._extend(row, row.computed + 1):
                 self._preempt(row)
+        drafts = {number: length for number, length in (drafts or {}).items() if self._grant(number, length)}
         chosen = self._choose(budget)  # may preempt rows that decode
-        calls = (*self._decode(), *map(self._prefill, chosen))
+        calls = (*self._decode(drafts), *map(self._prefill, chosen))
         plan = Plan(tuple(copies), tuple(self._slots.changes), calls, tuple(self._finished), tuple(self._preempted))
         self._slots.changes, self._finished, self._preempted = [], [], []
+        for row in self._full:
+            self._slots.seal(row)
         for group in chosen:
             for row, *_ in group:
                 self._slots.seal(row)
@@ -136,8 +171,8 @@ class Scheduler:
         """Assert what this file and those below it promise."""
         self._slots.check()
         running = sorted(self._slots.running.values(), key=age)
-        complete = [row for row in running if row.complete]
-        assert sorted([*self._behind, *self._decoding.values(), *complete], key=age) == running
+        ahead = [row for row in running if row.complete or row.number in self._held]
+        assert sorted([*self._behind, *self._decoding.values(), *ahead], key=age) == running
         assert self._behind == [row for row in running if row.behind]
         following = [row for other in running for _, row in other.followers if row.finish is None]
         unread = [row for row in self.rows.values() if row.slot is None and (row.unread or row.complete)]
@@ -150,6 +185,7 @@ class Scheduler:
         if self.idle:
             assert self._slots.available == self.limits.pages
             assert not self._deadlines
+            assert not self._held
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -199,21 +235,21 @@ class Scheduler:
     def _choose(self, budget: int) -> list[list[Piece]]:
         """The prefill calls of a step, with pages for what they compute."""
         limits, sizes, most = self.limits, self.limits.piece_sizes, self.limits.piece_tokens
-        beside = bool(self._decoding)
+        beside = bool(self._decoding or self._held)
         if beside:
-            self._budget.add(budget)
-            sizes = [size for size in sizes if size <= self._budget.largest(budget)]
+            self._credit.add(budget)
+            sizes = [size for size in sizes if size <= self._credit.largest(budget)]
         pieces = [next_piece(row, limits.chunk, sizes) for row in self._behind]
         chosen: list[list[Piece]] = []
         while pieces:
-            group = self._group(in_turn(pieces, oldest=self._oldest_leads), min(most, self._budget.credit) if beside else most)
+            group = self._group(in_turn(pieces, oldest=self._oldest_leads), min(most, self._credit.tokens) if beside else most)
             if not group:
                 break
             chosen.append(group)
             self._oldest_leads = not self._oldest_leads
             if not beside:
                 break
-            self._budget.credit -= _padded(len(group), limits.prefill_rows) * group[0].size
+            self._credit.tokens -= _padded(len(group), limits.prefill_rows) * group[0].size
             pieces = [piece for piece in pieces if piece not in group]
         groups = [[piece for piece in group if piece.row.slot is not None] for group in chosen]  # a later one may have preempted them
         return [group for group in groups if group]
@@ -241,20 +277,34 @@ class Scheduler:
             self._preempt(youngest)
         return True
 
-    def _decode(self) -> list[Call]:
-        rows, most = list(self._decoding.values()), self.limits.decode_rows[-1]
-        return [self._decode_call(rows[start : start + most]) for start in range(0, len(rows), most)]
+    def _grant(self, number: int, length: int) -> bool:
+        """Whether there is room for a draft without taking a page from others."""
+        row = self._decoding.get(number)
+        if row is None or not length:
+            return False
+        assert length <= self.draft_room(row)
+        return self._slots.extend(row, row.computed + 1 + length)
 
-    def _decode_call(self, rows: list[Row]) -> Call:
-        parts = []
+    def _decode(self, drafts: Mapping[int, int]) -> list[Call]:
+        rows, most = list(self._decoding.values()), self.limits.decode_rows[-1]
+        return [self._decode_call(rows[start : start + most], drafts) for start in range(0, len(rows), most)]
+
+    def _decode_call(self, rows: list[Row], drafts: Mapping[int, int]) -> Call:
+        parts, page = [], self.limits.page
         for row in rows:
             assert row.slot is not None
-            parts.append(Part(row.number, row.slot, row.computed, 1, True, row.total - row.prompt))
+            length = 1 + drafts.get(row.number, 0)
+            parts.append(Part(row.number, row.slot, row.computed, length, True, row.total - row.prompt))
             row.computed += 1
             row.total += 1
-            if row.complete:
+            if row.computed % page == 0:
+                self._full.append(row)
+            if row.complete or not row.ahead:
                 del self._decoding[row.number]
-        return Call("decode", tuple(parts), _padded(len(rows), self.limits.decode_rows), 1, False)
+                if not row.ahead:
+                    self._held.add(row.number)
+        drafted = bool(drafts) and any(row.number in drafts for row in rows)
+        return Call("decode", tuple(parts), _padded(len(rows), self.limits.decode_rows), 1 + self.limits.draft if drafted else 1, False)
 
     def _prefill(self, group: list[Piece]) -> Call:
         parts, first, size = [], group[0].first, group[0].size
@@ -262,11 +312,15 @@ class Scheduler:
             assert row.slot is not None
             parts.append(Part(row.number, row.slot, row.computed, length, last, row.total - row.prompt))
             row.computed += length
+            if row.computed % self.limits.page == 0:
+                self._full.append(row)
             if last:
                 row.draws = True
                 row.total += 1
                 self._behind.remove(row)
-                if not row.complete:
+                if not row.ahead:
+                    self._held.add(row.number)
+                elif not row.complete:
                     self._decoding[row.number] = row
         return Call("prefill", tuple(parts), _padded(len(group), self.limits.prefill_rows), size, first)
 
