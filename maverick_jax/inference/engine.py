@@ -22,7 +22,7 @@ import numpy as np
 from maverick_jax.errors import UserError
 from maverick_jax.inference import pictures, steps
 from maverick_jax.inference.admission import admitted, check_model
-from maverick_jax.inference.budget import Budget
+from maverick_jax.inference.scheduling.pace import Pace
 from maverick_jax.inference.handle import Handle, Stopped
 from maverick_jax.inference.not_finite import explain
 from maverick_jax.inference.request import Finish, Request, Row
@@ -233,7 +233,7 @@ class Engine:
             self._news.notify_all()
 
     def _launch(self) -> list[_Launched]:
-        plan = self._scheduler.plan(time.monotonic(), self._budget.tokens)
+        plan = self._scheduler.plan(time.monotonic(), self._pace.tokens)
         for number in plan.finished:
             served = self._served.get(number)
             if served is not None:  # a cancelled one has been told
@@ -244,7 +244,7 @@ class Engine:
             self._table = steps.upload(self.model.constrain, self._table_SJ)
         for copy in plan.copies:
             self._copy(copy)
-        self._budget.begin(plan)
+        self._pace.begin(plan)
         return [draws for call in plan.calls for draws in self._call(call)]
 
     def _copy(self, copy: Copy) -> None:
@@ -371,7 +371,7 @@ class Engine:
         self._scheduler = Scheduler(self.limits)
         self._served: dict[int, _Served] = {}
         self._launched: list[_Launched] = []
-        self._budget = Budget(measured=multihost.process_count() == 1)
+        self._pace = Pace(measured=multihost.process_count() == 1)
         self._state, self._token_S = steps.create(model.config.text, geometry, self.room.dtype, model.constrain)
         self._table_SJ = np.zeros((geometry.places, geometry.stretches), np.int32)
         self._table = steps.upload(model.constrain, self._table_SJ)

@@ -1,4 +1,4 @@
-"""How much prefill runs beside those who are decoding, so that nobody's stream stumbles.
+"""How much prefill may run beside those who are decoding, so that nobody's stream stumbles.
 
 A stream that takes a time d per token shall take at most 1.5 d while somebody else's prompt is read: prefill gets half as much time as
 decode. Where many wait and few decode, more: what each gets is their share of those who want something.
@@ -17,7 +17,7 @@ FIXED = 128  # tokens per step where nothing is measured: processes of one run m
 KEPT = 0.8  # of what was known, when a new measurement comes
 
 
-class Budget:
+class Pace:
     """Tokens of prefill per decode step, from the times of steps with and without any.
 
     Args:
