@@ -23,7 +23,7 @@ from maverick_jax.inference.cache import KVCache, new_cache
 from maverick_jax.inference.checks import MAX_NEW_TOKENS, check_room, names_the_nearest, shown, stop_tokens, token_rows
 from maverick_jax.inference.clock import seconds_compiling
 from maverick_jax.inference.not_finite import explain
-from maverick_jax.inference.sampling import RowSampling, Sampling, sample
+from maverick_jax.inference.sampling import NOT_FINITE, RowSampling, Sampling, sample
 from maverick_jax.inference.sizes import longest_piece, next_power_of_two, piece_size, round_up_context
 from maverick_jax.model import Llama4
 from maverick_jax.model.inputs import check_patches, tiles_of
@@ -31,7 +31,6 @@ from maverick_jax.model.inputs import check_patches, tiles_of
 TILES_AT_ONCE = 16  # pictures' tiles per call of the vision tower
 STEPS = 8  # tokens per decode call: text arrives in small portions, the host is asked rarely
 NO_TOKEN = -1  # behind the end of a row
-NOT_FINITE = -2  # in the place of a token whose logits are not finite
 
 
 @names_the_nearest
@@ -291,8 +290,7 @@ def _readable(state: DecodeState, tokens, constrain) -> tuple[DecodeState, jax.A
 
 
 def _choose(logits_BV, rows, step):
-    """[B] int32 tokens. What is not finite is told apart here, where it costs the host no question of its own."""
-    return jnp.where(jnp.isfinite(logits_BV).all(axis=-1), sample(logits_BV, rows, step), NOT_FINITE)
+    return sample(logits_BV, rows, jnp.broadcast_to(step, len(logits_BV))).token_B
 
 
 def _is_stop(token_B, stop_ids):
