@@ -1,5 +1,6 @@
 """Sampling: the tokens that top-k, top-p and min-p leave are exactly those of their definitions, and draws follow the model."""
 
+import dataclasses
 import re
 import reprlib
 
@@ -135,6 +136,11 @@ NUMBERS = ("1", None, [1.0], 1j, True)
         *(dict(top_p=value) for value in (0.0, -1, 1.1, float("nan"), "1", [1.0], True)),
         *(dict(min_p=value) for value in (-0.1, 1.5, float("nan"), "1", True)),
         *(dict(seed=value) for value in (-1, 2**32, 1.0, "1", None, True, float("nan"))),
+        *(dict(repetition_penalty=value) for value in (0, -1.0, 1000, float("nan"), float("inf"), *NUMBERS)),
+        *(dict(presence_penalty=value) for value in (-2.1, 2.1, float("nan"), *NUMBERS)),
+        *(dict(frequency_penalty=value) for value in (-2.1, 2.1, float("nan"), *NUMBERS)),
+        *(dict(min_tokens=value) for value in (-1, 1.0, "1", None, True)),
+        *(dict(logprobs=value) for value in (-1, 21, 1.0, "1", True)),
     ],
     ids=lambda settings: str(settings)[:40],
 )
@@ -152,8 +158,51 @@ def test_a_wrong_seed_among_many(seed, place):
         Sampling(seed=seed)
 
 
+@pytest.mark.parametrize(
+    "bias, said",
+    [
+        ([1], "logit_bias is [1]: expected a dict from token ids to what is added to their logits."),
+        (3, "logit_bias is 3: expected a dict"),
+        ({"3": 1.0}, "logit_bias has the key '3': expected token ids, whole numbers from 0 on."),
+        ({-1: 1.0}, "logit_bias has the key -1: expected token ids"),
+        ({True: 1.0}, "logit_bias has the key True: expected token ids"),
+        ({3: "1"}, "logit_bias of token 3 is '1': it must be a number between -100 and 100."),
+        ({3: float("nan")}, "logit_bias of token 3 is nan: it must be"),
+        ({3: -101}, "logit_bias of token 3 is -101: it must be"),
+        (dict.fromkeys(range(301), 1.0), "logit_bias has 301 tokens: at most 300 are taken."),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_wrong_bias(bias, said):
+    """It is found by its token."""
+    with pytest.raises(UserError, match=re.escape(said)):
+        Sampling(logit_bias=bias)
+
+
+def test_a_bias_of_a_token_that_there_is_not():
+    """Only the vocabulary's size can tell; a bias that hits nothing would be silent."""
+    with pytest.raises(UserError, match=re.escape("logit_bias has token id 50 outside 0..49: is it from another tokenizer?")):
+        Sampling(logit_bias={3: 1, 50: 1}).check_vocabulary(50)
+    Sampling(logit_bias={49: 1}).check_vocabulary(50)
+    Sampling().check_vocabulary(50)
+
+
+def test_what_needs_more_than_logits():
+    """Rows that ask for nothing of it go through the smaller program."""
+    plain = [Sampling(), Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, seed=3), Sampling(logit_bias={})]
+    more = [dict(repetition_penalty=1.1), dict(presence_penalty=1), dict(frequency_penalty=1), dict(logit_bias={1: 1}), dict(min_tokens=1)]
+    assert not any(one.has_extras for one in plain)
+    assert all(Sampling(**one).has_extras for one in [*more, dict(logprobs=0)])
+
+
 def test_numbers_of_numpy_and_jax_are_numbers():
     """What comes out of an array is as good as a Python number, and is one afterwards."""
-    sampling = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), top_p=jnp.float32(0.5), min_p=np.float16(0.5), seed=jnp.int32(7))
-    assert sampling == Sampling(temperature=0.5, top_k=3, top_p=0.5, min_p=0.5, seed=7)
-    assert [type(value) for value in vars(sampling).values()] == [float, int, float, float, int]
+    given = dict(temperature=np.float32(0.5), top_k=np.int64(3), top_p=jnp.float32(0.5), min_p=np.float16(0.5), seed=jnp.int32(7))
+    given |= dict(repetition_penalty=np.float32(2), presence_penalty=1, frequency_penalty=jnp.float32(1), min_tokens=np.int8(3))
+    sampling = Sampling(**given, logit_bias={np.int32(3): np.float32(2)}, logprobs=np.int64(0))
+    plain = dict(temperature=0.5, top_k=3, top_p=0.5, min_p=0.5, seed=7, repetition_penalty=2.0, presence_penalty=1.0)
+    assert sampling == Sampling(**plain, frequency_penalty=1.0, min_tokens=3, logit_bias={3: 2.0}, logprobs=0)
+    types = [float, int, float, float, int, float, float, float, dict, int, int]
+    assert [type(value) for value in vars(sampling).values()] == types
+    assert [type(x) for item in sampling.logit_bias.items() for x in item] == [int, float]
+    assert hash(sampling) == hash(dataclasses.replace(sampling))

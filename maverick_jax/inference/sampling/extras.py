@@ -81,7 +81,7 @@ def adjust(logits_BV: jax.Array, step_B: jax.Array, extras: Extras) -> jax.Array
     logits_BV -= times_BV.astype(jnp.float32) * rows.frequency_B[:, None]
     logits_BV -= jnp.where(times_BV > 0, rows.presence_B[:, None], 0.0)
     if extras.mask_BW is not None:
-        bits = (extras.mask_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        bits = (extras.mask_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
         logits_BV = jnp.where(bits.reshape(len(step_B), -1)[:, : logits_BV.shape[1]] > 0, logits_BV, -jnp.inf)
     stop_ids_BE = jnp.where((step_B < rows.min_tokens_B)[:, None], rows.stop_ids_BE, NO_ID)
     return logits_BV.at[batch, stop_ids_BE].set(-jnp.inf, mode="drop")

@@ -70,7 +70,7 @@ def among_candidates(logits_BNL: jax.Array, highest_BN: jax.Array, weigh: Weigh,
         block, beyond_B = jnp.broadcast_to(jnp.arange(N), (B, N)), jnp.full(B, -jnp.inf)
     near = jnp.take_along_axis(logits_BNL, block[:, :, None], axis=1).reshape(B, -1)
     count = min(CANDIDATES, near.shape[1])
-    logit_BC, place_BC = lax.top_k(near, count)
+    logit_BC, place_BC = lax.top_k(jnp.where(near == 0, 0.0, near), count)  # which does not take -0.0 and 0.0 for equal
     weight_BC = weigh(logit_BC)
     in_k = jnp.arange(count)[None, :] < rows.top_k_B[:, None]
     few = jnp.asarray(rows.top_k_B) <= count

@@ -102,7 +102,9 @@ def test_draws_follow_the_probabilities(candidates, asked, tied):
 def test_top_p_that_is_reached_exactly(candidates):
     """The tokens that together reach it are enough: the next one is one too many."""
     logits = np.log(np.array([[0.25, 0.5, 0.25]], np.float32))
-    assert compiled(candidates)(logits, stacked([dict(temperature=1.0, top_p=0.5)]), np.zeros(1, np.int32))[0].tolist() == [[False, True, False]]
+    assert compiled(candidates)(logits, stacked([dict(temperature=1.0, top_p=0.5)]), np.zeros(1, np.int32))[0].tolist() == [
+        [False, True, False]
+    ]
 
 
 @pytest.mark.parametrize("top_p", [None, 1, 1.0, 1 - 1e-9])
@@ -117,7 +119,13 @@ def test_without_top_p_the_least_likely_token_stays(candidates, top_p):
 def test_a_row_alone_and_among_others(candidates):
     """What a row draws depends on no neighbour, whichever way these make the whole batch go."""
     rng = np.random.default_rng(3)
-    asked = [dict(), dict(temperature=1.0), dict(temperature=0.7, top_k=3), dict(temperature=2.0, top_p=0.95), dict(temperature=1.0, min_p=0.1)]
+    asked = [
+        dict(),
+        dict(temperature=1.0),
+        dict(temperature=0.7, top_k=3),
+        dict(temperature=2.0, top_p=0.95),
+        dict(temperature=1.0, min_p=0.1),
+    ]
     asked += [dict(temperature=1.0, top_k=500, top_p=0.9), dict(temperature=5.0), dict(temperature=1.0, top_k=5, min_p=0.5)]
     asked = [one | dict(seed=i % 3) for i, one in enumerate(asked)]
     logits = rng.normal(size=(8, V)).astype(np.float32)
