@@ -1,5 +1,6 @@
 """Sampling: the tokens that top-k, top-p and min-p leave are exactly those of their definitions, and draws follow the model."""
 
+import dataclasses
 import re
 import reprlib
 
@@ -9,18 +10,18 @@ import numpy as np
 import pytest
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.sampling import RowSampling, Sampling, _kept, sample
+from maverick_jax.inference.sampling import RowSampling, Sampling, sample
 
 ROWS = 4000
 PROBABILITIES = np.array([0.02, 0.3, 0.1, 0.05, 0.25, 0.08, 0.2], np.float32)
 LOGITS = np.log(PROBABILITIES)
-draw = jax.jit(sample)
+sample_rows = jax.jit(lambda logits, rows, step: sample(logits, rows, jnp.full(len(logits), step)).token_B)
 
 
 def drawn(step: int = 0, rows: int = ROWS, **settings) -> np.ndarray:
     """One token for each of many rows with the same logits."""
     logits = jnp.broadcast_to(jnp.asarray(LOGITS), (rows, len(LOGITS)))
-    return np.asarray(draw(logits, RowSampling.repeat(Sampling(**settings), rows), jnp.int32(step)))
+    return np.asarray(sample_rows(logits, RowSampling.repeat(Sampling(**settings), rows), jnp.int32(step)))
 
 
 def kept(temperature=1.0, top_k=None, top_p=None, min_p=None) -> dict[int, float]:
@@ -43,7 +44,7 @@ def test_greedy_takes_the_most_likely():
     """Temperature 0 depends on no seed, and takes the lowest id on a tie."""
     assert set(drawn(temperature=0.0)) == {1}
     tied = jnp.zeros((2, 5))
-    assert sample(tied, RowSampling.repeat(Sampling(), 2), jnp.int32(0)).tolist() == [0, 0]
+    assert sample_rows(tied, RowSampling.repeat(Sampling(), 2), jnp.int32(0)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_rows_have_their_own_settings():
     """A greedy row in a batch stays greedy whatever its neighbours ask for."""
     rows = RowSampling.repeat(Sampling(temperature=5.0), 200)
     rows.temperature_B[::2] = 0
-    tokens = np.asarray(draw(jnp.broadcast_to(jnp.asarray(LOGITS), (200, len(LOGITS))), rows, jnp.int32(0)))
+    tokens = np.asarray(sample_rows(jnp.broadcast_to(jnp.asarray(LOGITS), (200, len(LOGITS))), rows, jnp.int32(0)))
     assert set(tokens[::2]) == {1}
     assert len(set(tokens[1::2])) > 3
 
@@ -109,28 +110,13 @@ def test_of_equal_tokens_the_first_are_kept(settings, expected):
     """A threshold alone would keep three tokens where two were asked for; in the sorted row the lower ids come first."""
     logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.2, 0.2], jnp.float32))
     rows = RowSampling.repeat(Sampling(temperature=1.0, **settings), 500)
-    assert set(np.asarray(draw(jnp.broadcast_to(logits, (500, 5)), rows, jnp.int32(0))).tolist()) == expected
-
-
-def test_top_p_that_is_reached_exactly():
-    """The tokens that together reach it are enough: the next one is one too many."""
-    rows = RowSampling.repeat(Sampling(temperature=1.0, top_p=0.5), 1)
-    assert _kept(jnp.log(jnp.array([[0.25, 0.5, 0.25]])), rows).tolist() == [[False, True, False]]
+    assert set(np.asarray(sample_rows(jnp.broadcast_to(logits, (500, 5)), rows, jnp.int32(0))).tolist()) == expected
 
 
 def test_tokens_that_are_all_equal():
     """The first k of a row without any order, whatever k, in every row of a batch alike."""
     rows = RowSampling.repeat(Sampling(temperature=1.0, top_k=3), 400)
-    assert set(np.asarray(draw(jnp.zeros((400, 9)), rows, jnp.int32(0))).tolist()) == {0, 1, 2}
-
-
-@pytest.mark.parametrize("top_p", [None, 1, 1.0])
-def test_without_top_p_the_least_likely_token_stays(top_p):
-    """Summed in float32, what comes before the last tokens can reach 1, and they would be cut off."""
-    logits = jnp.asarray(np.linspace(0, -30, 5000, dtype=np.float32))[None]
-    rows = RowSampling.repeat(Sampling(temperature=1.0, top_p=top_p), 1)
-    assert _kept(logits, rows).all()
-    assert not _kept(logits, RowSampling.repeat(Sampling(temperature=1.0, top_p=0.9999999), 1)).all()
+    assert set(np.asarray(sample_rows(jnp.zeros((400, 9)), rows, jnp.int32(0))).tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("top_k", [7, 2**31 - 1, 2**31, 2**40, 10**30])
@@ -150,6 +136,11 @@ NUMBERS = ("1", None, [1.0], 1j, True)
         *(dict(top_p=value) for value in (0.0, -1, 1.1, float("nan"), "1", [1.0], True)),
         *(dict(min_p=value) for value in (-0.1, 1.5, float("nan"), "1", True)),
         *(dict(seed=value) for value in (-1, 2**32, 1.0, "1", None, True, float("nan"))),
+        *(dict(repetition_penalty=value) for value in (0, -1.0, 1000, float("nan"), float("inf"), *NUMBERS)),
+        *(dict(presence_penalty=value) for value in (-2.1, 2.1, float("nan"), *NUMBERS)),
+        *(dict(frequency_penalty=value) for value in (-2.1, 2.1, float("nan"), *NUMBERS)),
+        *(dict(min_tokens=value) for value in (-1, 1.0, "1", None, True)),
+        *(dict(logprobs=value) for value in (-1, 21, 1.0, "1", True)),
     ],
     ids=lambda settings: str(settings)[:40],
 )
@@ -167,8 +158,51 @@ def test_a_wrong_seed_among_many(seed, place):
         Sampling(seed=seed)
 
 
+@pytest.mark.parametrize(
+    "bias, said",
+    [
+        ([1], "logit_bias is [1]: expected a dict from token ids to what is added to their logits."),
+        (3, "logit_bias is 3: expected a dict"),
+        ({"3": 1.0}, "logit_bias has the key '3': expected token ids, whole numbers from 0 on."),
+        ({-1: 1.0}, "logit_bias has the key -1: expected token ids"),
+        ({True: 1.0}, "logit_bias has the key True: expected token ids"),
+        ({3: "1"}, "logit_bias of token 3 is '1': it must be a number between -100 and 100."),
+        ({3: float("nan")}, "logit_bias of token 3 is nan: it must be"),
+        ({3: -101}, "logit_bias of token 3 is -101: it must be"),
+        (dict.fromkeys(range(301), 1.0), "logit_bias has 301 tokens: at most 300 are taken."),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_wrong_bias(bias, said):
+    """It is found by its token."""
+    with pytest.raises(UserError, match=re.escape(said)):
+        Sampling(logit_bias=bias)
+
+
+def test_a_bias_of_a_token_that_there_is_not():
+    """Only the vocabulary's size can tell; a bias that hits nothing would be silent."""
+    with pytest.raises(UserError, match=re.escape("logit_bias has token id 50 outside 0..49: is it from another tokenizer?")):
+        Sampling(logit_bias={3: 1, 50: 1}).check_vocabulary(50)
+    Sampling(logit_bias={49: 1}).check_vocabulary(50)
+    Sampling().check_vocabulary(50)
+
+
+def test_what_needs_more_than_logits():
+    """Rows that ask for nothing of it go through the smaller program."""
+    plain = [Sampling(), Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, seed=3), Sampling(logit_bias={})]
+    more = [dict(repetition_penalty=1.1), dict(presence_penalty=1), dict(frequency_penalty=1), dict(logit_bias={1: 1}), dict(min_tokens=1)]
+    assert not any(one.has_extras for one in plain)
+    assert all(Sampling(**one).has_extras for one in [*more, dict(logprobs=0)])
+
+
 def test_numbers_of_numpy_and_jax_are_numbers():
     """What comes out of an array is as good as a Python number, and is one afterwards."""
-    sampling = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), top_p=jnp.float32(0.5), min_p=np.float16(0.5), seed=jnp.int32(7))
-    assert sampling == Sampling(temperature=0.5, top_k=3, top_p=0.5, min_p=0.5, seed=7)
-    assert [type(value) for value in vars(sampling).values()] == [float, int, float, float, int]
+    given = dict(temperature=np.float32(0.5), top_k=np.int64(3), top_p=jnp.float32(0.5), min_p=np.float16(0.5), seed=jnp.int32(7))
+    given |= dict(repetition_penalty=np.float32(2), presence_penalty=1, frequency_penalty=jnp.float32(1), min_tokens=np.int8(3))
+    sampling = Sampling(**given, logit_bias={np.int32(3): np.float32(2)}, logprobs=np.int64(0))
+    plain = dict(temperature=0.5, top_k=3, top_p=0.5, min_p=0.5, seed=7, repetition_penalty=2.0, presence_penalty=1.0)
+    assert sampling == Sampling(**plain, frequency_penalty=1.0, min_tokens=3, logit_bias={3: 2.0}, logprobs=0)
+    types = [float, int, float, float, int, float, float, float, dict, int, int]
+    assert [type(value) for value in vars(sampling).values()] == types
+    assert [type(x) for item in sampling.logit_bias.items() for x in item] == [int, float]
+    assert hash(sampling) == hash(dataclasses.replace(sampling))

@@ -1,0 +1,131 @@
+"""From logits to tokens on the device, every row with its own settings; and how many tokens of a draft they agree with.
+
+Shape suffixes: B batch, V vocabulary, T tokens of a draft and one more, N blocks, L neighbouring tokens of a block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from maverick_jax.inference.sampling.blocks import SHARES, draw, first_highest, in_blocks, per_row
+from maverick_jax.inference.sampling.extras import Extras, adjust, log_probabilities
+from maverick_jax.inference.sampling.filters import Candidates, among_candidates, cut_of_all
+from maverick_jax.inference.sampling.rows import RowSampling
+
+NOT_FINITE = -2  # in the place of a token whose logits are not finite
+NOTHING_LEFT = -3  # in the place of a token where every one is forbidden
+
+
+class Sampled(NamedTuple):
+    """What was chosen.
+
+    Attributes:
+      token_B: int32; NOT_FINITE where a logit of the row is not finite, NOTHING_LEFT where every token is forbidden.
+      logprob_B, top_logprobs_BN, top_ids_BN: see `log_probabilities`; None without extras.
+    """
+
+    token_B: jax.Array
+    logprob_B: jax.Array | None = None
+    top_logprobs_BN: jax.Array | None = None
+    top_ids_BN: jax.Array | None = None
+
+
+def sample(logits_BV: jax.Array, rows: RowSampling, step_B: jax.Array, extras: Extras | None = None) -> Sampled:
+    """Choose a token for every row.
+
+    What a row draws follows from its logits, its settings and its step alone, not from its place nor from who stands beside it.
+    Greedy rows cost one look at every logit; a temperature adds one exponential of each, top-k and top-p a few thousand tokens
+    looked at twice, and where they keep more than a hundred tokens up to 64 sums over the vocabulary.
+
+    Args:
+      logits_BV: float32.
+      step_B: int32, how many tokens the row has drawn before.
+      extras: penalties, biases and what may not be drawn.
+    """
+    chosen_BNL = in_blocks(logits_BV)
+    highest_BN = chosen_BNL.max(axis=-1)
+    finite_B = jnp.isfinite(highest_BN.max(axis=-1)) & jnp.isfinite(chosen_BNL.min(axis=-1).min(axis=-1))
+    if extras is not None:
+        chosen_BNL = in_blocks(adjust(logits_BV, step_B, extras))
+        highest_BN = chosen_BNL.max(axis=-1)
+    greedy_B = first_highest(chosen_BNL, highest_BN)
+    warm_B = jnp.asarray(rows.temperature_B) > 0
+    token_B = lax.cond(
+        jnp.any(warm_B),
+        lambda: jnp.where(warm_B, _drawn(chosen_BNL, highest_BN, rows, step_B), greedy_B),
+        lambda: greedy_B,
+    )
+    token_B = jnp.where(jnp.isneginf(highest_BN.max(axis=-1)), NOTHING_LEFT, token_B)
+    token_B = jnp.where(finite_B, token_B, NOT_FINITE)
+    return Sampled(token_B) if extras is None else Sampled(token_B, *log_probabilities(logits_BV, token_B, extras))
+
+
+def accept(
+    logits_BTV: jax.Array, draft_BD: jax.Array, rows: RowSampling, step_B: jax.Array, extras: Extras | None = None
+) -> tuple[jax.Array, Sampled]:
+    """What the model says to a draft: the tokens that it would have drawn, one after the other, and how many of them count.
+
+    Every token is drawn as without a draft, by the row's seed and the number of the draw, and the draft counts as far as it
+    agrees: so a row's tokens are the same with and without drafts. Token t of a draft is taken with its probability p(t), and
+    where it is not, the drawn token follows p without t: the best there is for a draft that is not itself drawn by chance.
+
+    Args:
+      logits_BTV: float32, T = D + 1: behind the newest token and behind every token of the draft.
+      draft_BD: int32 tokens, negative where a row has no more of them.
+      step_B: how many tokens the row has drawn before.
+      extras: as for `sample`, the masks [B, T, W].
+
+    Returns:
+      (count_B, sampled): int32 between 1 and T, and arrays [B, T, ...] of which the first `count` of every row count.
+    """
+    B, T, V = logits_BTV.shape
+    along = jax.tree.map(lambda x_B: jnp.repeat(jnp.asarray(x_B), T, axis=0), rows)
+    step_BT = step_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    extras = None if extras is None else extras.along(draft_BD)
+    sampled = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), sample(logits_BTV.reshape(-1, V), along, step_BT.reshape(-1), extras))
+    agrees = (sampled.token_B[:, :-1] == draft_BD).astype(jnp.int32)
+    return 1 + jnp.cumprod(agrees, axis=1).sum(axis=1, dtype=jnp.int32), sampled
+
+
+def _drawn(logits_BNL, highest_BN, rows, step_B):
+    """[B] int32: a token of every row by chance; anything for rows without a temperature."""
+    top_B = highest_BN.max(axis=-1)
+    temperature_B = jnp.maximum(rows.temperature_B, 1e-6)
+    shares_BU = jax.vmap(_shares)(jnp.asarray(rows.seed_B), step_B)
+
+    def weigh(logits):
+        return jnp.exp((logits - per_row(top_B, logits)) / per_row(temperature_B, logits))
+
+    vocabulary = logits_BNL[0].size
+    warm_B = rows.temperature_B > 0
+    filtered_B = warm_B & ((rows.top_k_B < vocabulary) | jnp.isfinite(rows.top_p_B))
+    few = lax.cond(
+        jnp.any(filtered_B),
+        lambda: among_candidates(logits_BNL, highest_BN, weigh, rows, shares_BU),
+        lambda: Candidates(jnp.zeros_like(step_B), jnp.zeros_like(warm_B)),
+    )
+    few_B = filtered_B & few.certain_B
+    asked_B = warm_B & ~few_B & (filtered_B | (rows.min_p_B > 0))
+
+    def among_kept():
+        cut = cut_of_all(logits_BNL, weigh, rows, asked_B)
+
+        def weigh_kept(logits, ids):
+            weight = weigh(logits)
+            return jnp.where(cut.keeps(logits, ids) & (weight >= per_row(rows.min_p_B, logits)), weight, 0)
+
+        return draw(logits_BNL, weigh_kept, shares_BU)
+
+    all_B = lax.switch(
+        jnp.any(warm_B & ~few_B).astype(jnp.int32) + jnp.any(asked_B).astype(jnp.int32),
+        (lambda: few.token_B, lambda: draw(logits_BNL, lambda logits, _: weigh(logits), shares_BU), among_kept),
+    )
+    return jnp.where(few_B, few.token_B, all_B)
+
+
+def _shares(seed, step):
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), (SHARES,))
