@@ -32,6 +32,7 @@ SYMBOLS = 50_000  # of a form's rules
 COMPILING_S = 30  # most forms take milliseconds, a thousand properties 40
 COMPILERS = 4  # forms that are compiled at the same time
 STACK = 512 << 20  # bytes of address space; a chain of 26,000 rules, as many as a form may have, takes half of it
+TOGETHER = 4  # rows, from which on several threads save more than waking them costs
 # Between the parts of JSON: nothing, a space, or a new line and its indentation. Without a bound a model may write blanks for ever.
 BLANK = r"( |\n( {0,40}|\t{0,20}))?"
 
@@ -68,7 +69,7 @@ class Grammars:
         return Matcher(self, grammar)
 
     def fill(self, rows: Sequence[tuple[Matcher, int, Sequence[int]]], masks_NW: np.ndarray) -> None:
-        """Write what may come next: all rows in one call, which does not hold Python's lock.
+        """Write what may come next; Python's lock is not held meanwhile.
 
         Args:
           rows: a matcher (each once), the row of its mask, and a draft that `Matcher.allowed` let pass, or (). The rows behind take
@@ -77,14 +78,17 @@ class Grammars:
             says that this is no valid end.
         """
         assert (masks_NW.dtype, masks_NW.shape[1], masks_NW.flags.c_contiguous) == (np.uint32, self.words, True)
-        into = (masks_NW.ctypes.data, masks_NW.strides[0], len(masks_NW))
-        if plain := [(matcher._followed, at) for matcher, at, draft in rows if not draft]:
-            self._threads.unsafe_compute_mask_ptr(plain, *into)
-        if drafted := [(matcher._followed, at, list(draft)) for matcher, at, draft in rows if draft]:
-            self._threads.unsafe_compute_mask_ptr_with_draft_token(drafted, *into)
+        if len(rows) >= TOGETHER:
+            into = (masks_NW.ctypes.data, masks_NW.strides[0], len(masks_NW))
+            if plain := [(matcher._followed, at) for matcher, at, draft in rows if not draft]:
+                self._threads.unsafe_compute_mask_ptr(plain, *into)
+            if drafted := [(matcher._followed, at, list(draft)) for matcher, at, draft in rows if draft]:
+                self._threads.unsafe_compute_mask_ptr_with_draft_token(drafted, *into)
+            rows = [row for row in rows if row[0]._mended()]
         for matcher, at, draft in rows:
-            if matcher._followed.is_error():
-                matcher._fill_again(masks_NW[at : at + 1 + len(draft)], draft)
+            masks = masks_NW[at : at + 1 + len(draft)]
+            if not matcher._fill(masks, draft):
+                matcher._fill(masks, draft)
 
     def compiled(self, grammar: Grammar, *, other_than: llguidance.LLMatcher | None = None) -> llguidance.LLMatcher:
         """The form at its beginning, to be copied: the one that is kept, or a new one.
@@ -168,31 +172,34 @@ class Matcher:
           UserError: the form does not let it come; with a mask, where it leaves nothing to come. The answer ends here.
         """
         if not self._followed.consume_token(token):
-            self._begin_again()
-            if not self._followed.consume_token(token):
-                reason = _reason(self._followed.get_error())
-                raise UserError(f"after {len(self._accepted)} tokens the {self.grammar.kind} lets no answer go on ({reason}): mend it.")
+            said = self._followed.get_error()
+            if not (self._mended() and self._followed.consume_token(token)):
+                raise UserError(
+                    f"after {len(self._accepted)} tokens the {self.grammar.kind} lets no answer go on ({_reason(said)}): mend it."
+                )
         self._accepted.append(token)
 
-    def _begin_again(self) -> None:
-        """What has failed fails for ever. A copy of the kept form does not, unless its automaton is full: all answers of a form share
-        it, and it may hold what one needs where it did not hold what all needed together."""
-        full = self._origin if "too many states" in self._followed.get_error() else None
-        self._origin = self._grammars.compiled(self.grammar, other_than=full)
-        self._followed = self._origin.deep_copy()
-        self._followed.consume_tokens(self._accepted)
-
-    def _fill_again(self, masks_NW: np.ndarray, draft: Sequence[int]) -> None:
-        """As `Grammars.fill`, from the beginning; a draft may also have failed where the answer will not go."""
-        self._begin_again()
+    def _fill(self, masks_NW: np.ndarray, draft: Sequence[int]) -> bool:
+        """As `Grammars.fill`, and whether nothing failed; what the draft came to is forgotten."""
         for mask_W, token in zip(masks_NW, [None, *draft], strict=True):
             if token is not None:
                 self._followed.consume_token(token)
             self._followed.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
-        if self._followed.is_error():
-            self._begin_again()
-        else:
-            self._followed.rollback(len(draft))
+        if self._mended():
+            return False
+        self._followed.rollback(len(draft))
+        return True
+
+    def _mended(self) -> bool:
+        """Whether it had failed, and is made again from what the answer has accepted, for after a failure it cannot be relied on. That
+        may go better: all answers of a form share its automaton, which is bounded, and a new one holds what one of them needs."""
+        if not self._followed.is_error():
+            return False
+        full = self._origin if "too many states" in self._followed.get_error() else None
+        self._origin = self._grammars.compiled(self.grammar, other_than=full)
+        self._followed = self._origin.deep_copy()
+        self._followed.consume_tokens(self._accepted)
+        return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,12 @@ def grammars() -> Grammars:
     return make()
 
 
+@pytest.fixture(params=[1, 99], ids=["in threads", "one by one"])
+def both_ways(request, monkeypatch):
+    """Few rows are filled without llguidance's threads."""
+    monkeypatch.setattr(module, "TOGETHER", request.param)
+
+
 def masks(grammars: Grammars, *rows: tuple[Matcher, list[int]]) -> list[set[int]]:
     """The tokens that each mask allows; what no mask is written to stays as it was, which is everything."""
     starts = np.cumsum([0, *(1 + len(draft) for _, draft in rows)])
@@ -128,7 +134,7 @@ def test_finished_as_soon_as_nothing_can_follow(grammars):
         assert matcher.finished
 
 
-def test_a_draft_has_the_masks_of_its_tokens(grammars):
+def test_a_draft_has_the_masks_of_its_tokens(grammars, both_ways):
     """Each as if the tokens before it had been accepted, whatever stands in the rows beside it; the matcher stays where it was."""
     grammar = Grammar(json_schema=PERSON)
     drafted, before, behind, alone = (grammars.matcher(grammar) for _ in range(4))
@@ -184,17 +190,18 @@ def test_a_form_that_cannot_be_had_is_refused_before_it_is_used(grammars, form):
     assert re.search(r"\(.{5,}\)", str(caught.value))
 
 
-def test_a_dead_end_ends_its_own_answer_and_no_other(grammars):
+def test_a_dead_end_ends_its_own_answer_and_no_other(grammars, both_ways):
     """No token is left: the mask has the end tokens, so that a draw finds one, and the matcher says that this is no valid end."""
     dead, alive = grammars.matcher(DEAD_END), grammars.matcher(Grammar(choice=["yes"]))
     dead.accept(*TOKENIZER.encode("a"))
     assert masks(grammars, (dead, []), (alive, [])) == [set(ENDS), {TOKENIZER.encode("yes")[0], *TOKENIZER.encode("y")}]
     with pytest.raises(UserError, match="after 1 tokens the lark lets no answer go on"):
         dead.accept(END)
+    assert masks(grammars, (dead, []), (alive, []))[0] == set(ENDS)
     alive.accept(TOKENIZER.encode("yes")[0])
 
 
-def test_a_draft_into_a_dead_end_does_not_end_the_answer(grammars):
+def test_a_draft_into_a_dead_end_does_not_end_the_answer(grammars, both_ways):
     """It was only proposed."""
     matcher = grammars.matcher(DEAD_END)
     a, c = TOKENIZER.encode("ac")
@@ -203,7 +210,7 @@ def test_a_draft_into_a_dead_end_does_not_end_the_answer(grammars):
     assert matcher.finished
 
 
-def test_an_answer_survives_the_automaton_that_others_filled(monkeypatch):
+def test_an_answer_survives_the_automaton_that_others_filled(monkeypatch, both_ways):
     """All answers of a form share it and it is bounded: a form that was used long enough would fail for everybody."""
     monkeypatch.setattr(module, "STATES", 1000)
     grammars, letters = make(), TOKENIZER.encode("ab")
