@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maverick_jax.inference.grammar import Grammar
-from maverick_jax.inference.matcher import Grammars
+from maverick_jax.inference.grammar import Grammar, Grammars
 from maverick_jax.inference.speculate import PromptLookup
 from maverick_jax.prompt import Tokenizer
 

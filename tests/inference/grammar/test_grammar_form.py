@@ -3,7 +3,7 @@
 import pytest
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.grammar import LONGEST, Grammar, can_end
+from maverick_jax.inference.grammar.form import LONGEST, Grammar, can_end
 
 
 def test_equal_forms_are_one():

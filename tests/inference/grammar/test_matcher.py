@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from maverick_jax.assets import mini_directory
 from maverick_jax.errors import UserError
-from maverick_jax.inference import matcher as module
-from maverick_jax.inference.grammar import Grammar
-from maverick_jax.inference.matcher import Grammars, Matcher
+from maverick_jax.inference.grammar import Grammar, Grammars, Matcher
+from maverick_jax.inference.grammar import matcher as module
 from maverick_jax.prompt import Tokenizer
 
 pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.grammar import Grammar, can_end
+from maverick_jax.inference.grammar.form import Grammar, can_end
 from maverick_jax.prompt import Tokenizer
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maverick_jax.assets import mini_directory
-from maverick_jax.inference.grammar import Grammar
+from maverick_jax.inference.grammar import Grammar, Grammars
 from maverick_jax.prompt import Tokenizer
 
 pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
@@ -121,7 +121,6 @@ def drawn(grammars, grammar: Grammar, tokenizer: Tokenizer, seed: int) -> str:
 @pytest.mark.parametrize("part", range(5))
 def test_every_answer_is_valid(part):
     """Not only one token after the other: also what `$ref`, `anyOf`, bounds and patterns say together."""
-    from maverick_jax.inference.matcher import Grammars
 
     tokenizer = Tokenizer.from_directory(mini_directory())
     grammars = Grammars(tokenizer, vocabulary=340, end_ids=[tokenizer.id_of("<|eot|>"), tokenizer.id_of("<|end_of_text|>")])
