@@ -26,8 +26,8 @@ from maverick_jax.prompt import Tokenizer
 if TYPE_CHECKING:
     import llguidance
 
-KEPT = 64  # compiled forms
-STATES = 100_000  # of a form's automaton, 1 to 2 kB each
+KEPT = 32  # compiled forms
+STATES = 50_000  # of a form's automaton, 1 to 2 kB each
 SYMBOLS = 50_000  # of a form's rules
 COMPILING_S = 30  # most forms take milliseconds, a thousand properties 40
 COMPILERS = 4  # forms that are compiled at the same time
