@@ -1,0 +1,137 @@
+"""What the body of a request asks for, and what it may not."""
+
+import base64
+
+import pytest
+
+from maverick_jax.errors import UserError
+from maverick_jax.inference.batch.jobs import CHAT, COMPLETIONS, Job
+from maverick_jax.inference.grammar import Grammar
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def chat(**body) -> Job:
+    return Job.of("a", CHAT, {"messages": HELLO} | body)
+
+
+def completion(**body) -> Job:
+    return Job.of("a", COMPLETIONS, {"prompt": "Hello"} | body)
+
+
+def test_a_body_of_the_openai_client():
+    """Nulls are fields that are not there, and what steers OpenAI's service is ignored."""
+    job = chat(model="x", user="me", metadata={"k": "v"}, store=False, max_tokens=None, seed=7, top_p=0.5, stop="\n", n=2, stream=False)
+    assert job.messages == HELLO
+    assert (job.sampling, job.max_new_tokens) == ({"temperature": 1.0, "seed": 7, "top_p": 0.5}, None)
+    assert (job.stop, job.answers, job.grammar) == (("\n",), 2, None)
+
+
+def test_both_names_of_the_longest_answer():
+    """Clients send either."""
+    assert chat(max_tokens=5).max_new_tokens == chat(max_completion_tokens=5).max_new_tokens == completion(max_tokens=5).max_new_tokens == 5
+
+
+def test_log_probabilities_of_both_kinds():
+    """A flag and a number there, a number here."""
+    assert chat(logprobs=True, top_logprobs=3).sampling["logprobs"] == 3
+    assert chat(logprobs=True).sampling["logprobs"] == 0
+    assert "logprobs" not in chat(logprobs=False).sampling
+    assert completion(logprobs=2).sampling["logprobs"] == 2
+
+
+def test_biases_are_by_numbers():
+    """JSON's names are texts."""
+    assert chat(logit_bias={"5": -100, "17": 1.5}).sampling["logit_bias"] == {5: -100, 17: 1.5}
+
+
+@pytest.mark.parametrize(
+    "prompt, prompts",
+    [("Hi", ["Hi"]), (["Hi", "Ho"], ["Hi", "Ho"]), ([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]]), ("", [""])],
+    ids=["text", "texts", "ids", "rows of ids", "empty text"],
+)
+def test_prompts(prompt, prompts):
+    """Texts and token ids, one or several."""
+    assert completion(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    "body, grammar",
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar(json_object=True)),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"type": "integer"}}}},
+            Grammar(json_schema={"type": "integer"}),
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar(regex="a+")),
+        ({"structured_outputs": {"grammar": 'start: "a"', "json": None}}, Grammar(lark='start: "a"')),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, Grammar(choice=["a", "b"])),
+    ],
+    ids=["text", "object", "schema", "vllm regex", "vllm grammar", "vllm choice"],
+)
+def test_forms_of_answers(body, grammar):
+    """OpenAI's way and vLLM's."""
+    assert chat(**body).grammar == grammar
+
+
+def test_pictures_are_bytes():
+    """In an address or beside one; the roles and parts around them stay."""
+    data = "data:image/png;base64," + base64.b64encode(b"picture").decode()
+    parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": data, "detail": "low"}}]
+    job = chat(messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}])
+    assert job.messages[0] == {"role": "system", "content": "Be brief."}
+    assert job.messages[1]["content"] == [parts[0], {"type": "image", "image": b"picture"}]
+
+
+def test_tools_that_may_not_be_called_are_not_shown():
+    """`none` is the answer without them."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert chat(tools=tools).tools == tools
+    assert chat(tools=tools, tool_choice="none").tools is None
+
+
+REFUSED = {
+    "a misspelt field": (chat, {"max_token": 5}, "'max_token' is no field.*did you mean max_tokens"),
+    "a field of the other kind": (completion, {"messages": HELLO}, "'messages' is no field of /v1/completions"),
+    "a stream": (chat, {"stream": True}, "stream is true"),
+    "no messages": (chat, {"messages": []}, r"messages is \[\]"),
+    "a text for messages": (chat, {"messages": "Hello"}, "messages is 'Hello'"),
+    "a message without a role": (chat, {"messages": [{"content": "x"}]}, "messages holds"),
+    "two longest lengths": (chat, {"max_tokens": 1, "max_completion_tokens": 1}, "both max_tokens and"),
+    "no new token": (chat, {"max_tokens": 0}, "max_tokens is 0"),
+    "a text for a number": (completion, {"max_tokens": "5"}, "max_tokens is '5'"),
+    "no answer": (chat, {"n": 0}, "n is 0"),
+    "a forced tool": (chat, {"tool_choice": "required"}, "tool_choice is 'required'"),
+    "log-probabilities of nothing": (chat, {"top_logprobs": 2}, "top_logprobs is given without"),
+    "too many log-probabilities": (completion, {"logprobs": 21}, "logprobs is 21"),
+    "a bias of a word": (chat, {"logit_bias": {"the": 1}}, "logit_bias has 'the'"),
+    "an unknown form": (chat, {"response_format": {"type": "xml"}}, "response_format is"),
+    "a schema without schema": (chat, {"response_format": {"type": "json_schema"}}, "response_format is"),
+    "two forms": (chat, {"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}}, "both response_format and"),
+    "two forms at once": (chat, {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "regex and choice"),
+    "an unknown form of vllm": (chat, {"structured_outputs": {"xml": "a"}}, "structured_outputs is"),
+    "a picture elsewhere": (
+        chat,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]}]},
+        "a picture's address is 'https:.*nothing is fetched",
+    ),
+    "a picture that is no base64": (
+        chat,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,a"}}]}]},
+        "no base64",
+    ),
+    "no prompt": (completion, {"prompt": None}, "prompt is None"),
+    "an empty prompt": (completion, {"prompt": []}, r"prompt is \[\]"),
+    "a prompt of texts and ids": (completion, {"prompt": ["a", 5]}, "prompt is"),
+    "fractions for ids": (completion, {"prompt": [[1.5]]}, "prompt holds 1.5"),
+    "an empty stop": (completion, {"stop": ""}, "stop holds ''"),
+    "a word for a flag": (completion, {"echo": "yes"}, "echo is 'yes'"),
+}
+
+
+@pytest.mark.parametrize("make, body, says", REFUSED.values(), ids=REFUSED)
+def test_bodies_that_are_refused(make, body, says):
+    """One line that names the field."""
+    with pytest.raises(UserError, match=says):
+        make(**body)
