@@ -10,6 +10,7 @@ import numpy as np
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import MAX_NEW_TOKENS, NoRoom, shown, stop_tokens, token_rows
+from maverick_jax.inference.grammar import Grammar
 from maverick_jax.inference.request import DEADLINE, Request
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.model import Llama4
@@ -47,6 +48,9 @@ def admitted(request: Any, config: Config, max_length: int) -> Request:
     check_patches(ids == config.image_token_index, tiles, config.vision)
     if not isinstance(request.sampling, Sampling) or not isinstance(request.sampling.seed, int):
         raise UserError(f"sampling is {shown(request.sampling)}: give a maverick_jax.Sampling with a single seed.")
+    request.sampling.check_vocabulary(config.text.vocab_size)
+    if not isinstance(request.grammar, Grammar | None):
+        raise UserError(f"grammar is {shown(request.grammar)}: give a maverick_jax.Grammar.")
     stop = config.eos_token_id if request.stop_ids is None else request.stop_ids
     stop_ids = frozenset(stop_tokens(sorted(stop) if isinstance(stop, frozenset) else stop, config.text.vocab_size).tolist())
     deadline = None if request.deadline is None else DEADLINE.check("deadline", request.deadline)

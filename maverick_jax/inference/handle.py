@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from maverick_jax.errors import UserError
 from maverick_jax.inference.clock import seconds_compiling
 from maverick_jax.inference.request import Finish, Request
+from maverick_jax.inference.sampling import Sampled
 
 
 class Handle:
@@ -16,6 +17,7 @@ class Handle:
     Attributes:
       request: what was asked for.
       tokens: the new tokens so far, without the stop token.
+      logprobs: of each token, if `Sampling.logprobs` asks for them, its own and those of the likeliest tokens by their ids.
       finish: why it ended; None while it goes on.
       cached_tokens: of the prompt, those that an earlier request had left in the cache.
       seconds: what it took, in three parts: "prefill" until the first token, "decode" from there on, "compile".
@@ -24,6 +26,7 @@ class Handle:
     def __init__(self, request: Request, more: Callable[[Handle, int], None], cancel: Callable[[Handle], None]):
         self.request = request
         self.tokens: list[int] = []
+        self.logprobs: list[tuple[float, dict[int, float]]] = []
         self.finish: Finish | None = None
         self.cached_tokens = 0
         self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
@@ -79,10 +82,14 @@ class Handle:
         """New tokens per second of decoding; the first comes from the prefill."""
         return (self.new_tokens - 1) / self.seconds["decode"] if self.new_tokens > 1 and self.seconds["decode"] > 0 else 0.0
 
-    def add(self, token: int) -> None:
-        """(The engine) a token has come."""
+    def add(self, token: int, sampled: Sampled, place: int) -> None:
+        """(The engine) a token has come, at a place of what was sampled."""
         if not self.tokens:
             self._count("prefill")
+        most = self.request.sampling.logprobs
+        if most is not None:
+            likely = zip(sampled.top_ids_BN[place].tolist(), sampled.top_logprobs_BN[place].tolist(), strict=True)
+            self.logprobs.append((float(sampled.logprob_B[place]), dict(list(likely)[:most])))
         self.tokens.append(token)
 
     def end(self, why: Finish, error: Exception | None = None) -> None:

@@ -14,6 +14,7 @@ from maverick_jax.inference.checks import Range, real
 from maverick_jax.inference.sampling import Sampling
 
 if TYPE_CHECKING:
+    from maverick_jax.inference.grammar import Grammar
     from maverick_jax.inference.scheduling.pages import Page
 
 DEADLINE = Range(real, 0.0, float(np.finfo(np.float32).max), "a number of seconds, 0 or more")
@@ -44,6 +45,7 @@ class Request:
       sampling: how tokens are chosen, with one seed.
       stop_ids: tokens that end the answer; None takes the model's, `()` never stops early.
       deadline: seconds after it was submitted; None for as long as it takes.
+      grammar: the form that the answer shall have, if any.
     """
 
     ids: Sequence[int] | np.ndarray
@@ -52,6 +54,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: Collection[int] | int | None = None
     deadline: float | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(eq=False, slots=True)

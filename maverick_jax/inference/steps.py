@@ -5,15 +5,16 @@
 | `encode` | tiles at once | pictures' tiles to features |
 | `embed`, `place` | rows x tokens | token ids to embeddings; a tile's features in the place of its tokens |
 | `prefill` | rows x tokens, first piece or not | a piece of some prompts into the cache, logits of each row's last token |
-| `decode` | rows | one token of every row |
-| `draw` | rows | logits to tokens, which stay on the device for the next step |
+| `decode` | rows, with a draft or not | the newest token of every row, and a draft behind it |
+| `draw`, `draw_with_extras` | rows, with a draft or not | logits to tokens, which stay on the device for the next step |
+| `set_history` | | what a place has said so far, for penalties |
 | `copy` | | what one place holds, to another |
 
 They follow each other on the device in the order of their launch, so that a page may be given to another row as soon as the
 last program that reads it is launched. What changes from call to call (places, tables, settings) is data: nothing compiles again.
 
-Shape suffixes: B rows of a call, S places of the engine, T tokens, J stretches of a row (a page each), D model width, V
-vocabulary, C columns of `Call`, P features of a tile, M mixture-of-experts layers, E experts.
+Shape suffixes: B rows of a call, S places of the engine, T tokens, J stretches of a row (a page each), D model width, D tokens
+of a draft too, V vocabulary, W words of a mask, C columns of `Call`, P features of a tile, M mixture-of-experts layers, E experts.
 """
 
 from __future__ import annotations
@@ -29,10 +30,8 @@ from jax import lax
 
 from maverick_jax.config import TextConfig
 from maverick_jax.inference.cache import KVCache, make_pages, page_size, pages_per_chunk
-from maverick_jax.inference.sampling import RowSampling, sample
+from maverick_jax.inference.sampling import Extras, RowExtras, RowSampling, Sampled, accept, record
 from maverick_jax.ops.pages import Pages
-
-NOT_FINITE = -2  # in the place of a token whose logits are not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +80,18 @@ class State:
     layers: tuple[Pages, ...]
     load_ME: jax.Array
     dropped: jax.Array
+
+
+class Drawn(NamedTuple):
+    """What a call has drawn.
+
+    Attributes:
+      count_B: int32, how many tokens of each row count: those of its draft that agree, and one more.
+      sampled: [B, T] tokens, and with extras their log-probabilities.
+    """
+
+    count_B: jax.Array
+    sampled: Sampled
 
 
 class Call(NamedTuple):
@@ -155,29 +166,37 @@ def prefill(
     x_BTD: jax.Array,
     rows_BC: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """A piece of each row: the state, and [B, V] logits of its last token. `first`: the rows hold nothing yet."""
-    return _forward(structure, geometry, leaves, state, table_SJ, x_BTD, Call.of(rows_BC), first)
+    """A piece of each row: the state, and [B, 1, V] logits of its last token. `first`: the rows hold nothing yet."""
+    return _forward(structure, geometry, leaves, state, table_SJ, x_BTD, Call.of(rows_BC), first=first, last_only=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
-    structure: Any, geometry: Geometry, leaves: list[Any], state: State, table_SJ: jax.Array, token_S: jax.Array, rows_BC: jax.Array
+    structure: Any,
+    geometry: Geometry,
+    leaves: list[Any],
+    state: State,
+    table_SJ: jax.Array,
+    token_S: jax.Array,
+    draft_BD: jax.Array,
+    rows_BC: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """The newest token of each row: the state, and [B, V] logits of the next."""
+    """The newest token of each row, and a draft behind it: the state, and [B, D + 1, V] logits of what comes next."""
     call = Call.of(rows_BC)
-    x_B1D = jax.tree.unflatten(structure, leaves).embed(token_S[_known(call.place_B, token_S)][:, None])
-    return _forward(structure, geometry, leaves, state, table_SJ, x_B1D, call, False)
+    ids_BT = jnp.concatenate([token_S[_known(call.place_B, token_S)][:, None], jnp.maximum(draft_BD, 0)], axis=1)
+    x_BTD = jax.tree.unflatten(structure, leaves).embed(ids_BT)
+    return _forward(structure, geometry, leaves, state, table_SJ, x_BTD, call, first=False, last_only=False)
 
 
-def _forward(structure, geometry, leaves, state, table_SJ, x_BTD, call, first):
+def _forward(structure, geometry, leaves, state, table_SJ, x_BTD, call, **known):
     model, g = jax.tree.unflatten(structure, leaves), geometry
     place_B = _known(call.place_B, table_SJ)
     cache = KVCache(state.layers, place_B, table_SJ[place_B], call.start_B, g.max_length, g.chunks, g.page)
-    x_B1D, cache, stats = model.hidden(x_BTD, call.length_B, cache, last_only=True, first=first, within_chunk=True)
+    x_BTD, cache, stats = model.hidden(x_BTD, call.length_B, cache, within_chunk=True, **known)
     load_ME, dropped = state.load_ME, state.dropped
     if stats:
         load_ME, dropped = load_ME + jnp.stack([s.load_E for s in stats]), dropped + sum(s.dropped for s in stats)
-    return _placed(State(cache.layers, load_ME, dropped), model.constrain), model.logits(x_B1D[:, 0])
+    return _placed(State(cache.layers, load_ME, dropped), model.constrain), model.logits(x_BTD)
 
 
 def _known(place_B, of_S):
@@ -193,15 +212,61 @@ def _placed(state, constrain):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def draw(
-    constrain: Any, logits_BV: jax.Array, token_S: jax.Array, settings_S: RowSampling, rows_BC: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The tokens of all places with the new ones among them, and [B] int32 the new ones: NOT_FINITE where logits are not."""
+    constrain: Any, logits_BTV: jax.Array, token_S: jax.Array, settings_S: RowSampling, draft_BD: jax.Array, rows_BC: jax.Array
+) -> tuple[jax.Array, Drawn]:
+    """A token of each row, and as many of its draft as agree: the newest tokens of all places, and what is new."""
     call = Call.of(rows_BC)
     place_B = _known(call.place_B, token_S)
-    settings = jax.tree.map(lambda x: x[place_B], settings_S)
-    token_B = jnp.where(jnp.isfinite(logits_BV).all(axis=-1), sample(logits_BV, settings, jnp.maximum(call.step_B, 0)), NOT_FINITE)
-    written = jnp.where(call.step_B >= 0, call.place_B, token_S.shape[0])
-    return constrain(token_S.at[written].set(token_B, mode="drop"), (None,)), constrain(token_B, (None,))
+    drawn = Drawn(*accept(logits_BTV, draft_BD, _rows_of(settings_S, place_B), jnp.maximum(call.step_B, 0)))
+    return _newest(constrain, token_S, drawn, call), _whole(constrain, drawn)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def draw_with_extras(
+    constrain: Any,
+    logits_BTV: jax.Array,
+    token_S: jax.Array,
+    history_SV: jax.Array,
+    settings_S: RowSampling,
+    extras_S: RowExtras,
+    mask_BTW: jax.Array,
+    draft_BD: jax.Array,
+    rows_BC: jax.Array,
+) -> tuple[jax.Array, jax.Array, Drawn]:
+    """As `draw`, with penalties, biases, masks and log-probabilities; the second result is what each place has said so far."""
+    call = Call.of(rows_BC)
+    place_B = _known(call.place_B, token_S)
+    extras = Extras(_rows_of(extras_S, place_B), history_SV[place_B], mask_BTW)
+    if draft_BD.shape[1] == 0:
+        extras = extras._replace(mask_BW=mask_BTW[:, 0])
+    drawn = Drawn(*accept(logits_BTV, draft_BD, _rows_of(settings_S, place_B), jnp.maximum(call.step_B, 0), extras))
+    written_B = _drawing(call, token_S)
+    for t in range(logits_BTV.shape[1]):
+        history_SV = record(history_SV, written_B, jnp.where(t < drawn.count_B, drawn.sampled.token_B[:, t], -1))
+    return _newest(constrain, token_S, drawn, call), constrain(history_SV, (None, None)), _whole(constrain, drawn)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def set_history(constrain: Any, history_SV: jax.Array, place: jax.Array, history_V: jax.Array) -> jax.Array:
+    return constrain(history_SV.at[place].set(history_V), (None, None))
+
+
+def _rows_of(settings_S, place_B):
+    return jax.tree.map(lambda x: x[place_B], settings_S)
+
+
+def _drawing(call, token_S):
+    """[B] places that draw; S for the others."""
+    return jnp.where(call.step_B >= 0, call.place_B, token_S.shape[0])
+
+
+def _newest(constrain, token_S, drawn, call):
+    last_B = jnp.take_along_axis(drawn.sampled.token_B, drawn.count_B[:, None] - 1, axis=1)[:, 0]
+    return constrain(token_S.at[_drawing(call, token_S)].set(last_B, mode="drop"), (None,))
+
+
+def _whole(constrain, drawn):
+    return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), drawn)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -54,8 +54,8 @@ def is_empty(engine: Engine) -> bool:
 def test_alone_is_what_the_model_says(model, requests, alone):
     """Token by token the likeliest of the whole sequence's logits, computed without a cache."""
     for request, tokens in zip(requests[:6], alone, strict=False):
-        ids = [*request.ids, *tokens]
-        logits = np.asarray(model([ids]))[0, len(request.ids) - 1 : -1]
+        hidden, _, _ = model.hidden(model.embed(np.array([[*request.ids, *tokens]])))
+        logits = np.asarray(model.logits(hidden))[0, len(request.ids) - 1 : -1]
         assert logits.argmax(axis=-1).tolist() == tokens
 
 
@@ -74,12 +74,12 @@ def test_a_prompt_seen_before_is_not_read_again(model, requests, alone):
     """The second time all but the last token is there, pictures are not encoded again, and the tokens are the same."""
     serving = engine(model)
     serving.run(requests)
-    encoded = serving._features.encoded
+    encoded = serving._runner.features.encoded
     for request, tokens in list(zip(requests, alone, strict=True))[-4:]:
         (handle,) = serving.run([request])
         assert handle.tokens == tokens
         assert handle.cached_tokens >= 8
-    assert serving._features.encoded == encoded == 3
+    assert serving._runner.features.encoded == encoded == 3
 
 
 def test_other_pictures_are_no_prefix(model, requests, alone):
@@ -205,3 +205,44 @@ def test_other_weights_forget_what_was_cached(requests):
     (handle,) = serving.run([Request(ids=ids, max_new_tokens=NEW, stop_ids=())])
     assert handle.cached_tokens == 0
     assert handle.tokens == generate(model, [ids], max_new_tokens=NEW, stop_ids=())[0]
+
+
+def test_drafts_change_no_token(model, requests, alone):
+    """Greedy or drawn, across chunk borders, with few pages, with pictures: a draft only makes tokens come sooner."""
+    repeating = [
+        Request(ids=[7, 8, 9, 10] * 4, max_new_tokens=NEW, stop_ids=(), sampling=s) for s in (Sampling(), Sampling(temperature=0.3))
+    ]
+    expected = [engine(model, slots=1, reuse=False).run([request])[0].tokens for request in repeating]
+    for options in ({}, dict(pages=10)):
+        serving = engine(model, draft=3, **options)
+        handles = serving.run([*requests, *repeating])
+        assert [handle.tokens for handle in handles] == [*alone, *expected]
+        assert serving.drafted.proposed >= serving.drafted.accepted
+        assert serving.drafted.steps > 0
+        assert is_empty(serving)
+
+
+def test_settings_beside_temperature_are_each_row_s_own(model, requests, alone):
+    """Penalties, biases, minimum tokens and log-probabilities of one request leave the others what they are alone."""
+    ids, first = requests[0].ids, alone[0]
+    asked = [
+        Request(ids=ids, max_new_tokens=NEW, stop_ids=(), sampling=Sampling(logit_bias={first[0]: -100})),
+        Request(ids=ids, max_new_tokens=NEW, stop_ids=(), sampling=Sampling(presence_penalty=2.0, repetition_penalty=1.3)),
+        Request(ids=ids, max_new_tokens=NEW, stop_ids=[first[2]], sampling=Sampling(min_tokens=8)),
+        Request(ids=ids, max_new_tokens=NEW, stop_ids=(), sampling=Sampling(logprobs=3)),
+    ]
+    own = [engine(model, slots=1, reuse=False).run([request])[0].tokens for request in asked]
+    serving = engine(model)
+    handles = serving.run([*requests[:3], *asked, *requests[3:]])
+    assert [handle.tokens for handle in handles] == [*alone[:3], *own, *alone[3:]]
+    biased, penalized, patient, told = handles[3:7]
+    assert first[0] not in biased.tokens
+    assert len(set(penalized.tokens)) > len(set(first))
+    assert len(patient.tokens) >= 8
+    assert told.tokens == first
+    assert len(told.logprobs) == NEW
+    for token, (own_logprob, likeliest) in zip(told.tokens, told.logprobs, strict=True):
+        assert len(likeliest) == 3
+        assert likeliest[token] == own_logprob == max(likeliest.values())
+    assert not handles[0].logprobs
+    assert is_empty(serving)

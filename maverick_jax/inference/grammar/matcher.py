@@ -146,11 +146,12 @@ class Matcher:
 
     Attributes:
       grammar: the form.
+      grammars: which compiled it.
     """
 
     def __init__(self, grammars: Grammars, grammar: Grammar):
         self.grammar = grammar
-        self._grammars = grammars
+        self.grammars = grammars
         self._accepted: list[int] = []
         self._origin = grammars.compiled(grammar)
         self._followed = self._origin.deep_copy()
@@ -162,7 +163,7 @@ class Matcher:
 
     def allowed(self, draft: Sequence[int]) -> list[int]:
         """The beginning of a draft that the form lets pass, end tokens not among it: nothing follows them."""
-        end = next((i for i, token in enumerate(draft) if token in self._grammars.end_ids), len(draft))
+        end = next((i for i, token in enumerate(draft) if token in self.grammars.end_ids), len(draft))
         return list(draft[: self._followed.validate_tokens(list(draft[:end]))])
 
     def accept(self, token: int) -> None:
@@ -196,7 +197,7 @@ class Matcher:
         if not self._followed.is_error():
             return False
         full = self._origin if "too many states" in self._followed.get_error() else None
-        self._origin = self._grammars.compiled(self.grammar, other_than=full)
+        self._origin = self.grammars.compiled(self.grammar, other_than=full)
         self._followed = self._origin.deep_copy()
         self._followed.consume_tokens(self._accepted)
         return True

@@ -1,0 +1,207 @@
+"""What the engine has on the devices, and how a plan is launched on them.
+
+Nothing here waits for a device, but on several simulated ones. What changes with the requests (tables, settings) has a copy on
+the host, and goes to the devices when it has changed.
+
+Shape suffixes: B rows of a call, S places, T tokens, J stretches of a row, D tokens of a draft, V vocabulary, W words of a
+mask, C columns of a call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from maverick_jax.inference import pictures, steps
+from maverick_jax.inference.grammar import Matcher
+from maverick_jax.inference.request import Row
+from maverick_jax.inference.room import Room
+from maverick_jax.inference.sampling import RowExtras, RowSampling, Sampling, history_of
+from maverick_jax.inference.scheduling.plans import Call, Copy, Part, Plan
+from maverick_jax.model import Llama4
+
+SETTINGS = Sampling()  # of places where nobody lies
+
+
+@dataclasses.dataclass(eq=False)
+class Content:
+    """What a row's tokens are.
+
+    Attributes:
+      tokens: of the prompt, and the new ones that have been read.
+      tiles: a digest of each.
+      feature_T: which feature each token of the prompt takes, negative: none; None without pictures.
+      matcher: what its grammar allows, if it has one.
+      draft: what may come next, for the next step.
+    """
+
+    row: Row
+    tokens: list[int]
+    tiles: list[bytes]
+    feature_T: np.ndarray | None
+    matcher: Matcher | None = None
+    draft: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def has_extras(self) -> bool:
+        return self.matcher is not None or self.row.request.sampling.has_extras
+
+    @property
+    def new(self) -> list[int]:
+        return self.tokens[len(self.row.request.ids) :]
+
+
+class Launched:
+    """Draws that nobody has read yet."""
+
+    def __init__(self, parts: Sequence[Part], drawn: steps.Drawn):
+        self.parts, self._drawn = parts, drawn
+        for x in jax.tree.leaves(drawn):
+            x.copy_to_host_async()
+
+    def read(self) -> list[tuple[Part, list[int], steps.Sampled]]:
+        """Each row's tokens that count, and all that was sampled for it. Waits for the device."""
+        count_B, sampled = jax.tree.map(np.asarray, self._drawn)
+        found = []
+        for i, part in enumerate(self.parts):
+            if part.samples:
+                own = jax.tree.map(lambda x: x[i, : count_B[i]], sampled)  # noqa: B023 - called at once
+                found.append((part, own.token_B.tolist(), own))
+        return found
+
+
+class Runner:
+    """The state on the devices, as the plans that were run have left it."""
+
+    def __init__(self, model: Llama4, room: Room):
+        self.leaves, self._structure = jax.tree.flatten(model)
+        self._model, self._constrain, self._geometry = model, model.constrain, room.geometry
+        places, self._vocabulary = room.geometry.places, model.config.text.vocab_size
+        self.state, self._token_S = steps.create(model.config.text, room.geometry, room.dtype, model.constrain)
+        self._table_SJ = np.zeros((places, room.geometry.stretches), np.int32)
+        self._settings_S, self._owner_S = RowSampling.repeat(SETTINGS, places), [-1] * places
+        self._extras_S: RowExtras | None = None  # until somebody asks for some
+        self._history_SV: jax.Array | None = None
+        self._table, self._settings = self._upload(self._table_SJ), self._upload(self._settings_S)
+        self.features = pictures.Features(lambda tiles: steps.encode(self._structure, self.leaves, tiles), steps.pick)
+        # Simulated devices share the threads of one process: with several calls in flight, each may wait in another one's collective.
+        devices = self._token_S.devices()
+        self._blocks = len(devices) > 1 and next(iter(devices)).platform == "cpu"
+
+    def run(self, plan: Plan, contents: Mapping[int, Content]) -> list[Launched]:
+        """Launch a plan; `contents` by the numbers of its rows."""
+        for place, stretch, page in plan.table_changes:
+            self._table_SJ[place, stretch] = page
+        if plan.table_changes:
+            self._table = self._upload(self._table_SJ)
+        for copy in plan.copies:
+            self._copy(copy)
+        return [launched for call in plan.calls for launched in self._call(call, contents)]
+
+    def features_of(self, content: Content, tiles: Sequence[int]) -> list[jax.Array]:
+        """[P, D] of some of a row's tiles."""
+        return self.features.of([content.tiles[tile] for tile in tiles], content.row.request.tiles[tiles]) if tiles else []
+
+    def _upload(self, values: Any) -> Any:
+        return steps.upload(self._constrain, values)
+
+    def _copy(self, copy: Copy) -> None:
+        places = [0, 0] if copy.source is None else [copy.source, copy.target]
+        for pages in copy.pages or ((0, 0),):
+            self.state = steps.copy(self._geometry, self.state, np.array(places, np.int32), np.array(pages, np.int32))
+            places = [0, 0]
+
+    def _call(self, call: Call, contents: Mapping[int, Content]) -> list[Launched]:
+        rows_BC = np.full((call.rows, len(steps.Call._fields)), (self._geometry.places, 0, 0, -1), np.int32)
+        for i, part in enumerate(call.parts):
+            rows_BC[i] = part.slot, part.start, part.length, part.step if part.samples else -1
+        draft_BD = np.full((call.rows, call.tokens - 1 if call.kind == "decode" else 0), -1, np.int32)
+        common = (self.leaves, self.state, self._table)
+        if call.kind == "decode":
+            for i, part in enumerate(call.parts):
+                draft_BD[i, : part.length - 1] = contents[part.row].draft[: part.length - 1]
+            self.state, logits_BTV = steps.decode(self._structure, self._geometry, *common, self._token_S, draft_BD, rows_BC)
+        else:
+            x_BTD = self._embedded(call, contents)
+            self.state, logits_BTV = steps.prefill(self._structure, self._geometry, call.first, *common, x_BTD, rows_BC)
+        launched = []
+        if any(part.samples for part in call.parts):
+            launched.append(Launched(call.parts, self._draw(call, contents, logits_BTV, draft_BD, rows_BC)))
+        if self._blocks:
+            jax.block_until_ready(self.state.dropped)
+        return launched
+
+    def _embedded(self, call: Call, contents: Mapping[int, Content]) -> jax.Array:
+        """[B, T, D] of a prefill's pieces, their pictures' features among them."""
+        ids_BT = np.zeros((call.rows, call.tokens), np.int32)
+        for i, part in enumerate(call.parts):
+            ids_BT[i, : part.length] = contents[part.row].tokens[part.start : part.start + part.length]
+        x_BTD = steps.embed(self._structure, self.leaves, ids_BT)
+        for i, part in enumerate(call.parts):
+            content = contents[part.row]
+            if content.feature_T is None:
+                continue
+            assert self._model.config.vision is not None
+            per_tile = self._model.config.vision.tokens_per_tile
+            feature_t = content.feature_T[part.start : part.start + part.length]
+            wanted = np.unique(feature_t[feature_t >= 0] // per_tile).tolist()
+            for tile, features_PD in zip(wanted, self.features_of(content, wanted), strict=True):
+                index_BT = np.full(ids_BT.shape, -1, np.int32)
+                index_BT[i, : len(feature_t)] = np.where(feature_t // per_tile == tile, feature_t - tile * per_tile, -1)
+                x_BTD = steps.place(self._constrain, x_BTD, features_PD, index_BT)
+        return x_BTD
+
+    def _draw(
+        self, call: Call, contents: Mapping[int, Content], logits_BTV: jax.Array, draft_BD: np.ndarray, rows_BC: np.ndarray
+    ) -> steps.Drawn:
+        drawing = [contents[part.row] for part in call.parts if part.samples]
+        extras = any(content.has_extras for content in drawing)
+        if extras and self._extras_S is None:
+            self._extras_S = RowExtras.repeat(SETTINGS, self._geometry.places)
+            self._history_SV = self._upload(np.zeros((self._geometry.places, self._vocabulary), np.int32))
+            self._owner_S = [-1] * self._geometry.places  # those who are here have extras, too, if only none
+        self._move_in([content for content in drawing if self._owner_S[content.row.slot or 0] != content.row.number])
+        common = (draft_BD, rows_BC)
+        if not extras:
+            self._token_S, drawn = steps.draw(self._constrain, logits_BTV, self._token_S, self._settings, *common)
+            return drawn
+        mask_BTW = self._masks(call, contents, logits_BTV.shape[1])
+        self._token_S, self._history_SV, drawn = steps.draw_with_extras(
+            self._constrain, logits_BTV, self._token_S, self._history_SV, self._settings, self._extras, mask_BTW, *common
+        )
+        return drawn
+
+    def _masks(self, call: Call, contents: Mapping[int, Content], tokens: int) -> np.ndarray:
+        """[B, T, W] what may come behind each token; made while the device computes the logits."""
+        masks_BTW = np.full((call.rows, tokens, -(-self._vocabulary // 32)), 2**32 - 1, np.uint32)
+        rows = [(contents[part.row], i, part) for i, part in enumerate(call.parts) if part.samples]
+        held = [(c.matcher, i * tokens, c.draft[: part.length - 1] if tokens > 1 else ()) for c, i, part in rows if c.matcher is not None]
+        if held:
+            held[0][0].grammars.fill(held, masks_BTW.reshape(-1, masks_BTW.shape[2]))
+        return masks_BTW
+
+    def _move_in(self, contents: Sequence[Content]) -> None:
+        """Settings of rows that draw for the first time where they lie."""
+        for content in contents:
+            row = content.row
+            assert row.slot is not None
+            self._owner_S[row.slot] = row.number
+            sampling = row.request.sampling
+            _set(self._settings_S, row.slot, RowSampling.repeat(sampling, 1))
+            if self._extras_S is not None:
+                _set(self._extras_S, row.slot, RowExtras.repeat(sampling, 1, sorted(row.request.stop_ids)))
+                history_V = history_of(np.asarray(row.request.ids), content.new, self._vocabulary)
+                self._history_SV = steps.set_history(self._constrain, self._history_SV, np.int32(row.slot), history_V)
+        if contents:
+            self._settings = self._upload(self._settings_S)
+            if self._extras_S is not None:
+                self._extras = self._upload(self._extras_S)
+
+
+def _set(rows_S: Any, place: int, one: Any) -> None:
+    for x_S, x_1 in zip(jax.tree.leaves(rows_S), jax.tree.leaves(one), strict=True):
+        x_S[place] = x_1[0]
