@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference import pictures
@@ -32,10 +33,10 @@ from maverick_jax.inference.room import Room, room_for
 from maverick_jax.inference.runner import Content, Launched, Runner
 from maverick_jax.inference.sampling import NOT_FINITE, NOTHING_LEFT, Sampled
 from maverick_jax.inference.scheduling.pace import Pace
-from maverick_jax.inference.scheduling.plans import Limits, Part
+from maverick_jax.inference.scheduling.plans import Limits, Part, shapes
 from maverick_jax.inference.scheduling.scheduler import Scheduler
 from maverick_jax.inference.scheduling.trace import Recording
-from maverick_jax.inference.sizes import PIECE, PIECES, decode_rows, prefill_rows
+from maverick_jax.inference.sizes import PIECE, pieces, powers_of_two, prefill_rows
 from maverick_jax.inference.speculate import Acceptance, Drafts, PromptLookup
 from maverick_jax.model import Llama4
 from maverick_jax.prompt import Tokenizer
@@ -93,16 +94,17 @@ class Engine:
         self.model = model
         self.room: Room = room_for(model, slots=slots, max_length=max_length, pages=pages, eight_bits=eight_bits)
         geometry = self.room.geometry
+        chunk = next((chunk for chunk in geometry.chunks if chunk), None)
         self.limits = Limits(
             slots=geometry.places,
             pages=geometry.pages,
             page=geometry.page,
-            chunk=next((chunk for chunk in geometry.chunks if chunk), None),
+            chunk=chunk,
             max_length=geometry.max_length,
             queue=QUEUE.check("queue", queue),
-            decode_rows=decode_rows(geometry.places),
+            decode_rows=powers_of_two(geometry.places),
             prefill_rows=prefill_rows(geometry.places),
-            piece_sizes=PIECES,
+            piece_sizes=pieces(min(chunk or PIECE, geometry.max_length)),
             piece_tokens=PIECE,
             draft=DRAFT.check("draft", draft),
             reuse=reuse,
@@ -172,6 +174,20 @@ class Engine:
         """Tokens that found no room at their expert: 0."""
         with self._lock:
             return int(self._runner.state.dropped)
+
+    def warm_up(self, *, extras: bool = True, progress: bool = True) -> None:
+        """Compile and run every program there is, so that no request waits for one; call it before the first of them.
+
+        Args:
+          extras: those for penalties, biases, grammars and log-probabilities too.
+          progress: show a bar at a terminal.
+        """
+        with self._lock:
+            assert not self._served
+            work = self._runner.warm_up(shapes(self.limits), extras=extras)
+            for run in tqdm(work, desc="compiling", unit="program", disable=None if progress else True):
+                run()
+            self._restart()
 
     # The loop.
 
