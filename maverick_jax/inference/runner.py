@@ -20,7 +20,7 @@ import numpy as np
 from maverick_jax.config import VisionConfig
 from maverick_jax.inference import pictures, steps
 from maverick_jax.inference.grammar import Matcher
-from maverick_jax.inference.request import Row
+from maverick_jax.inference.request import Admitted, Row
 from maverick_jax.inference.room import Room
 from maverick_jax.inference.sampling import RowExtras, RowSampling, Sampling, history_of
 from maverick_jax.inference.scheduling.plans import Call, Copy, Part, Plan
@@ -31,9 +31,9 @@ SETTINGS = Sampling()  # of places where nobody lies
 RUNS = 2  # of each program in a warm-up
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Content:
-    """What a row's tokens are.
+    """What a row's tokens are, and how they are drawn.
 
     Attributes:
       tokens: of the prompt, and the new ones that have been read.
@@ -44,6 +44,7 @@ class Content:
     """
 
     row: Row
+    request: Admitted
     tokens: list[int]
     tiles: list[bytes]
     feature_T: np.ndarray | None
@@ -52,11 +53,11 @@ class Content:
 
     @property
     def has_extras(self) -> bool:
-        return self.matcher is not None or self.row.request.sampling.has_extras
+        return self.matcher is not None or self.request.sampling.has_extras
 
     @property
     def new(self) -> list[int]:
-        return self.tokens[len(self.row.request.ids) :]
+        return self.tokens[len(self.request.ids) :]
 
 
 class Launched:
@@ -129,8 +130,8 @@ class Runner:
         def picture(call: Call, vision: VisionConfig) -> None:
             """Tiles as many as the tower takes at once, and one of them into a piece."""
             shape = (vision.num_channels, vision.image_size, vision.image_size)
-            for tiles in powers_of_two(pictures.TILES_AT_ONCE):
-                features_PD = steps.pick(steps.encode(self._structure, self.leaves, np.zeros((tiles, *shape), np.float32)), 0)
+            tiles = [np.zeros((n, *shape), np.float32) for n in powers_of_two(pictures.TILES_AT_ONCE)]
+            *_, features_PD = (steps.pick(steps.encode(self._structure, self.leaves, some), 0) for some in tiles)
             index_BT = np.full((call.rows, call.tokens), -1, np.int32)
             x_BTD = steps.embed(self._structure, self.leaves, np.zeros_like(index_BT))
             jax.block_until_ready(steps.place(self._constrain, x_BTD, features_PD, index_BT))
@@ -145,7 +146,8 @@ class Runner:
 
     def features_of(self, content: Content, tiles: Sequence[int]) -> list[jax.Array]:
         """[P, D] of some of a row's tiles."""
-        return self.features.of([content.tiles[tile] for tile in tiles], content.row.request.tiles[tiles]) if tiles else []
+        assert content.request.tiles is not None
+        return self.features.of([content.tiles[tile] for tile in tiles], content.request.tiles[tiles]) if tiles else []
 
     def _upload(self, values: Any) -> Any:
         return steps.upload(self._constrain, values)
@@ -242,11 +244,11 @@ class Runner:
             row = content.row
             assert row.slot is not None
             self._owner_S[row.slot] = row.number
-            sampling = row.request.sampling
+            sampling = content.request.sampling
             _set(self._settings_S, row.slot, RowSampling.repeat(sampling, 1))
             if self._extras_S is not None:
-                _set(self._extras_S, row.slot, RowExtras.repeat(sampling, 1, sorted(row.request.stop_ids)))
-                history_V = history_of(np.asarray(row.request.ids), content.new, self._vocabulary)
+                _set(self._extras_S, row.slot, RowExtras.repeat(sampling, 1, sorted(content.request.stop_ids)))
+                history_V = history_of(content.request.ids, content.new, self._vocabulary)
                 self._history_SV = steps.set_history(self._constrain, self._history_SV, np.int32(row.slot), history_V)
         self._settings = self._upload(self._settings_S)
         if self._extras_S is not None:
