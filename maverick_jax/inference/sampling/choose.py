@@ -13,7 +13,7 @@ from jax import lax
 
 from maverick_jax.inference.sampling.blocks import SHARES, draw, first_highest, in_blocks, per_row
 from maverick_jax.inference.sampling.extras import Extras, adjust, log_probabilities
-from maverick_jax.inference.sampling.filters import Candidates, among_all, among_candidates
+from maverick_jax.inference.sampling.filters import Candidates, among_all, among_candidates, in_min_p
 from maverick_jax.inference.sampling.rows import RowSampling
 
 NOT_FINITE = -2  # in the place of a token whose logits are not finite
@@ -112,11 +112,14 @@ def _drawn(logits_BNL, highest_BN, rows, step_B):
         lambda: Candidates(jnp.zeros_like(step_B), jnp.zeros_like(warm_B)),
     )
     few_B = filtered_B & few.certain_B
-    some_B = lax.cond(
-        jnp.any(warm_B & ~few_B),
-        lambda: draw(logits_BNL, lambda logits, _: weigh(logits), shares(0)),
-        lambda: few.token_B,
+    some_B = lax.switch(
+        jnp.where(jnp.any(warm_B & ~few_B), 1 + jnp.any(rows.min_p_B > 0).astype(jnp.int32), 0),
+        (
+            lambda: few.token_B,
+            lambda: draw(logits_BNL, lambda logits, _: weigh(logits), shares(0)),
+            lambda: draw(logits_BNL, lambda logits, _: in_min_p(weigh(logits), rows), shares(0)),
+        ),
     )
-    asked_B = warm_B & ~few_B & (filtered_B | (rows.min_p_B > 0)) & jnp.isfinite(top_B)
+    asked_B = filtered_B & ~few_B & jnp.isfinite(top_B)  # with NaN no token would ever be good enough
     kept_B = lax.cond(jnp.any(asked_B), lambda: among_all(logits_BNL, some_B, asked_B, weigh, rows, shares), lambda: some_B)
     return jnp.where(few_B, few.token_B, kept_B)

@@ -64,7 +64,7 @@ def among_candidates(logits_BNL: jax.Array, highest_BN: jax.Array, weigh: Weigh,
     ended = few | ((rows.top_k_B >= N * L) & ~kept[:, -1]) | (count == N * L)
     needed = kept | (in_k & few[:, None])
     certain_B = ended & ((weigh(beyond_B[:, None])[:, 0] == 0) | (~needed | (logit_BC > beyond_B[:, None])).all(axis=-1))
-    pick_B1 = draw_at_once(jnp.where(kept & (weight_BC >= rows.min_p_B[:, None]), weight_BC, 0), shares_BU)[:, None]
+    pick_B1 = draw_at_once(jnp.where(kept, in_min_p(weight_BC, rows), 0), shares_BU)[:, None]
     place_B1 = jnp.take_along_axis(place_BC, pick_B1, axis=1)
     token_B1 = jnp.take_along_axis(block, place_B1 // L, axis=1) * L + place_B1 % L
     return Candidates(token_B1[:, 0].astype(jnp.int32), certain_B)
@@ -78,13 +78,13 @@ def among_all(
     rows: RowSampling,
     shares: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """[B] int32: tokens that the filters keep, from tokens drawn without them.
+    """[B] int32: tokens that all filters keep, from tokens drawn with min-p alone.
 
-    Each draw again halves what top-k and top-p still have to refuse, on average; what min-p refuses is left out at once.
+    On average each draw again halves what is still to be refused.
 
     Args:
       token_B: drawn from all tokens by their weights.
-      asked_B: bool, the rows whose filters count; their logits are finite.
+      asked_B: bool, the rows that have top-k or top-p; their logits are finite.
       shares: from the number of the draw, 1 and up, to new numbers by chance [B, U].
     """
     total_B = _before_top_p(logits_BNL, asked_B, weigh, rows)
@@ -94,9 +94,7 @@ def among_all(
         logit_B = _logit_of(logits_BNL, token_B)
 
         def weigh_before(logits, ids):
-            weight = weigh(logits)
-            kept = _before(logits, ids, logit_B, token_B) & (weight >= per_row(rows.min_p_B, logits))
-            return jnp.where(kept, weight, 0)
+            return jnp.where(_before(logits, ids, logit_B, token_B), in_min_p(weigh(logits), rows), 0)
 
         token_B = jnp.where(refused_B, draw(logits_BNL, weigh_before, shares(number)), token_B)
         return number + 1, token_B, refused_B & ~is_kept(logits_BNL, token_B, total_B, weigh, rows)
@@ -106,16 +104,21 @@ def among_all(
 
 
 def is_kept(logits_BNL: jax.Array, token_B: jax.Array, total_B: jax.Array, weigh: Weigh, rows: RowSampling) -> jax.Array:
-    """[B] bool: is each row's token one that top-k, top-p and min-p keep? The first one always is.
+    """[B] bool: is each row's token one that top-k and top-p keep? The first one always is.
 
     Args:
       total_B: the weights of all tokens that top-k keeps.
     """
     logit_B = _logit_of(logits_BNL, token_B)
     before = _before(logits_BNL, ids_in_blocks(logits_BNL), logit_B, token_B)
-    in_k = before.sum(axis=(1, 2), dtype=jnp.int32) < rows.top_k_B
+    count_B = before.sum(axis=(1, 2), dtype=jnp.int32)
     in_p = _sum(jnp.where(before, weigh(logits_BNL), 0)) < rows.top_p_B * total_B
-    return in_k & in_p & (weigh(logit_B[:, None])[:, 0] >= rows.min_p_B)
+    return (count_B == 0) | ((count_B < rows.top_k_B) & in_p)
+
+
+def in_min_p(weight: jax.Array, rows: RowSampling) -> jax.Array:
+    """The weights [B, ...] that min-p keeps, 0 in the place of the others."""
+    return jnp.where(weight >= per_row(rows.min_p_B, weight), weight, 0)
 
 
 def _before_top_p(logits_BNL, asked_B, weigh, rows):

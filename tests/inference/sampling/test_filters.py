@@ -38,7 +38,8 @@ def compiled(candidates: int):
         total_B = filters._before_top_p(logits_BNL, jnp.ones(len(step_B), bool), weigh, rows)
 
         def one(token):
-            return filters.is_kept(logits_BNL, jnp.full(len(step_B), token), total_B, weigh, rows)
+            likely = weigh(logits_BV[:, token]) >= rows.min_p_B
+            return likely & filters.is_kept(logits_BNL, jnp.full(len(step_B), token), total_B, weigh, rows)
 
         few = filters.among_candidates(logits_BNL, logits_BNL.max(axis=-1), weigh, rows, jnp.full((len(step_B), 4), 0.5))
         kept_VB = jax.lax.map(one, jnp.arange(logits_BV.shape[1], dtype=jnp.int32))
