@@ -2,8 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
-
 from maverick_jax.plan.hlo_text import parse_program
 
 # Hand an array on, or run computations that are looked at themselves.
@@ -23,8 +21,8 @@ class Made(NamedTuple):
         return len(self.shape)
 
 
-def arrays_made(compiled: jax.stages.Compiled | Any) -> list[Made]:
-    """Every array that the program writes, but for what happens within a fusion."""
+def arrays_made(compiled: Any) -> list[Made]:
+    """Every array that a compiled program (`jit(f).lower(…).compile()`) writes, but for what happens within a fusion."""
     program = parse_program(compiled.as_text())
     instructions = {name: computation.instructions.values() for name, computation in program.computations.items()}
     fused = {i.called() for of in instructions.values() for i in of if i.opcode == "fusion"}
