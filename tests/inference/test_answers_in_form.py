@@ -30,7 +30,7 @@ def test_every_answer_has_its_form(model, draft):
     forms = [Grammar(json_schema=SCHEMA), Grammar(regex="[0-9]{3}-[a-f]+z"), Grammar(choice=["left", "right"]), None, None]
     ids = tokenizer.encode("What is the answer?")
     asked = [Request(ids=ids, max_new_tokens=60, sampling=s, grammar=form) for s, form in zip(hot, forms, strict=True)]
-    engine = Engine(model, slots=8, max_length=128, draft=draft)
+    engine = Engine(model, slots=4, max_length=128, draft=draft)
     handles = engine.run(asked)
     as_object, expression, choice, free, other = (tokenizer.decode(handle.tokens) for handle in handles)
     parsed = json.loads(as_object)
@@ -41,7 +41,7 @@ def test_every_answer_has_its_form(model, draft):
     assert handles[1].finish is not Finish.STOP or (tail[-1] == "z" and set(tail[:-1]) <= set("abcdef"))
     assert choice in ("left", "right")
     assert [handle.finish for handle in handles[::2][:2]] == [Finish.STOP] * 2
-    alone = Engine(model, slots=8, max_length=128)
+    alone = Engine(model, slots=4, max_length=128)
     assert [handle.tokens for handle in alone.run(asked[3:])] == [handles[3].tokens, handles[4].tokens]
     assert free != other
     assert engine._scheduler.idle

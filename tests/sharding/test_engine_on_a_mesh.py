@@ -1,0 +1,58 @@
+"""The engine over eight devices: the tokens of one device, and no program compiled twice because an array lies otherwise."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+
+from maverick_jax.inference.engine import Engine
+from maverick_jax.inference.request import Request
+from maverick_jax.inference.sampling import Sampling
+from maverick_jax.sharding import LATENCY, THROUGHPUT, AttendOnMesh, Constrain, make_dispatcher, make_mesh
+from oracle.plain import PATCH, SIDE, VISION, plain_model
+
+SIZES = dict(vision=VISION, attention_chunk_size=8, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+NEW = 10
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    random = np.random.default_rng(0)
+    shared = random.integers(4, 40, 19).tolist()
+    tiles = random.uniform(-1, 1, (2, 3, SIDE, SIDE)).astype(np.float32)
+    found = [Request(ids=random.integers(4, 40, n).tolist(), max_new_tokens=NEW, stop_ids=()) for n in (1, 9, 26)]
+    found += [Request(ids=shared, max_new_tokens=NEW, stop_ids=(), sampling=Sampling(temperature=t, seed=3)) for t in (0, 1.0)]
+    return [*found, Request(ids=[5, PATCH, 6, PATCH, *shared[:9]], tiles=tiles, max_new_tokens=NEW, stop_ids=())]
+
+
+@pytest.mark.parametrize(
+    "sizes, layout", [(dict(expert=8), THROUGHPUT), (dict(data=2, expert=2, tensor=2), LATENCY)], ids=["throughput", "latency"]
+)
+def test_tokens_of_one_device_and_programs_compiled_once(requests, sizes, layout):
+    """Pages are divided by their slots, rows and experts by the layout; requests share prefixes."""
+    expected = [Engine(plain_model(**SIZES), slots=2, max_length=64, reuse=False).run([request])[0].tokens for request in requests]
+    mesh = make_mesh(**sizes)
+    options = dict(constrain=Constrain(mesh, layout), dispatcher=make_dispatcher(mesh, layout), attend=AttendOnMesh(mesh, layout))
+    engine = Engine(plain_model(options=options, **SIZES), slots=2, max_length=64)
+    assert not engine._runner.state.layers[1].key_NKPd.sharding.is_fully_replicated
+    assert [handle.tokens for handle in engine.run(requests)] == expected
+    with no_compilation():
+        assert [handle.tokens for handle in engine.run(requests)] == expected
+    assert engine.dropped == 0
+
+
+@contextlib.contextmanager
+def no_compilation():
+    """Nothing is compiled within."""
+    compiled = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        compiled.extend([event] * event.startswith("/jax/core/compile/backend_compile"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
