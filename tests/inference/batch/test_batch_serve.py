@@ -207,6 +207,20 @@ def test_stopped_at_any_turn_it_goes_on(batch, engine):
     assert whole == "line 7b"
 
 
+def test_a_full_disk_ends_it(batch, engine, monkeypatch):
+    """There is no sense in answers that cannot be kept; the next run makes them."""
+    asked: dict = {f"line {n}": (COMPLETIONS, {"prompt": "What is", "max_tokens": 1}) for n in range(9)}
+
+    def full(*args):
+        raise UserError("out.jsonl cannot be written (No space left on device)")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(Results, "succeed", full)
+        batch(asked)
+    assert_empty(engine)
+    assert batch(asked)[1].done == 9
+
+
 def test_log_probabilities(batch, model):
     """Of the text's tokens alone; they are the same in both forms, and add up to the answer."""
     common = {"max_tokens": 6, "temperature": 0}
