@@ -22,6 +22,7 @@ from maverick_jax.cli.parser import given_words, real, whole
 DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")  # TPU, NVIDIA, WSL, AMD
 
 if TYPE_CHECKING:
+    from maverick_jax.inference.engine import Engine
     from maverick_jax.inference.handle import Handle
     from maverick_jax.model import Llama4
 
@@ -141,6 +142,30 @@ def default_mesh(config: Any) -> dict[str, int]:
 
     expert = math.gcd(jax.device_count(), config.text.num_local_experts)
     return {"data": 1 if jax.process_count() == 1 else jax.device_count() // expert, "expert": expert}
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--slots", type=whole, metavar="N", help="requests served at once (default: as many as there is memory for, to 64)")
+    parser.add_argument(
+        "--max-length",
+        type=whole,
+        metavar="N",
+        help="tokens of a prompt and its answer (default: the model's context, or what there is memory for)",
+    )
+    parser.add_argument("--draft", type=whole, default=0, metavar="N", help="guess up to N tokens from the text so far (default: 0)")
+    parser.add_argument("--eight-bits", action="store_true", help="keep keys and values in 8 bits: half the memory, about 1 %% off")
+    parser.add_argument("--trace", metavar="FILE", help="write what the scheduler is told and plans")
+
+
+@contextlib.contextmanager
+def engine_for(args: argparse.Namespace) -> Iterator[Engine]:
+    """The engine that the arguments describe."""
+    from maverick_jax.inference.engine import Engine
+
+    model = load_model(args)
+    settings = {name: getattr(args, name) for name in ("slots", "max_length", "draft", "eight_bits")}
+    with open(args.trace, "w", encoding="utf-8", buffering=1) if args.trace else contextlib.nullcontext() as trace:
+        yield Engine(model, **settings, trace=trace)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

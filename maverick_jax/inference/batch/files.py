@@ -130,7 +130,8 @@ def _job(number: int, custom_id: str, request: dict[str, Any]) -> Job | Refused:
 
 
 class Results:
-    """The file of results. What an earlier run has finished in it stays; what it cut short or failed at is taken out.
+    """The file of results. What an earlier run has finished in it stays; what it cut short or failed at is taken out. One that was
+    made for nothing goes again.
 
     Attributes:
       done: ids of the requests that are finished.
@@ -146,6 +147,7 @@ class Results:
             raise UserError(f"{self.path} is no file: name one for the results.")
         if self.path.exists() and self.path.samefile(requests.path):
             raise UserError(f"{self.path} is the file of requests: name another for the results.")
+        self._is_new = not self.path.exists()
         try:
             self._descriptor = _open_alone(self.path, os.O_RDWR)
             try:
@@ -164,6 +166,8 @@ class Results:
         self.close()
 
     def close(self) -> None:
+        if self._is_new and not self._end:
+            self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
     def succeed(self, job: Job, body: dict[str, Any]) -> None:
@@ -197,8 +201,23 @@ class Results:
 
     def _clean(self) -> set[str]:
         """Leave the successes, in a file that takes the place of this one when it is whole on the disk. Returns their ids."""
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        try:
+            done, changed = self._copy_successes(partial)
+            if changed:
+                mine = _open_alone(partial, os.O_WRONLY)
+                partial.replace(self.path)
+                os.close(self._descriptor)
+                self._descriptor = mine
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(self.path.parent)
+        return done
+
+    def _copy_successes(self, partial: Path) -> tuple[set[str], bool]:
+        """Their ids, and whether the copy is another than this file."""
         done: set[str] = set()
-        partial, changed = self.path.with_name(f"{self.path.name}.partial"), False
+        changed = False
         with self.path.open("rb") as results, partial.open("wb") as kept:
             shutil.copymode(self.path, partial)
             for number, line in enumerate(results, 1):
@@ -208,15 +227,7 @@ class Results:
                 changed |= custom_id is None or not line.endswith(b"\n")
             kept.flush()
             os.fsync(kept.fileno())
-        if changed:
-            mine = _open_alone(partial, os.O_WRONLY)
-            partial.replace(self.path)
-            os.close(self._descriptor)
-            self._descriptor = mine
-        else:
-            partial.unlink()
-        sync(self.path.parent)
-        return done
+        return done, changed
 
 
 def _open_alone(path: Path, mode: int) -> int:

@@ -32,6 +32,7 @@ FIELDS = {
     COMPLETIONS: SHARED | {"prompt", "echo"},
 }
 ANSWERS = Range(whole, 1, 128, "a whole number between 1 and 128")
+SHORT = 16  # tokens of a completion that names no limit, as OpenAI's: a base model never ends by itself
 LOGPROBS = Range(whole, 0, 20, "a whole number between 0 and 20")
 
 
@@ -86,13 +87,13 @@ class Job:
             custom_id=custom_id,
             url=url,
             sampling=_sampling(given, url),
-            max_new_tokens=_longest(given),
+            max_new_tokens=_longest(given, url),
             stop=stop_strings(given.get("stop", ())),
             stop_ids=tuple(_ids(given.get("stop_token_ids", []), "stop_token_ids")),
             ignore_eos=_flag(given, "ignore_eos"),
             answers=ANSWERS.check("n", given.get("n", 1)),
             grammar=_grammar(given),
-            **(_chat(given) if url == CHAT else {"prompts": _prompts(given), "echo": _flag(given, "echo")}),
+            **(_chat(given) if url == CHAT else {"prompts": _prompts(given), "echo": _echo(given)}),
         )
 
 
@@ -118,11 +119,13 @@ def _sampling(given: dict[str, Any], url: str) -> dict[str, Any]:
     return settings
 
 
-def _longest(given: dict[str, Any]) -> int | None:
+def _longest(given: dict[str, Any], url: str) -> int | None:
     names = [name for name in ("max_tokens", "max_completion_tokens") if name in given]
     if len(names) == 2:
         raise UserError("both max_tokens and max_completion_tokens are given: give one of them.")
-    return MAX_NEW_TOKENS.check(names[0], given[names[0]]) if names else None
+    if not names:
+        return SHORT if url == COMPLETIONS else None
+    return MAX_NEW_TOKENS.check(names[0], given[names[0]])
 
 
 def _grammar(given: dict[str, Any]) -> Grammar | None:
@@ -193,6 +196,13 @@ def _prompts(given: dict[str, Any]) -> list[str | list[int]]:
     if not items or not all(isinstance(item, str | list) and item for item in items):
         raise UserError(f"prompt is {shown(prompt)}: expected a text, token ids, or a list of either.")
     return [item if isinstance(item, str) else _ids(item, "prompt") for item in items]
+
+
+def _echo(given: dict[str, Any]) -> bool:
+    echo = _flag(given, "echo")
+    if echo and "logprobs" in given:
+        raise UserError("both echo and logprobs are given: a prompt has no log-probabilities here; leave out one of them.")
+    return echo
 
 
 def _ids(values: Any, name: str) -> list[int]:

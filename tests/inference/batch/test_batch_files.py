@@ -160,6 +160,7 @@ def test_a_file_of_something_else_stays_as_it_is(batch, content):
     with pytest.raises(UserError, match=r"line 1 is no result of a batch: name another file"):
         Results(out, requests)
     assert out.read_bytes() == content
+    assert sorted(file.name for file in out.parent.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
 def test_two_processes_do_not_write_one_file(batch):
@@ -186,6 +187,19 @@ def test_files_that_cannot_be_used(batch, tmp_path):
         Requests(tmp_path / "none.jsonl")
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
     assert not out.exists()
+
+
+def test_a_file_made_for_nothing_goes_again(batch):
+    """The model was not found, say; but one that somebody made stays."""
+    requests, out = batch(line("a"))
+    Results(out, requests).close()
+    assert not out.exists()
+    out.touch()
+    Results(out, requests).close()
+    assert out.exists()
+    out.unlink()
+    run(requests, out)
+    assert len(read(out)) == 1
 
 
 def test_a_full_disk_leaves_no_half_result(batch, monkeypatch):

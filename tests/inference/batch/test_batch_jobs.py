@@ -30,6 +30,7 @@ def test_a_body_of_the_openai_client():
 def test_both_names_of_the_longest_answer():
     """Clients send either."""
     assert chat(max_tokens=5).max_new_tokens == chat(max_completion_tokens=5).max_new_tokens == completion(max_tokens=5).max_new_tokens == 5
+    assert (chat().max_new_tokens, completion().max_new_tokens) == (None, 16)  # as OpenAI has it
 
 
 def test_log_probabilities_of_both_kinds():
@@ -126,6 +127,7 @@ REFUSED = {
     "a prompt of texts and ids": (completion, {"prompt": ["a", 5]}, "prompt is"),
     "fractions for ids": (completion, {"prompt": [[1.5]]}, "prompt holds 1.5"),
     "an empty stop": (completion, {"stop": ""}, "stop holds ''"),
+    "log-probabilities of an echo": (completion, {"echo": True, "logprobs": 1}, "both echo and logprobs"),
     "a word for a flag": (completion, {"echo": "yes"}, "echo is 'yes'"),
 }
 
