@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 import maverick_jax as mj
-from maverick_jax.bench.loads import Timed, ask, random_prompts, serve
+from maverick_jax.bench.loads import ask, random_prompts
 from maverick_jax.config import Config
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.request import Request, Row
@@ -91,10 +91,10 @@ def beside_a_static_batch(repeats: int) -> Iterator[str]:
 def streams(engine: Engine, seed: int) -> tuple[float, float]:
     """Seconds per token of eight streams, alone and while a prompt of 16 times their length is read."""
     config, long = engine.model.config, 16 * MEAN_PROMPT
-    requests = [ask(ids, 400) for ids in random_prompts(config, 8, MEAN_PROMPT, seed)]
+    requests = [ask(ids, 1900) for ids in random_prompts(config, 8, MEAN_PROMPT, seed)]
     handles = [engine.submit(request) for request in requests]
 
-    def steps(until) -> float:
+    def steps(until: Callable[[], bool]) -> float:
         began, before = time.perf_counter(), min(handle.new_tokens for handle in handles)
         while not until():
             engine.step()
@@ -170,14 +170,26 @@ def host_seconds(engine: Engine, rows: int, seed: int) -> float:
     return float(np.median(spent))
 
 
+def call_seconds(model: Llama4) -> float:
+    """Seconds of the thread that calls a program with the model's arrays, one by one, which does nothing with them."""
+    leaves = jax.tree.leaves(model)
+    nothing = jax.jit(lambda *leaves: leaves[0], keep_unused=True)
+    spent = []
+    for _ in range(100):
+        began = time.thread_time()
+        nothing(*leaves)
+        spent.append(time.thread_time() - began)
+    return float(np.median(spent))
+
+
 def on_the_host(repeats: int) -> Iterator[str]:
     model = many_arrays()
-    engine = Engine(model, slots=64, max_length=128)
+    engine, leaves = Engine(model, slots=64, max_length=128), len(jax.tree.leaves(model))
     for rows in (1, 16, 64):
-        best = min([host_seconds(engine, rows, seed) for seed in range(repeats + 2)][2:])
+        times = [(host_seconds(engine, rows, seed), call_seconds(model)) for seed in range(repeats + 2)][2:]
+        step, call = (1000 * min(both) for both in zip(*times, strict=True))
         most = 0.3 + 0.005 * rows
-        leaves = len(jax.tree.leaves(model))
-        yield f"host per step, {leaves:,} arrays, {rows} rows | {1000 * best:.2f} ms | at most {most:.2f} ms"
+        yield f"host per step, {leaves:,} arrays, {rows} rows | {step:.2f} ms; an empty call {call:.2f} | at most {most:.2f} ms"
 
 
 PARTS = {"static": beside_a_static_batch, "streams": beside_a_long_prompt, "reuse": reuse, "host": on_the_host}

@@ -19,6 +19,7 @@ from maverick_jax.inference.admission import check_model
 from maverick_jax.inference.checks import Range, listed, names_the_nearest, real, shown, whole
 from maverick_jax.inference.clock import seconds_compiling
 from maverick_jax.inference.engine import Engine
+from maverick_jax.inference.room import room_for
 from maverick_jax.model import Llama4
 
 BATCH = Range(whole, 1, 4096, "a whole number, 1 to 4,096 requests")
@@ -74,12 +75,12 @@ def _engine(model: Llama4, slots: int, prompt: int, new: int, queue: int) -> Eng
     length, longest = prompt + new, text.max_position_embeddings
     if length > longest:
         raise UserError(f"prompt {prompt} and new {new} are {length:,} tokens, but the model's context holds {longest:,}: ask for less.")
-    engine = Engine(model, slots=slots, max_length=length, queue=queue)
-    geometry = engine.room.geometry
+    geometry = room_for(model, slots=slots, max_length=length).geometry
     if geometry.pages < slots * geometry.stretches:
         most = geometry.pages // geometry.stretches
         raise UserError(f"batch {slots} does not fit: there is memory for {most} requests of {length:,} tokens. Ask for a smaller batch.")
-    return engine
+    # A page more for each: while a prompt is read again, the end of its first reading is still there.
+    return Engine(model, slots=slots, max_length=length, pages=geometry.pages + slots, queue=queue)
 
 
 def _batch(engine: Engine, machine: Machine, size: int, prompt: int, new: int) -> Batch:
