@@ -70,7 +70,7 @@ def machine_of(model: Llama4) -> Machine:
     return Machine(Topology(chip, shape), f"{many} of {kind}: {rates} ({source})")
 
 
-def _measured(device: jax.Device, dtype: Any, width: int, share: float) -> Chip:
+def _measured(device: Any, dtype: Any, width: int, share: float) -> Chip:
     numbers = jax.device_put(jnp.ones(READ_BYTES // 4, jnp.float32), device)
     matrix = jax.device_put(jnp.ones((width, width), dtype), device)
     bandwidth = share * READ_BYTES / _quickest(jax.jit(jnp.sum), numbers)

@@ -72,11 +72,15 @@ def test_times_of_a_load(engine, monkeypatch):
     assert waiting.first > 4.0  # there are two slots
 
 
+def timed(tokens: list[float]) -> loads.Timed:
+    return loads.Timed(loads.ask(np.array([1]), len(tokens)), tokens=tokens)
+
+
 def test_decoding_counts_what_all_do_together():
     """Before the last row's first token and after the first row's end fewer rows decode."""
-    served = [loads.Timed(None, tokens=tokens) for tokens in ([1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0])]
+    served = [timed(tokens) for tokens in ([1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0])]
     assert loads.decoding(served) == (4, 2.0)
-    assert loads.decoding([loads.Timed(None, tokens=[1.0, 2.0]), loads.Timed(None, tokens=[3.0, 4.0])]) == (0, 0.0)
+    assert loads.decoding([timed([1.0, 2.0]), timed([3.0, 4.0])]) == (0, 0.0)
 
 
 def test_arrivals_are_a_poisson_process():
@@ -159,7 +163,7 @@ def test_text(model):
     assert re.search(r"^first token +30\.0 +60\.0 +90\.0$", text, re.MULTILINE)
     assert "note" not in text
     assert "at random" not in str(report(model, random=None))
-    disturbed = dataclasses.replace(report(model).random, compiling=1.25)
+    disturbed = Random(4.0, 64, 3.9, 249.6, quantiles(0.03), quantiles(0.015), 1.25)
     assert "1.2 s of a timed run went into compiling" in str(report(model, random=disturbed))
 
 
