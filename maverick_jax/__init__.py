@@ -19,8 +19,11 @@ __version__ = "0.1.0"
 _HOME = {
     "Chat": "inference.chat.Chat",
     "Config": "config.Config",
+    "Engine": "inference.engine.Engine",
+    "Grammar": "inference.grammar.Grammar",
     "KVCache": "inference.cache.KVCache",
     "Llama4": "model.Llama4",
+    "Request": "inference.request.Request",
     "Sampling": "inference.sampling.Sampling",
     "TextConfig": "config.TextConfig",
     "Tokenizer": "prompt.Tokenizer",
@@ -41,8 +44,11 @@ _PACKAGES = ("convert", "sharding")
 __all__ = [
     "Chat",
     "Config",
+    "Engine",
+    "Grammar",
     "KVCache",
     "Llama4",
+    "Request",
     "Sampling",
     "TextConfig",
     "Tokenizer",
@@ -70,7 +76,10 @@ if TYPE_CHECKING:  # for editors; `__getattr__` would tell them that every name 
     from maverick_jax.errors import UserError
     from maverick_jax.inference.cache import KVCache
     from maverick_jax.inference.chat import Chat
+    from maverick_jax.inference.engine import Engine
     from maverick_jax.inference.generate import generate
+    from maverick_jax.inference.grammar import Grammar
+    from maverick_jax.inference.request import Request
     from maverick_jax.inference.sampling import Sampling
     from maverick_jax.model import Llama4, get_abstract_model
     from maverick_jax.prompt import Tokenizer, tile_image

@@ -20,7 +20,7 @@ import maverick_jax
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = Path(__file__).parent
-INFERENCE = ("inference.cache", "inference.chat", "inference.generate", "inference.sampling")
+INFERENCE = tuple(f"inference.{name}" for name in ("cache", "chat", "engine", "generate", "grammar", "handle", "request", "sampling"))
 MODULES = ("checkpoint", "config", "convert", "errors", *INFERENCE, "model", "ops", "plan", "prompt", "sharding")
 PAGES = ("README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md"))), "CONTRIBUTING.md", "CHANGELOG.md")
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#]+)(?=[)#])")  # the file of a Markdown link within the project

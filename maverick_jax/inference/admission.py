@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import MAX_NEW_TOKENS, NoRoom, shown, stop_tokens, token_rows
 from maverick_jax.inference.grammar import Grammar
-from maverick_jax.inference.request import DEADLINE, Request
+from maverick_jax.inference.request import DEADLINE, Admitted, Request
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.model import Llama4
 from maverick_jax.model.inputs import check_patches, tiles_of
@@ -29,7 +28,7 @@ def pixels(tiles: Any, config: Config) -> np.ndarray | None:
     return None if found is None else np.asarray(found, np.float32)
 
 
-def admitted(request: Any, config: Config, max_length: int) -> Request:
+def admitted(request: Any, config: Config, max_length: int) -> Admitted:
     """The request with arrays for lists, and the config's stop tokens where it names none.
 
     Raises:
@@ -54,4 +53,5 @@ def admitted(request: Any, config: Config, max_length: int) -> Request:
     stop = config.eos_token_id if request.stop_ids is None else request.stop_ids
     stop_ids = frozenset(stop_tokens(sorted(stop) if isinstance(stop, frozenset) else stop, config.text.vocab_size).tolist())
     deadline = None if request.deadline is None else DEADLINE.check("deadline", request.deadline)
-    return dataclasses.replace(request, ids=ids, tiles=tiles, max_new_tokens=most, stop_ids=stop_ids, deadline=deadline)
+    rest = {"sampling": request.sampling, "grammar": request.grammar}
+    return Admitted(ids=ids, tiles=tiles, max_new_tokens=most, stop_ids=stop_ids, deadline=deadline, **rest)

@@ -43,7 +43,8 @@ class Chat:
         answer like any other; add its result to `messages` as {"role": "tool", "content": ...} and let `complete` go on.
       max_new_tokens: longest answer.
       stop: text, or texts, that end an answer; they are not part of it.
-      temperature, top_k, top_p, min_p, seed: see `Sampling`.
+      temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_tokens, seed: see
+        `Sampling`.
 
     Attributes:
       messages: the conversation so far, as role/content dicts; pictures as the tiles they were cut into.
@@ -69,6 +70,11 @@ class Chat:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        min_tokens: int = 0,
         seed: int = 0,
     ):
         check_model(model)
@@ -81,7 +87,18 @@ class Chat:
         self.tools = tool_schemas(tools)
         self.max_new_tokens = MAX_NEW_TOKENS.check("max_new_tokens", max_new_tokens)
         self.stop = stop_strings(stop)
-        self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        self.sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            min_tokens=min_tokens,
+            seed=seed,
+        )
         self.tokenizer = Tokenizer.from_directory(model.directory)
         self.template = load_template(model.directory)
         self.last: Handle | None = None

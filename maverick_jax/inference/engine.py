@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference import pictures
@@ -32,10 +33,10 @@ from maverick_jax.inference.room import Room, room_for
 from maverick_jax.inference.runner import Content, Launched, Runner
 from maverick_jax.inference.sampling import NOT_FINITE, NOTHING_LEFT, Sampled
 from maverick_jax.inference.scheduling.pace import Pace
-from maverick_jax.inference.scheduling.plans import Limits, Part
+from maverick_jax.inference.scheduling.plans import Limits, Part, shapes
 from maverick_jax.inference.scheduling.scheduler import Scheduler
 from maverick_jax.inference.scheduling.trace import Recording
-from maverick_jax.inference.sizes import PIECE, PIECES, decode_rows, prefill_rows
+from maverick_jax.inference.sizes import PIECE, pieces, powers_of_two, prefill_rows
 from maverick_jax.inference.speculate import Acceptance, Drafts, PromptLookup
 from maverick_jax.model import Llama4
 from maverick_jax.prompt import Tokenizer
@@ -45,12 +46,12 @@ QUEUE = Range(whole, 0, 2**31 - 1, "a whole number, 0 or more")
 DRAFT = Range(whole, 0, 16, "a whole number between 0 (no drafts) and 16")
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class _Served(Content):
     """A request between `submit` and its end."""
 
-    handle: Handle = None  # type: ignore[assignment]
-    drafts: Drafts | None = None
+    handle: Handle
+    drafts: Drafts | None
 
 
 class Engine:
@@ -93,16 +94,17 @@ class Engine:
         self.model = model
         self.room: Room = room_for(model, slots=slots, max_length=max_length, pages=pages, eight_bits=eight_bits)
         geometry = self.room.geometry
+        chunk = next((chunk for chunk in geometry.chunks if chunk), None)
         self.limits = Limits(
             slots=geometry.places,
             pages=geometry.pages,
             page=geometry.page,
-            chunk=next((chunk for chunk in geometry.chunks if chunk), None),
+            chunk=chunk,
             max_length=geometry.max_length,
             queue=QUEUE.check("queue", queue),
-            decode_rows=decode_rows(geometry.places),
+            decode_rows=powers_of_two(geometry.places),
             prefill_rows=prefill_rows(geometry.places),
-            piece_sizes=PIECES,
+            piece_sizes=pieces(min(chunk or PIECE, geometry.max_length)),
             piece_tokens=PIECE,
             draft=DRAFT.check("draft", draft),
             reuse=reuse,
@@ -128,19 +130,21 @@ class Engine:
         with self._lock:
             self._refresh()
             config, limits = self.model.config, self.limits
-            request = admitted(request, config, limits.max_length)
-            matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
-            tiles = pictures.digests(request.tiles)
+            checked = admitted(request, config, limits.max_length)
+            matcher = None if checked.grammar is None else self._grammars.matcher(checked.grammar)
+            tiles = pictures.digests(checked.tiles)
             per_tile = config.vision.tokens_per_tile if config.vision else 0
-            keys = pictures.keys(request.ids, config.image_token_index, tiles, per_tile)
+            keys = pictures.keys(checked.ids, config.image_token_index, tiles, per_tile)
             # A mask and a draft are made of the newest token: such a row waits until it is read.
-            row = self._scheduler.add(request, keys, time.monotonic(), ahead=matcher is None and not limits.draft)
-            handle = Handle(request, self._more, self.cancel)
-            is_patch = request.ids == config.image_token_index
+            row = self._scheduler.add(checked, keys, time.monotonic(), ahead=matcher is None and not limits.draft)
+            handle = Handle(checked, self._more, self.cancel)
+            is_patch = checked.ids == config.image_token_index
             feature_T = np.where(is_patch, np.cumsum(is_patch) - 1, -1) if tiles else None
-            drafts = PromptLookup(request.ids.tolist(), draft=limits.draft) if limits.draft else None
-            content = dict(row=row, tokens=request.ids.tolist(), tiles=tiles, feature_T=feature_T, matcher=matcher)
-            self._served[row.number] = _Served(**content, handle=handle, drafts=drafts)
+            drafts = PromptLookup(checked.ids.tolist(), draft=limits.draft) if limits.draft else None
+            self._served[row.number] = _Served(
+                row=row, request=checked, tokens=checked.ids.tolist(), tiles=tiles, feature_T=feature_T, matcher=matcher,
+                handle=handle, drafts=drafts,
+            )  # fmt: skip
             self._news.notify_all()
             return handle
 
@@ -172,6 +176,20 @@ class Engine:
         """Tokens that found no room at their expert: 0."""
         with self._lock:
             return int(self._runner.state.dropped)
+
+    def warm_up(self, *, extras: bool = True, progress: bool = True) -> None:
+        """Compile and run every program there is, so that no request waits for one; call it before the first of them.
+
+        Args:
+          extras: those for penalties, biases, grammars and log-probabilities too.
+          progress: show a bar at a terminal.
+        """
+        with self._lock:
+            assert not self._served
+            work = self._runner.warm_up(shapes(self.limits), extras=extras)
+            for run in tqdm(work, desc="compiling", unit="program", disable=None if progress else True):
+                run()
+            self._restart()
 
     # The loop.
 
@@ -272,7 +290,7 @@ class Engine:
 
     def _token(self, served: _Served, token: int, place: int, sampled: Sampled) -> Finish | None:
         """One token of a request; why that ends it, if it does."""
-        row, handle, request = served.row, served.handle, served.row.request
+        row, handle, request = served.row, served.handle, served.request
         if token == NOT_FINITE:
             return self._end(served, Finish.ERROR, UserError(self._explain(served)))
         if token == NOTHING_LEFT:
@@ -308,7 +326,7 @@ class Engine:
         self._news.notify_all()
 
     def _explain(self, served: _Served) -> str:
-        request, tokens = served.row.request, np.array(served.tokens, np.int32)
+        request, tokens = served.request, np.array(served.tokens, np.int32)
         features = None if request.tiles is None else jnp.concatenate(self._runner.features_of(served, range(len(request.tiles))))
         index_T = np.zeros_like(tokens)
         if served.feature_T is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -31,6 +31,11 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    min_tokens: int = 0,
     seed: int | Sequence[int] = 0,
     stop_ids: int | Sequence[int] | None = None,
 ) -> list[list[int]]:
@@ -40,7 +45,8 @@ def generate(
       prompts: token ids per row, lists or arrays of whole numbers; rows may differ in length.
       tiles: [N, 3, S, S] float32, the tiles of all pictures of all rows, in order.
       max_new_tokens: at most so many tokens per row.
-      temperature, top_k, top_p, min_p, seed: see `Sampling`.
+      temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_tokens, seed: see
+        `Sampling`.
       stop_ids: token, or tokens, that end a row; None takes the config's, `()` never stops early.
 
     Returns:
@@ -50,7 +56,18 @@ def generate(
       UserError: an argument of another type or outside its range, an empty prompt, ids outside the vocabulary, no room in the
         context, tiles that do not fit the prompts; logits that are not finite (it names the first layer that is not).
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias,
+        min_tokens=min_tokens,
+        seed=seed,
+    )
     check_model(model)
     config = model.config
     most = MAX_NEW_TOKENS.check("max_new_tokens", max_new_tokens)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.clock import seconds_compiling
-from maverick_jax.inference.request import Finish, Request
+from maverick_jax.inference.request import Admitted, Finish
 from maverick_jax.inference.sampling import Sampled
 
 
@@ -23,7 +23,7 @@ class Handle:
       seconds: what it took, in three parts: "prefill" until the first token, "decode" from there on, "compile".
     """
 
-    def __init__(self, request: Request, more: Callable[[Handle, int], None], cancel: Callable[[Handle], None]):
+    def __init__(self, request: Admitted, more: Callable[[Handle, int], None], cancel: Callable[[Handle], None]):
         self.request = request
         self.tokens: list[int] = []
         self.logprobs: list[tuple[float, dict[int, float]]] = []
@@ -88,6 +88,9 @@ class Handle:
             self._count("prefill")
         most = self.request.sampling.logprobs
         if most is not None:
+            assert sampled.logprob_B is not None
+            assert sampled.top_ids_BN is not None
+            assert sampled.top_logprobs_BN is not None
             likely = zip(sampled.top_ids_BN[place].tolist(), sampled.top_logprobs_BN[place].tolist(), strict=True)
             self.logprobs.append((float(sampled.logprob_B[place]), dict(list(likely)[:most])))
         self.tokens.append(token)

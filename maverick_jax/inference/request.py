@@ -34,7 +34,7 @@ class Finish(enum.Enum):
     ERROR = "error"
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
     """What is asked for.
 
@@ -55,6 +55,14 @@ class Request:
     stop_ids: Collection[int] | int | None = None
     deadline: float | None = None
     grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Admitted(Request):
+    """A request that was checked: arrays for lists, and the model's stop tokens where it named none."""
+
+    ids: np.ndarray
+    stop_ids: frozenset[int] = frozenset()
 
 
 @dataclass(eq=False, slots=True)

@@ -10,26 +10,30 @@ mask, C columns of a call.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from maverick_jax.config import VisionConfig
 from maverick_jax.inference import pictures, steps
 from maverick_jax.inference.grammar import Matcher
-from maverick_jax.inference.request import Row
+from maverick_jax.inference.request import Admitted, Row
 from maverick_jax.inference.room import Room
 from maverick_jax.inference.sampling import RowExtras, RowSampling, Sampling, history_of
 from maverick_jax.inference.scheduling.plans import Call, Copy, Part, Plan
+from maverick_jax.inference.sizes import powers_of_two
 from maverick_jax.model import Llama4
 
 SETTINGS = Sampling()  # of places where nobody lies
+RUNS = 2  # of each program in a warm-up
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Content:
-    """What a row's tokens are.
+    """What a row's tokens are, and how they are drawn.
 
     Attributes:
       tokens: of the prompt, and the new ones that have been read.
@@ -40,6 +44,7 @@ class Content:
     """
 
     row: Row
+    request: Admitted
     tokens: list[int]
     tiles: list[bytes]
     feature_T: np.ndarray | None
@@ -48,11 +53,11 @@ class Content:
 
     @property
     def has_extras(self) -> bool:
-        return self.matcher is not None or self.row.request.sampling.has_extras
+        return self.matcher is not None or self.request.sampling.has_extras
 
     @property
     def new(self) -> list[int]:
-        return self.tokens[len(self.row.request.ids) :]
+        return self.tokens[len(self.request.ids) :]
 
 
 class Launched:
@@ -102,9 +107,47 @@ class Runner:
             self._copy(copy)
         return [launched for call in plan.calls for launched in self._call(call, contents)]
 
+    def warm_up(self, calls: Sequence[Call], *, extras: bool) -> list[Callable[[], None]]:
+        """What runs each program with rows that are none, twice: on a GPU the second run of a program is the slow one."""
+
+        def each(call: Call) -> None:
+            for with_extras in (False, True) if extras else (False,):
+                for _ in range(RUNS):
+                    if with_extras:
+                        self._begin_extras()
+                    self._move_in(())
+                    self._draw(call, {}, *self._forward(call, {}), extras=with_extras)
+            jax.block_until_ready(self._token_S)
+
+        def others() -> None:
+            for _ in range(RUNS):
+                self._copy(Copy(None, None, 0, ()))
+                self._table = self._upload(self._table_SJ)
+                if self._history_SV is not None:
+                    nothing_V = np.zeros(self._vocabulary, np.int32)
+                    self._history_SV = steps.set_history(self._constrain, self._history_SV, np.int32(0), nothing_V)
+
+        def picture(call: Call, vision: VisionConfig) -> None:
+            """Tiles as many as the tower takes at once, and one of them into a piece."""
+            shape = (vision.num_channels, vision.image_size, vision.image_size)
+            tiles = [np.zeros((n, *shape), np.float32) for n in powers_of_two(pictures.TILES_AT_ONCE)]
+            *_, features_PD = (steps.pick(steps.encode(self._structure, self.leaves, some), 0) for some in tiles)
+            index_BT = np.full((call.rows, call.tokens), -1, np.int32)
+            x_BTD = steps.embed(self._structure, self.leaves, np.zeros_like(index_BT))
+            jax.block_until_ready(steps.place(self._constrain, x_BTD, features_PD, index_BT))
+
+        vision = self._model.config.vision
+        with_pictures = [call for call in calls if call.kind == "prefill" and call.first]
+        return [
+            *(functools.partial(each, call) for call in calls),
+            others,
+            *(functools.partial(picture, call, vision) for call in with_pictures if vision is not None),
+        ]
+
     def features_of(self, content: Content, tiles: Sequence[int]) -> list[jax.Array]:
         """[P, D] of some of a row's tiles."""
-        return self.features.of([content.tiles[tile] for tile in tiles], content.row.request.tiles[tiles]) if tiles else []
+        assert content.request.tiles is not None
+        return self.features.of([content.tiles[tile] for tile in tiles], content.request.tiles[tiles]) if tiles else []
 
     def _upload(self, values: Any) -> Any:
         return steps.upload(self._constrain, values)
@@ -116,6 +159,23 @@ class Runner:
             places = [0, 0]
 
     def _call(self, call: Call, contents: Mapping[int, Content]) -> list[Launched]:
+        logits_BTV, draft_BD, rows_BC = self._forward(call, contents)
+        launched = []
+        drawing = [contents[part.row] for part in call.parts if part.samples]
+        if drawing:
+            extras = any(content.has_extras for content in drawing)
+            if extras and self._extras_S is None:
+                self._begin_extras()
+            new = [content for content in drawing if self._owner_S[content.row.slot or 0] != content.row.number]
+            if new:
+                self._move_in(new)
+            launched.append(Launched(call.parts, self._draw(call, contents, logits_BTV, draft_BD, rows_BC, extras=extras)))
+        if self._blocks:
+            jax.block_until_ready(self.state.dropped)
+        return launched
+
+    def _forward(self, call: Call, contents: Mapping[int, Content]) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+        """[B, T, V] logits, and the draft and the rows that they are of."""
         rows_BC = np.full((call.rows, len(steps.Call._fields)), (self._geometry.places, 0, 0, -1), np.int32)
         for i, part in enumerate(call.parts):
             rows_BC[i] = part.slot, part.start, part.length, part.step if part.samples else -1
@@ -128,12 +188,7 @@ class Runner:
         else:
             x_BTD = self._embedded(call, contents)
             self.state, logits_BTV = steps.prefill(self._structure, self._geometry, call.first, *common, x_BTD, rows_BC)
-        launched = []
-        if any(part.samples for part in call.parts):
-            launched.append(Launched(call.parts, self._draw(call, contents, logits_BTV, draft_BD, rows_BC)))
-        if self._blocks:
-            jax.block_until_ready(self.state.dropped)
-        return launched
+        return logits_BTV, draft_BD, rows_BC
 
     def _embedded(self, call: Call, contents: Mapping[int, Content]) -> jax.Array:
         """[B, T, D] of a prefill's pieces, their pictures' features among them."""
@@ -156,24 +211,23 @@ class Runner:
         return x_BTD
 
     def _draw(
-        self, call: Call, contents: Mapping[int, Content], logits_BTV: jax.Array, draft_BD: np.ndarray, rows_BC: np.ndarray
+        self, call: Call, contents: Mapping[int, Content], logits_BTV: jax.Array, draft_BD: np.ndarray, rows_BC: np.ndarray, *, extras: bool
     ) -> steps.Drawn:
-        drawing = [contents[part.row] for part in call.parts if part.samples]
-        extras = any(content.has_extras for content in drawing)
-        if extras and self._extras_S is None:
-            self._extras_S = RowExtras.repeat(SETTINGS, self._geometry.places)
-            self._history_SV = self._upload(np.zeros((self._geometry.places, self._vocabulary), np.int32))
-            self._owner_S = [-1] * self._geometry.places  # those who are here have extras, too, if only none
-        self._move_in([content for content in drawing if self._owner_S[content.row.slot or 0] != content.row.number])
-        common = (draft_BD, rows_BC)
         if not extras:
-            self._token_S, drawn = steps.draw(self._constrain, logits_BTV, self._token_S, self._settings, *common)
+            self._token_S, drawn = steps.draw(self._constrain, logits_BTV, self._token_S, self._settings, draft_BD, rows_BC)
             return drawn
         mask_BTW = self._masks(call, contents, logits_BTV.shape[1])
+        given = (self._settings, self._extras, mask_BTW, draft_BD, rows_BC)
         self._token_S, self._history_SV, drawn = steps.draw_with_extras(
-            self._constrain, logits_BTV, self._token_S, self._history_SV, self._settings, self._extras, mask_BTW, *common
+            self._constrain, logits_BTV, self._token_S, self._history_SV, *given
         )
         return drawn
+
+    def _begin_extras(self) -> None:
+        """From here on every place has some, if only none."""
+        self._extras_S = RowExtras.repeat(SETTINGS, self._geometry.places)
+        self._history_SV = self._upload(np.zeros((self._geometry.places, self._vocabulary), np.int32))
+        self._owner_S = [-1] * self._geometry.places
 
     def _masks(self, call: Call, contents: Mapping[int, Content], tokens: int) -> np.ndarray:
         """[B, T, W] what may come behind each token; made while the device computes the logits."""
@@ -190,16 +244,15 @@ class Runner:
             row = content.row
             assert row.slot is not None
             self._owner_S[row.slot] = row.number
-            sampling = row.request.sampling
+            sampling = content.request.sampling
             _set(self._settings_S, row.slot, RowSampling.repeat(sampling, 1))
             if self._extras_S is not None:
-                _set(self._extras_S, row.slot, RowExtras.repeat(sampling, 1, sorted(row.request.stop_ids)))
-                history_V = history_of(np.asarray(row.request.ids), content.new, self._vocabulary)
+                _set(self._extras_S, row.slot, RowExtras.repeat(sampling, 1, sorted(content.request.stop_ids)))
+                history_V = history_of(content.request.ids, content.new, self._vocabulary)
                 self._history_SV = steps.set_history(self._constrain, self._history_SV, np.int32(row.slot), history_V)
-        if contents:
-            self._settings = self._upload(self._settings_S)
-            if self._extras_S is not None:
-                self._extras = self._upload(self._extras_S)
+        self._settings = self._upload(self._settings_S)
+        if self._extras_S is not None:
+            self._extras = self._upload(self._extras_S)
 
 
 def _set(rows_S: Any, place: int, one: Any) -> None:

@@ -1,7 +1,7 @@
 """How prompts are cut and padded: to few sizes, so that few programs are compiled."""
 
 PIECE = 8192  # tokens of a prefill call, all rows together: bounds what a layer computes at once
-PIECES = (32, 128, 512, 2048, 8192)  # tokens of one row in a call
+PIECES = (32, 128, 512, 2048, 8192)  # each four times as long as the one before
 PREFILL_ROWS = (1, 4, 16, 64)
 
 
@@ -9,9 +9,14 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def decode_rows(slots: int) -> tuple[int, ...]:
-    """Rows of a decode step: the powers of two up to the slots."""
-    return tuple(1 << i for i in range(next_power_of_two(slots).bit_length()))
+def pieces(longest: int) -> tuple[int, ...]:
+    """Tokens of one row in a prefill call, where no piece is longer than this."""
+    return tuple(size for size in PIECES if size == PIECES[0] or size // 4 < longest)
+
+
+def powers_of_two(most: int) -> tuple[int, ...]:
+    """1, 2, 4, ..., the last of which is at least `most`."""
+    return tuple(1 << i for i in range(next_power_of_two(most).bit_length()))
 
 
 def prefill_rows(slots: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from maverick_jax.ops.linear import LEAST_BFLOAT16_ROWS
 from maverick_jax.ops.quantize import QuantizedArray, Weight, dequantize, matrix_shape
 
 FEWEST_ROWS = 8
@@ -89,41 +90,50 @@ def _product(x_RK, weight_EKN, group_sizes_E, *, contract_axis):
     block = _block_rows(rows, experts, x_RK.dtype)
     groups = _Groups.of(group_sizes_E, block)
     padded = jnp.pad(x_RK, ((0, block), (0, 0)))
-    opaque = jax.tree.map(_as_integers, weight_EKN)
 
     def per_expert(i, out):
         expert = groups.order_E[i]
         # XLA:CPU copies the slice, at the cost of two products of four rows: once per expert, not once per block.
-        matrix = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, expert, keepdims=False), opaque)
-        matrix = jax.tree.map(lambda a, like: lax.bitcast_convert_type(a, like.dtype), matrix, weight_EKN)
-        matrix = _dequantized(matrix, x_RK.dtype)
+        matrix = _dequantized(_matrix_of(weight_EKN, expert, groups.blocks_E[expert] > 0), x_RK.dtype)
 
         def per_block(j, out):
             start = groups.start_E[expert] + j * block
             x = lax.dynamic_slice_in_dim(padded, start, block)
             y = lax.dot_general(x, matrix, (((1,), (contract_axis,)), ((), ())), preferred_element_type=jnp.float32)
             # Blocks come in order, so what a block writes past its group's end is overwritten by the next.
-            return lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), start, axis=0)
+            return lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
 
         return lax.fori_loop(0, groups.blocks_E[expert], per_block, out)
 
-    out = jnp.zeros((rows + block, sides[1 - contract_axis]), x_RK.dtype)
+    out = jnp.zeros((rows + block, sides[1 - contract_axis]), jnp.float32)
     out = lax.fori_loop(0, groups.occupied, per_expert, out)
-    return jnp.where((jnp.arange(rows) < group_sizes_E.sum())[:, None], out[:rows], 0)
+    return jnp.where((jnp.arange(rows) < group_sizes_E.sum())[:, None], out[:rows], 0).astype(x_RK.dtype)
 
 
-def _as_integers(a):
-    """XLA:CPU hoists the widening of a whole stack of narrow floats out of the loop; of integers it leaves it where it is. Taking
-    floats for integers costs a copy of the stack, half or a quarter of what the hoisted one would be."""
-    return lax.bitcast_convert_type(a, f"uint{8 * a.itemsize}") if jnp.issubdtype(a.dtype, jnp.floating) and a.itemsize < 4 else a
+def _matrix_of(weight_EKN, expert, wanted):
+    """One expert's matrix out of the stack, read in a branch that is always taken (`wanted`).
+
+    Up to jax 0.10 XLA:CPU slices narrow floats by way of float32 and, where it may, widens the whole stack once, before the loop.
+    Out of a branch it moves nothing.
+    """
+
+    def read():
+        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, expert, keepdims=False), weight_EKN)
+
+    return lax.cond(wanted, read, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape[1:], a.dtype), weight_EKN))
 
 
 def _outer_products(x_RK, dy_RN, weight_EKN, group_sizes_E):
-    """[E, K, N] gradient of the stack: per expert the sum of x^T dy over its rows, in the stack's dtype."""
+    """[E, K, N] gradient of the stack: per expert the sum of x^T dy over its rows, in the stack's dtype.
+
+    Narrow floats are put in place as integers: up to jax 0.10 XLA:CPU would widen and round the whole stack for each expert.
+    """
     rows, experts = x_RK.shape[0], weight_EKN.shape[0]
     block = _block_rows(rows, experts, x_RK.dtype)
     groups = _Groups.of(group_sizes_E, block)
     x_padded, dy_padded = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_RK, dy_RN))
+    dtype = weight_EKN.dtype
+    stored = jnp.uint16 if dtype.itemsize == 2 else dtype
 
     def per_expert(i, stack):
         expert = groups.order_E[i]
@@ -136,9 +146,10 @@ def _outer_products(x_RK, dy_RN, weight_EKN, group_sizes_E):
             return total + lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
         total = lax.fori_loop(0, groups.blocks_E[expert], per_block, jnp.zeros(weight_EKN.shape[1:], jnp.float32))
-        return lax.dynamic_update_index_in_dim(stack, total.astype(stack.dtype), expert, axis=0)
+        return lax.dynamic_update_index_in_dim(stack, lax.bitcast_convert_type(total.astype(dtype), stored), expert, axis=0)
 
-    return lax.fori_loop(0, groups.occupied, per_expert, jnp.zeros_like(weight_EKN))
+    stack = lax.fori_loop(0, groups.occupied, per_expert, jnp.zeros(weight_EKN.shape, stored))
+    return lax.bitcast_convert_type(stack, dtype)
 
 
 class _Groups(NamedTuple):
@@ -164,9 +175,8 @@ class _Groups(NamedTuple):
 
 
 def _block_rows(rows: int, experts: int, dtype: jnp.dtype) -> int:
-    """Rows per product: the mean group, so that few rows are padding.
-
-    One bfloat16 row alone would run XLA:CPU's naive path.
+    """Rows per product: about the mean group, so that few rows are padding; in bfloat16, where rows cost less and a product more
+    (`linear`), about twice the mean.
     """
-    least = 2 if dtype == jnp.bfloat16 else 1
-    return min(64, max(least, 1 << (rows // experts).bit_length() >> 1))
+    mean = 1 << (rows // experts).bit_length() >> 1
+    return min(64, max(LEAST_BFLOAT16_ROWS, 2 * mean) if dtype == jnp.bfloat16 else max(1, mean))

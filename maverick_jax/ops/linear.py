@@ -10,6 +10,7 @@ from jax import lax
 from maverick_jax.ops.quantize import QuantizedArray, Weight, halves, scale
 
 FEW_ROWS = 32  # measured: from 64 on the usual form is quicker
+LEAST_BFLOAT16_ROWS = 4  # of a product on CPU
 
 
 def linear(x: jax.Array, weight: Weight, *, contract: int = 1) -> jax.Array:
@@ -32,8 +33,8 @@ def linear_float32(x: jax.Array, weight: Weight, *, contract: int = 1) -> jax.Ar
     rows = math.prod(x.shape[: x.ndim - contract])
     # XLA:CPU multiplies few rows slowly in the form that suits many; each dtype has its own better one.
     cpu = _product
-    if x.dtype == jnp.bfloat16 and rows == 1:
-        cpu = _as_two_rows
+    if x.dtype == jnp.bfloat16 and 0 < rows < LEAST_BFLOAT16_ROWS:
+        cpu = _padded
     elif x.dtype == jnp.float32 and 2 < rows <= FEW_ROWS:
         cpu = _rows_last
     if cpu is _product:
@@ -60,9 +61,13 @@ def _product(x, weight, contract):
     return lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.float32)
 
 
-def _as_two_rows(x, weight, contract):
-    """A single bfloat16 row runs a naive loop, two run the vectorised kernel."""
-    return _product(jnp.stack([x, x]), weight, contract)[0]
+def _padded(x, weight, contract):
+    """A single bfloat16 row runs a naive loop, 20 times as slow; two and three run the vectorised kernel slower than four."""
+    leading, inner = x.shape[: x.ndim - contract], x.shape[x.ndim - contract :]
+    rows = x.reshape(-1, *inner)
+    padding = [(0, LEAST_BFLOAT16_ROWS - len(rows)), *[(0, 0)] * contract]
+    y = _product(jnp.pad(rows, padding), weight, contract)[: len(rows)]
+    return y.reshape(*leading, *weight.shape[contract:])
 
 
 def _rows_last(x, weight, contract):

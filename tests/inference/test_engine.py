@@ -2,6 +2,7 @@
 
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -246,3 +247,22 @@ def test_settings_beside_temperature_are_each_row_s_own(model, requests, alone):
         assert likeliest[token] == own_logprob == max(likeliest.values())
     assert not handles[0].logprobs
     assert is_empty(serving)
+
+
+def test_nothing_compiles_after_the_warm_up(model, requests, alone):
+    """Pictures, drafts, penalties, copies of prefixes, preemption: every program is on a short list, and was run."""
+    serving = engine(model, pages=10, draft=2)
+    serving.warm_up(progress=False)
+    compiled = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        compiled.extend([event] * event.startswith("/jax/core/compile/backend_compile"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        told = Request(ids=requests[6].ids, max_new_tokens=4, sampling=Sampling(presence_penalty=1.0, logprobs=2, temperature=0.7))
+        handles = serving.run([*requests, told, *requests[::-1]])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+    assert [handle.tokens for handle in handles] == [*alone, handles[len(alone)].tokens, *alone[::-1]]

@@ -3,6 +3,8 @@
 Shape suffixes: R rows, K inputs, N outputs, E experts.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from maverick_jax.ops.grouped_matmul import grouped_matmul
+from maverick_jax.ops.quantize import FORMATS, QuantizedArray, quantized_shapes
+from oracle.programs import arrays_made
 
 K, N = 24, 40
 # float32 sums in another order; bfloat16 results are rounded to 8 bits once.
@@ -74,3 +78,43 @@ def test_gradients(kind, dtype):
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == jnp.dtype(dtype)
         close(a, b, 2 * TOLERANCE[dtype])
+
+
+def abstract_weight(kind: str, E: int) -> Any:
+    if kind not in FORMATS:
+        return jax.ShapeDtypeStruct((E, K, N), kind)
+    form = FORMATS[kind]
+    values, scales = quantized_shapes((E, K, N), form, outputs=1, experts=True)
+    return jax.eval_shape(lambda: QuantizedArray(jnp.zeros(values, form.values), jnp.zeros(scales, form.scales)))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", *FORMATS])
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_no_stack_is_copied(kind, gradient):
+    """XLA:CPU slices narrow floats by way of float32, and widened or copied all experts in every call: eight times a float32 step."""
+    E = 16
+    x = jax.ShapeDtypeStruct((5, K), "float16" if kind == "float16" else "bfloat16")
+
+    def run(x, w, sizes):
+        return grouped_matmul(x, w, sizes).astype(jnp.float32).sum()
+
+    program = jax.jit(jax.grad(run) if gradient else run).lower(x, abstract_weight(kind, E), jax.ShapeDtypeStruct((E,), "int32"))
+    made = arrays_made(program.compile())
+    assert made, "nothing was found in the compiled text: the test sees nothing"
+    assert [array for array in made if array.shape[:1] == (E,) and array.ndim == 3 and array.shape[1] > 1] == []
+
+
+def test_the_gradient_of_a_bfloat16_stack_is_written_expert_by_expert():
+    """Put into a bfloat16 stack, every expert's part made XLA:CPU widen and round the whole of it."""
+    E = 16
+    x, w, sizes = jax.ShapeDtypeStruct((5, K), "bfloat16"), abstract_weight("bfloat16", E), jax.ShapeDtypeStruct((E,), "int32")
+    program = jax.jit(jax.grad(lambda w, x, sizes: grouped_matmul(x, w, sizes).astype(jnp.float32).sum())).lower(w, x, sizes)
+    writes = [array for array in arrays_made(program.compile()) if array.shape == (E, K, N) and array.in_loop]
+    assert [array.by for array in writes] == ["dynamic-update-slice"]
+
+
+def test_results_are_written_block_by_block():
+    """As above: a bfloat16 array of results would be written whole for every block of rows."""
+    x, w, sizes = jax.ShapeDtypeStruct((50, K), "bfloat16"), abstract_weight("bfloat16", 16), jax.ShapeDtypeStruct((16,), "int32")
+    writes = [array for array in arrays_made(jax.jit(grouped_matmul).lower(x, w, sizes).compile()) if array.in_loop]
+    assert [array.by for array in writes if array.shape[:1] >= (50,)] == ["dynamic-update-slice"]

@@ -13,7 +13,7 @@ from jax import lax
 
 from maverick_jax.inference.sampling.blocks import SHARES, draw, first_highest, in_blocks, per_row
 from maverick_jax.inference.sampling.extras import Extras, adjust, log_probabilities
-from maverick_jax.inference.sampling.filters import Candidates, among_candidates, cut_of_all
+from maverick_jax.inference.sampling.filters import Candidates, among_all, among_candidates, in_min_p
 from maverick_jax.inference.sampling.rows import RowSampling
 
 NOT_FINITE = -2  # in the place of a token whose logits are not finite
@@ -39,7 +39,7 @@ def sample(logits_BV: jax.Array, rows: RowSampling, step_B: jax.Array, extras: E
 
     What a row draws follows from its logits, its settings and its step alone, not from its place nor from who stands beside it.
     Greedy rows cost one look at every logit; a temperature adds one exponential of each, top-k and top-p a few thousand tokens
-    looked at twice, and where they keep more than a hundred tokens up to 64 sums over the vocabulary.
+    looked at twice, and where they keep more than a hundred a few draws more.
 
     Args:
       logits_BV: float32.
@@ -95,7 +95,10 @@ def _drawn(logits_BNL, highest_BN, rows, step_B):
     """[B] int32: a token of every row by chance; anything for rows without a temperature."""
     top_B = highest_BN.max(axis=-1)
     temperature_B = jnp.maximum(rows.temperature_B, 1e-6)
-    shares_BU = jax.vmap(_shares)(jnp.asarray(rows.seed_B), step_B)
+    keys_B = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(jnp.asarray(rows.seed_B), step_B)
+
+    def shares(number):
+        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (SHARES,)))(keys_B)
 
     def weigh(logits):
         return jnp.exp((logits - per_row(top_B, logits)) / per_row(temperature_B, logits))
@@ -105,27 +108,18 @@ def _drawn(logits_BNL, highest_BN, rows, step_B):
     filtered_B = warm_B & ((rows.top_k_B < vocabulary) | jnp.isfinite(rows.top_p_B))
     few = lax.cond(
         jnp.any(filtered_B),
-        lambda: among_candidates(logits_BNL, highest_BN, weigh, rows, shares_BU),
+        lambda: among_candidates(logits_BNL, highest_BN, weigh, rows, shares(0)),
         lambda: Candidates(jnp.zeros_like(step_B), jnp.zeros_like(warm_B)),
     )
     few_B = filtered_B & few.certain_B
-    asked_B = warm_B & ~few_B & (filtered_B | (rows.min_p_B > 0))
-
-    def among_kept():
-        cut = cut_of_all(logits_BNL, weigh, rows, asked_B)
-
-        def weigh_kept(logits, ids):
-            weight = weigh(logits)
-            return jnp.where(cut.keeps(logits, ids) & (weight >= per_row(rows.min_p_B, logits)), weight, 0)
-
-        return draw(logits_BNL, weigh_kept, shares_BU)
-
-    all_B = lax.switch(
-        jnp.any(warm_B & ~few_B).astype(jnp.int32) + jnp.any(asked_B).astype(jnp.int32),
-        (lambda: few.token_B, lambda: draw(logits_BNL, lambda logits, _: weigh(logits), shares_BU), among_kept),
+    some_B = lax.switch(
+        jnp.where(jnp.any(warm_B & ~few_B), 1 + jnp.any(rows.min_p_B > 0).astype(jnp.int32), 0),
+        (
+            lambda: few.token_B,
+            lambda: draw(logits_BNL, lambda logits, _: weigh(logits), shares(0)),
+            lambda: draw(logits_BNL, lambda logits, _: in_min_p(weigh(logits), rows), shares(0)),
+        ),
     )
-    return jnp.where(few_B, few.token_B, all_B)
-
-
-def _shares(seed, step):
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), (SHARES,))
+    asked_B = filtered_B & ~few_B & jnp.isfinite(top_B)  # with NaN no token would ever be good enough
+    kept_B = lax.cond(jnp.any(asked_B), lambda: among_all(logits_BNL, some_B, asked_B, weigh, rows, shares), lambda: some_B)
+    return jnp.where(few_B, few.token_B, kept_B)

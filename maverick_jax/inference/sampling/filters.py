@@ -1,10 +1,11 @@
 """Top-k, top-p and min-p: draw among the tokens that they keep, and sort no vocabulary for it.
 
-Tokens stand in an order: the most likely first, of equally likely ones the lower ids first. Top-k and top-p each keep a
-beginning of it. Mostly that lies among a few candidates, which come from the blocks with the highest maxima; where it does not,
-a bisection over the bits of the logits finds its end, which is exact too.
+Tokens stand in an order: the most likely first, of equally likely ones the lower ids first. Each filter keeps a beginning of it.
+Mostly that lies among a few candidates, which come from the blocks with the highest maxima. Where it does not, tokens are drawn
+from all, and whoever draws one that is not kept draws again from those before it: all that are kept are among them, and none of
+them has become more likely beside the others.
 
-Shape suffixes: B batch, V vocabulary, N blocks, L neighbouring tokens of a block, C candidates.
+Shape suffixes: B batch, V vocabulary, N blocks, L neighbouring tokens of a block, C candidates, U numbers by chance.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maverick_jax.inference.sampling.blocks import block_of, draw_at_once, ids_in_blocks, per_row
+from maverick_jax.inference.sampling.blocks import block_of, draw, draw_at_once, ids_in_blocks, per_row
 from maverick_jax.inference.sampling.rows import RowSampling
 
 CANDIDATES = 128
@@ -33,23 +34,6 @@ class Candidates(NamedTuple):
 
     token_B: jax.Array
     certain_B: jax.Array
-
-
-class Cut(NamedTuple):
-    """Where the tokens that are kept end in their order.
-
-    Attributes:
-      lowest_B: float32, the last one's logit.
-      last_B: int32, and its id.
-    """
-
-    lowest_B: jax.Array
-    last_B: jax.Array
-
-    def keeps(self, logits: jax.Array, ids: jax.Array) -> jax.Array:
-        """bool, for logits [B, ...] of the tokens `ids`, whose first axis is B or 1."""
-        lowest = per_row(self.lowest_B, logits)
-        return (logits > lowest) | ((logits == lowest) & (ids <= per_row(self.last_B, logits)))
 
 
 def among_candidates(logits_BNL: jax.Array, highest_BN: jax.Array, weigh: Weigh, rows: RowSampling, shares_BU: jax.Array) -> Candidates:
@@ -80,68 +64,99 @@ def among_candidates(logits_BNL: jax.Array, highest_BN: jax.Array, weigh: Weigh,
     ended = few | ((rows.top_k_B >= N * L) & ~kept[:, -1]) | (count == N * L)
     needed = kept | (in_k & few[:, None])
     certain_B = ended & ((weigh(beyond_B[:, None])[:, 0] == 0) | (~needed | (logit_BC > beyond_B[:, None])).all(axis=-1))
-    pick_B1 = draw_at_once(jnp.where(kept & (weight_BC >= rows.min_p_B[:, None]), weight_BC, 0), shares_BU)[:, None]
+    pick_B1 = draw_at_once(jnp.where(kept, in_min_p(weight_BC, rows), 0), shares_BU)[:, None]
     place_B1 = jnp.take_along_axis(place_BC, pick_B1, axis=1)
     token_B1 = jnp.take_along_axis(block, place_B1 // L, axis=1) * L + place_B1 % L
     return Candidates(token_B1[:, 0].astype(jnp.int32), certain_B)
 
 
-def cut_of_all(logits_BNL: jax.Array, weigh: Weigh, rows: RowSampling, asked_B: jax.Array) -> Cut:
-    """Where top-k, then top-p end.
+def among_all(
+    logits_BNL: jax.Array,
+    token_B: jax.Array,
+    asked_B: jax.Array,
+    weigh: Weigh,
+    rows: RowSampling,
+    shares: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """[B] int32: tokens that all filters keep, from tokens drawn with min-p alone.
+
+    On average each draw again halves what is still to be refused.
 
     Args:
-      asked_B: bool, the rows that need it; top-k and top-p each cost 32 sums over the vocabulary if one of these rows has it.
+      token_B: drawn from all tokens by their weights.
+      asked_B: bool, the rows that have top-k or top-p; their logits are finite.
+      shares: from the number of the draw, 1 and up, to new numbers by chance [B, U].
     """
-    vocabulary = logits_BNL[0].size
-    ids = ids_in_blocks(logits_BNL)
-    every = Cut(jnp.full(len(asked_B), -jnp.finfo(jnp.float32).max), jnp.full(len(asked_B), vocabulary, jnp.int32))
+    total_B = _before_top_p(logits_BNL, asked_B, weigh, rows)
 
-    def in_k():
-        return _fewest(logits_BNL, jnp.ones_like, jnp.minimum(rows.top_k_B, vocabulary).astype(jnp.float32), every)
+    def again(carry):
+        number, token_B, refused_B = carry
+        logit_B = _logit_of(logits_BNL, token_B)
 
-    cut = lax.cond(jnp.any(asked_B & (rows.top_k_B < vocabulary)), in_k, lambda: every)
+        def weigh_before(logits, ids):
+            return jnp.where(_before(logits, ids, logit_B, token_B), in_min_p(weigh(logits), rows), 0)
 
-    def in_p():
-        total_B = _sum(jnp.where(cut.keeps(logits_BNL, ids), weigh(logits_BNL), 0))
-        return _fewest(logits_BNL, weigh, rows.top_p_B * total_B, cut)
+        token_B = jnp.where(refused_B, draw(logits_BNL, weigh_before, shares(number)), token_B)
+        return number + 1, token_B, refused_B & ~is_kept(logits_BNL, token_B, total_B, weigh, rows)
 
-    return lax.cond(jnp.any(asked_B & jnp.isfinite(rows.top_p_B)), in_p, lambda: cut)
+    refused_B = asked_B & ~is_kept(logits_BNL, token_B, total_B, weigh, rows)
+    return lax.while_loop(lambda carry: carry[2].any(), again, (jnp.int32(1), token_B, refused_B))[1]
 
 
-def _fewest(logits_BNL, weigh, target_B, cut):
-    """Where the fewest tokens end, in their order, whose weights together reach the target; at the latest where `cut` is."""
-    ids = ids_in_blocks(logits_BNL)
+def is_kept(logits_BNL: jax.Array, token_B: jax.Array, total_B: jax.Array, weigh: Weigh, rows: RowSampling) -> jax.Array:
+    """[B] bool: is each row's token one that top-k and top-p keep? The first one always is.
 
-    def mass(floor_B):
-        """[B]: the weights of all tokens with this logit or a larger one."""
-        kept = cut.keeps(logits_BNL, ids) & (logits_BNL >= floor_B[:, None, None])
-        return _sum(jnp.where(kept, weigh(logits_BNL), 0))
+    Args:
+      total_B: the weights of all tokens that top-k keeps.
+    """
+    logit_B = _logit_of(logits_BNL, token_B)
+    before = _before(logits_BNL, ids_in_blocks(logits_BNL), logit_B, token_B)
+    count_B = before.sum(axis=(1, 2), dtype=jnp.int32)
+    in_p = _sum(jnp.where(before, weigh(logits_BNL), 0)) < rows.top_p_B * total_B
+    return (count_B == 0) | ((count_B < rows.top_k_B) & in_p)
+
+
+def in_min_p(weight: jax.Array, rows: RowSampling) -> jax.Array:
+    """The weights [B, ...] that min-p keeps, 0 in the place of the others."""
+    return jnp.where(weight >= per_row(rows.min_p_B, weight), weight, 0)
+
+
+def _before_top_p(logits_BNL, asked_B, weigh, rows):
+    """[B]: the weights of all tokens, or of as many as top-k keeps where top-p is asked for too."""
+    both_B = asked_B & (jnp.asarray(rows.top_k_B) < logits_BNL[0].size) & jnp.isfinite(rows.top_p_B)
+    all_B = _sum(weigh(logits_BNL))
+    return jnp.where(both_B, lax.cond(both_B.any(), lambda: _of_first(logits_BNL, rows.top_k_B, weigh), lambda: all_B), all_B)
+
+
+def _of_first(logits_BNL, count_B, weigh):
+    """[B]: the weights of the first tokens together, found by a bisection over the bits of their last one's logit."""
+
+    def as_many(logit_B):
+        return _sum((logits_BNL >= logit_B[:, None, None]).astype(jnp.float32)) >= count_B.astype(jnp.float32)
 
     def narrower(_, between):
         low_B, high_B = between
         middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)  # a sum of both may have 33 bits
-        reached_B = mass(_float_at(middle_B)) >= target_B
-        return jnp.where(reached_B, middle_B, low_B), jnp.where(reached_B, high_B, middle_B)
+        enough_B = as_many(_float_at(middle_B))
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
-    beyond_B = _place_of(jnp.full(len(target_B), jnp.finfo(jnp.float32).max)) + 1
-    low_B, _ = lax.fori_loop(0, 32, narrower, (_place_of(cut.lowest_B), beyond_B))
-    lowest_B = _float_at(low_B)
-    # Of the tokens with just this logit, as many as are missing.
-    tied = cut.keeps(logits_BNL, ids) & (logits_BNL == lowest_B[:, None, None])
-    above_B = mass(_float_at(low_B + 1))
-    missing_B = jnp.ceil((target_B - above_B) / weigh(lowest_B[:, None])[:, 0])
-    return Cut(lowest_B, _id_of_nth(tied, missing_B))
+    largest_B = jnp.full(len(count_B), jnp.finfo(jnp.float32).max)
+    low_B, _ = lax.fori_loop(0, 32, narrower, (_place_of(-largest_B), _place_of(largest_B) + 1))
+    last_B = _float_at(low_B)
+    above = logits_BNL > last_B[:, None, None]
+    missing_B = count_B.astype(jnp.float32) - _sum(above.astype(jnp.float32))
+    return _sum(jnp.where(above, weigh(logits_BNL), 0)) + missing_B * weigh(last_B[:, None])[:, 0]
 
 
-def _id_of_nth(which_BNL, n_B):
-    """[B] int32: the id of the n-th token that is marked, of the last one if there are fewer."""
-    count_BN = which_BNL.sum(axis=-1, dtype=jnp.int32)
-    until_BN = jnp.cumsum(count_BN, axis=-1)
-    n_B = jnp.clip(n_B, 1, jnp.maximum(until_BN[:, -1], 1).astype(jnp.float32)).astype(jnp.int32)
-    block_B = jnp.argmax(until_BN >= n_B[:, None], axis=-1).astype(jnp.int32)
-    before_B = jnp.take_along_axis(until_BN - count_BN, block_B[:, None], axis=1)[:, 0]
-    within_BL = jnp.cumsum(block_of(which_BNL, block_B), axis=-1, dtype=jnp.int32)
-    return block_B * which_BNL.shape[2] + jnp.argmax(within_BL >= (n_B - before_B)[:, None], axis=-1).astype(jnp.int32)
+def _before(logits, ids, logit_B, token_B):
+    """bool, of logits [B, ...] of the tokens `ids` [B or 1, ...]: do they come before each row's token?"""
+    logit = per_row(logit_B, logits)
+    return (logits > logit) | ((logits == logit) & (ids < per_row(token_B, logits)))
+
+
+def _logit_of(logits_BNL, token_B):
+    L = logits_BNL.shape[2]
+    return jnp.take_along_axis(block_of(logits_BNL, token_B // L), (token_B % L)[:, None], axis=1)[:, 0]
 
 
 def _place_of(x_B):

@@ -129,3 +129,14 @@ class Plan:
             finished=tuple(values["finished"]),
             preempted=tuple(values["preempted"]),
         )
+
+
+def shapes(limits: Limits) -> list[Call]:
+    """Every call that there can be, without rows: what is to be compiled."""
+    found = []
+    for tokens in limits.piece_sizes:
+        for rows in limits.prefill_rows:
+            if rows * tokens <= limits.piece_tokens or rows == limits.prefill_rows[0]:
+                found += [Call("prefill", (), rows, tokens, first) for first in (True, False)]
+    drafts = (0, limits.draft) if limits.draft else (0,)
+    return [*found, *(Call("decode", (), rows, 1 + draft, False) for rows in limits.decode_rows for draft in drafts)]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maverick_jax.inference.sampling import RowSampling, Sampling, filters, sample
-from maverick_jax.inference.sampling.blocks import in_blocks
+from maverick_jax.inference.sampling.blocks import in_blocks, per_row
 from oracle.kept import kept, probabilities
 
 V = 576  # 64 blocks of 9
@@ -27,21 +27,30 @@ def candidates(request):
 
 @functools.cache
 def compiled(candidates: int):
+    """From logits [B, V], settings and steps: which tokens are kept, are the candidates enough, and a token [B, ...]."""
+
     def both(logits_BV, rows, step_B):
-        logits_BNL = in_blocks(logits_BV)
-        top = logits_BV.max(axis=-1)
+        logits_BNL, top_B = in_blocks(logits_BV), logits_BV.max(axis=-1)
 
         def weigh(x):
-            per_row = (slice(None), *(None,) * (x.ndim - 1))
-            return jnp.exp((x - top[per_row]) / rows.temperature_B[per_row])
+            return jnp.exp((x - per_row(top_B, x)) / per_row(rows.temperature_B, x))
 
-        cut = filters.cut_of_all(logits_BNL, weigh, rows, jnp.ones(len(step_B), bool))
-        ids = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)[None]
-        kept = cut.keeps(logits_BV, ids) & (weigh(logits_BV) >= rows.min_p_B[:, None])
-        certain = filters.among_candidates(logits_BNL, logits_BNL.max(axis=-1), weigh, rows, jnp.full((len(step_B), 4), 0.5)).certain_B
-        return kept, certain, sample(logits_BV, rows, step_B).token_B
+        total_B = filters._before_top_p(logits_BNL, jnp.ones(len(step_B), bool), weigh, rows)
+
+        def one(token):
+            likely = weigh(logits_BV[:, token]) >= rows.min_p_B
+            return likely & filters.is_kept(logits_BNL, jnp.full(len(step_B), token), total_B, weigh, rows)
+
+        few = filters.among_candidates(logits_BNL, logits_BNL.max(axis=-1), weigh, rows, jnp.full((len(step_B), 4), 0.5))
+        kept_VB = jax.lax.map(one, jnp.arange(logits_BV.shape[1], dtype=jnp.int32))
+        return kept_VB.T, few.certain_B, sample(logits_BV, rows, step_B).token_B
 
     return jax.jit(both)
+
+
+@functools.cache
+def drawn(candidates: int):
+    return jax.jit(lambda *arguments: sample(*arguments).token_B)
 
 
 def stacked(settings: list[dict]) -> RowSampling:
@@ -89,11 +98,11 @@ def test_draws_follow_the_probabilities(candidates, asked, tied):
     logits = np.round(logits) if tied else logits
     rows, count = RowSampling.repeat(Sampling(temperature=1.0, **asked), 1000), 8
     many = jnp.broadcast_to(logits, (1000, V))
-    drawn = np.concatenate([compiled(candidates)(many, rows, np.full(1000, step, np.int32))[2] for step in range(count)])
+    tokens = np.concatenate([drawn(candidates)(many, rows, np.full(1000, step, np.int32)) for step in range(count)])
     p = probabilities(logits, **asked)
-    counts = np.bincount(drawn, minlength=V)
+    counts = np.bincount(tokens, minlength=V)
     assert not counts[p == 0].any()
-    expected = p * len(drawn)
+    expected = p * len(tokens)
     rare = expected < 10  # these together
     expected, seen = (np.append(x[~rare], x[rare].sum()) for x in (expected, counts))
     assert scipy.stats.chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 1e-5
@@ -129,12 +138,12 @@ def test_a_row_alone_and_among_others(candidates):
     asked += [dict(temperature=1.0, top_k=500, top_p=0.9), dict(temperature=5.0), dict(temperature=1.0, top_k=5, min_p=0.5)]
     asked = [one | dict(seed=i % 3) for i, one in enumerate(asked)]
     logits = rng.normal(size=(8, V)).astype(np.float32)
-    find = compiled(candidates)
+    find = drawn(candidates)
     for step in range(20):
         steps = (np.arange(8) * step).astype(np.int32)
-        together = np.asarray(find(logits, stacked(asked), steps)[2])
+        together = np.asarray(find(logits, stacked(asked), steps))
         order = rng.permutation(8)
-        assert (together[order] == find(logits[order], stacked([asked[i] for i in order]), steps[order])[2]).all()
+        assert (together[order] == find(logits[order], stacked([asked[i] for i in order]), steps[order])).all()
         for i in range(step % 4, 8, 4):
-            alone = find(logits[i : i + 1], stacked([asked[i]]), steps[i : i + 1])[2]
+            alone = find(logits[i : i + 1], stacked([asked[i]]), steps[i : i + 1])
             assert together[i] == alone[0], asked[i]
