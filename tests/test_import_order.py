@@ -17,6 +17,7 @@ ORDER = [  # lowest first; neighbours on one line do not know each other
     {"checkpoint"},
     {"inference"},
     {"serving", "training", "plan"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

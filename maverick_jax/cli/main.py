@@ -26,6 +26,7 @@ COMMANDS = {
     "batch": "answer a file of requests",
     "tokens": "how many tokens a prompt has, and which",
     "plan": "will it fit, how fast can it be, on devices that need not be there",
+    "bench": "how fast a model is served here, and what share of the machine that is",
     "completion": "the Tab key completes commands, options and files",
 }
 ON_THE_HOST = ("inspect", "export")  # Orbax starts jax's backend to read a checkpoint: no accelerator is taken from others for that

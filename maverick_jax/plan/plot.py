@@ -15,6 +15,7 @@ from maverick_jax.plan.roofline import Cost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMATS = ("png", "pdf", "svg", "jpg", "webp")
 NARROW = 0.035  # of the bar: a shorter piece has no room for its figure
@@ -67,14 +68,23 @@ def save_plot(plan: Plan, file: str | Path, *, model: str) -> None:
         per_user, in_total = speed.subplots(1, 2)
         _speed(per_user, plan, "tokens/s per user", lambda batch, cost: 1 / cost.step)
         _speed(in_total, plan, "tokens/s in total", lambda batch, cost: batch / cost.step)
-        partial = Path(file).with_suffix(f".partial{Path(file).suffix}")
-        try:
-            figure.savefig(partial, dpi=150)
-            partial.replace(file)
-        except OSError as error:
-            raise UserError(f"plot {str(file)!r} cannot be written: {error.strerror or error}.") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        write(figure, file)
+
+
+def write(figure: Figure, file: str | Path) -> None:
+    """A picture that cannot be finished leaves what was there as it was.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    partial = Path(file).with_suffix(f".partial{Path(file).suffix}")
+    try:
+        figure.savefig(partial, dpi=150)
+        partial.replace(file)
+    except OSError as error:
+        raise UserError(f"plot {str(file)!r} cannot be written: {error.strerror or error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _memory(axes: Axes, plan: Plan) -> None:

@@ -102,7 +102,7 @@ def _memory(plan: Plan) -> list[str]:
     lines = [("GiB per device", "")] + [
         (name, f"{size / GIB:.2f}") for name, size in [*held.weights.items(), *cache, *temporaries, *totals]
     ]
-    text = _aligned(lines)
+    text = aligned(lines)
     text[-2] += f"   {held.capacity / GIB:.0f} GiB less {RESERVE:.0%} for the runtime"
     text[-1] += "   it fits" if held.fits else "   it does not fit"
     return text
@@ -113,7 +113,7 @@ def _decode(plan: Plan) -> list[str]:
     return [
         f"decode, one token per row: at least {_seconds(cost.step)} per step, {_bound(cost.binds)}; "
         f"{_seconds(cost.serial)} if nothing overlaps",
-        *_aligned(
+        *aligned(
             [
                 ("  memory", _seconds(cost.seconds["memory"]), f"{sum(cost.read.values()) / 1e9:.2f} GB: {_largest(cost.read)}"),
                 ("  compute", _seconds(cost.seconds["compute"]), f"{sum(cost.products.values()) / 1e12:.3f} TFLOP"),
@@ -170,7 +170,7 @@ def _curve(plan: Plan) -> list[str]:
         speed = batch / cost.step
         per_device = speed / plan.case.topology.devices
         rows.append((f"{batch:,}", _seconds(cost.step), f"{1 / cost.step:,.0f}", f"{speed:,.0f}", f"{per_device:,.1f}", cost.binds))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def search_table(plans: list[Plan]) -> str:
@@ -193,7 +193,7 @@ def search_table(plans: list[Plan]) -> str:
                 plan.decode.binds,
             )
         )
-    return "\n".join(_aligned(rows, left=2))
+    return "\n".join(aligned(rows, left=2))
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def _largest(sizes: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / total:.0%}" for name, size in shares)
 
 
-def _aligned(rows: Iterable[tuple[str, ...]], *, left: int = 1) -> list[str]:
+def aligned(rows: Iterable[tuple[str, ...]], *, left: int = 1) -> list[str]:
     """Columns of equal width, the first `left` of them and the last aligned to the left."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -6,7 +6,7 @@ import pytest
 from mistakes.attempt import attempt, everything, read_tables
 
 MISTAKES = read_tables()
-AREAS = {"demo", "convert", "verify", "export", "inspect", "generate", "chat", "batch", "plan", "tokens"}
+AREAS = {"demo", "convert", "verify", "export", "inspect", "generate", "chat", "batch", "plan", "bench", "tokens"}
 
 
 @pytest.fixture(scope="module")
