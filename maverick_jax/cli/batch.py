@@ -47,18 +47,17 @@ def run(args: argparse.Namespace) -> int:
     with Results(args.out, requests) as results:  # a wrong file is reported before a large model is loaded
         interrupt.hint(f"What is finished stays in {args.out}: run the same command again to go on.")
         progress = not (args.quiet or args.json)
-        with (
-            options.engine_for(args) as engine,
-            tqdm(total=len(requests), unit="request", smoothing=0, disable=None if progress else True, dynamic_ncols=True) as bar,
-        ):
+        with options.engine_for(args) as engine:
             if progress:
                 options.note(str(engine.room))
+            name = Path(args.model or mini_directory()).resolve().name
+            with tqdm(total=len(requests), unit="request", smoothing=0, disable=None if progress else True, dynamic_ncols=True) as bar:
 
-            def show(tally: Tally) -> None:
-                bar.set_postfix_str(f"{tally.tokens_per_second:,.0f} tokens/s", refresh=False)
-                bar.update(tally.done + tally.failed + tally.skipped - bar.n)
+                def show(tally: Tally) -> None:
+                    bar.set_postfix_str(f"{tally.tokens_per_second:,.0f} tokens/s", refresh=False)
+                    bar.update(tally.done + tally.failed + tally.skipped - bar.n)
 
-            tally = serve(engine, requests, results, model=Path(args.model or mini_directory()).resolve().name, told=show)
+                tally = serve(engine, requests, results, model=name, told=show)
     if args.json:
         print(json.dumps(tally.as_dict()))
     else:

@@ -175,14 +175,19 @@ def test_one_answer_that_fails_ends_those_beside_it(batch, engine, monkeypatch):
     read, seen = Answer.read, []
 
     def fail(answer: Answer) -> bool:
-        if answer.handle.request.max_new_tokens == 9 and len(seen) < 2:
+        if answer.handle.request.max_new_tokens == 90 and len(seen) < 2:
             seen.append(answer)
             if len(seen) == 2:
                 raise UserError("the logits are not finite")
         return read(answer)
 
     monkeypatch.setattr(Answer, "read", fail)
-    found, tally = batch({"a": (COMPLETIONS, {"prompt": "What", "max_tokens": 9, "n": 5}), "b": (COMPLETIONS, {"prompt": "What"})})
+    found, tally = batch(
+        {
+            "a": (COMPLETIONS, {"prompt": "What", "max_tokens": 90, "ignore_eos": True, "n": 5}),
+            "b": (COMPLETIONS, {"prompt": "What", "max_tokens": 1}),
+        }
+    )
     assert failure(found["a"]) == (400, None, "the logits are not finite")
     assert body(found["b"])
     assert (tally.done, tally.failed) == (1, 1)
@@ -214,9 +219,10 @@ def test_a_full_disk_ends_it(batch, engine, monkeypatch):
     def full(*args):
         raise UserError("out.jsonl cannot be written (No space left on device)")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(Results, "succeed", full)
-        batch(asked)
+        with pytest.raises(UserError, match="No space left"):
+            batch(asked)
     assert_empty(engine)
     assert batch(asked)[1].done == 9
 
