@@ -61,7 +61,7 @@ def static(engine: Engine, seed: int) -> float:
     contents = {}
     for slot, ids in enumerate(prompts):
         row = Row(slot, ask(ids, MEAN_NEW), ids.tolist(), prompt=len(ids), total=len(ids), slot=slot)
-        contents[slot] = Content(row=row, tokens=ids.tolist(), tiles=[], feature_T=None)
+        contents[slot] = Content(row=row, request=row.request, tokens=ids.tolist(), tiles=[], feature_T=None)
     piece = min(limits.chunk or MEAN_PROMPT, MEAN_PROMPT)
     began = time.perf_counter()
     launched = []

@@ -191,7 +191,7 @@ def test_measured(small, capsys, monkeypatch):
     asked = ["bench", "--batch", "2,1", "--prompt", "33", "--new", "4", "--rate", "500", "--requests", "3", "--json"]
     assert main(asked) == 0
     values = json.loads(capsys.readouterr().out)
-    assert ends == [1] * 6 + [2] * 6 + [3] * 2  # twice for warming up, once timed, each for one token and for all; and at random
+    assert ends == [1] * 6 + [2] * 6 + [3]  # twice for warming up, once timed, each for one token and for all; and at random
     assert [batch["size"] for batch in values["batches"]] == [1, 2]
     assert (values["prompt"], values["new"], values["dtype"], values["random"]["requests"]) == (33, 4, "float32", 3)
     for part in (*values["batches"], values["random"]):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SHARE = 0.5  # of the time of a decode step
 FIXED = 128  # tokens per step where nothing is measured: processes of one run must agree
 KEPT = 0.8  # of what was known, when a new measurement comes
+BEHIND = 3  # plans: so much later it is seen how long a prefill took that draws nothing, since steps are launched ahead
 
 
 class Pace:
@@ -26,27 +27,33 @@ class Pace:
 
     def __init__(self, *, measured: bool):
         self._measured = measured
-        self._decode = self._per_token = 0.0  # seconds
-        self._before: tuple[float, int, int] | None = None  # when the last plan was launched, its decoded rows and prefilled tokens
+        self._decode = 0.0  # seconds of a step without prefill
+        self._spent = self._read = 0.0  # seconds of prefill and its tokens, the latest count most
+        self._since: float | None = None  # when the last plan was launched
+        self._last = [(0, 0)] * BEHIND  # decoded rows and prefilled tokens of the last plans
 
     @property
     def tokens(self) -> int:
-        if not self._measured or not self._decode or not self._per_token:
+        if not self._measured or not self._decode or not self._spent or not self._read:
             return FIXED
-        return max(1, round(SHARE * self._decode / self._per_token))
+        return max(1, round(SHARE * self._decode * self._read / self._spent))
 
     def begin(self, plan: Plan) -> None:
-        """A plan is launched: the one before has been under way until now."""
+        """A plan is launched: until now the devices have worked on the ones before."""
         now = time.perf_counter()
-        if self._before is not None:
-            since, decoded, prefilled = self._before
-            if decoded and not prefilled:
-                self._decode = _smoothed(self._decode, now - since)
-            elif prefilled:
-                self._per_token = _smoothed(self._per_token, max(0.0, now - since - (self._decode if decoded else 0.0)) / prefilled)
+        (_, prefilled), (decoded, _) = self._last[0], self._last[-1]
+        if self._since is not None:
+            took = now - self._since
+            if any(tokens for _, tokens in self._last):
+                # Whose time this was is not known, so times and tokens are added up apart.
+                self._spent = KEPT * self._spent + max(0.0, took - (self._decode if decoded else 0.0))
+                self._read = KEPT * self._read + prefilled
+            elif decoded:
+                self._decode = _smoothed(self._decode, took)
         decoded = sum(len(call.parts) for call in plan.calls if call.kind == "decode")
         prefilled = sum(call.rows * call.tokens for call in plan.calls if call.kind == "prefill")
-        self._before = (now, decoded, prefilled) if plan.calls else None
+        self._last = [*self._last[1:], (decoded, prefilled)]
+        self._since = now if plan.calls else None
 
 
 def _smoothed(known: float, new: float) -> float:

@@ -1,0 +1,36 @@
+"""How much prefill runs beside decoding follows from what both take, though steps are launched ahead of their reading."""
+
+import pytest
+
+from maverick_jax.inference.scheduling import pace
+from maverick_jax.inference.scheduling.pace import Pace
+from maverick_jax.inference.scheduling.plans import Call, Part, Plan
+
+DECODE = Call("decode", (Part(0, 0, 0, 1, True, 0),), 1, 1, False)
+PREFILL = Call("prefill", (Part(1, 1, 0, 32, False, 0),), 1, 32, False)
+
+
+class Clock:
+    """Time that the test makes."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("piece", [0.2, 1.0, 3.0])
+def test_a_piece_now_and_then(monkeypatch, every, piece):
+    """A device that takes 1 s per decode step, and so long for each piece; the host waits for the draws of the step before."""
+    clock, paced, free, before = Clock(), Pace(measured=True), 0.0, 0.0
+    monkeypatch.setattr(pace, "time", clock)
+    found = []
+    for step in range(300):
+        read = step > 20 and step % every == 0
+        paced.begin(Plan(calls=(DECODE, PREFILL) if read else (DECODE,)))
+        drawn = max(free, clock.now) + 1.0
+        free = drawn + (piece if read else 0.0)
+        clock.now, before = max(clock.now, before), drawn
+        found.append(paced.tokens)
+    assert sum(found[100:]) / 200 == pytest.approx(0.5 * 32 / piece, rel=0.25)
