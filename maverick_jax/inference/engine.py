@@ -127,12 +127,12 @@ class Engine:
         Raises:
           UserError: it can never fit, the queue is full, or the engine has been stopped by an error.
         """
+        config, limits = self.model.config, self.limits
+        checked = admitted(request, config, limits.max_length)
+        matcher = None if checked.grammar is None else self._grammars.matcher(checked.grammar)  # may take seconds: nobody waits for it
+        tiles = pictures.digests(checked.tiles)
         with self._lock:
             self._refresh()
-            config, limits = self.model.config, self.limits
-            checked = admitted(request, config, limits.max_length)
-            matcher = None if checked.grammar is None else self._grammars.matcher(checked.grammar)
-            tiles = pictures.digests(checked.tiles)
             per_tile = config.vision.tokens_per_tile if config.vision else 0
             keys = pictures.keys(checked.ids, config.image_token_index, tiles, per_tile)
             # A mask and a draft are made of the newest token: such a row waits until it is read.
@@ -307,7 +307,8 @@ class Engine:
         ends = request.stop_ids if served.matcher is None else request.stop_ids | set(self._grammars.end_ids)
         if token in ends:
             return self._end(served, Finish.STOP)
-        handle.cached_tokens = row.cached
+        if not handle.tokens:
+            handle.cached_tokens = row.cached  # what it computes again after a preemption is nobody's gain
         handle.add(token, sampled, place)
         if served.matcher is not None and served.matcher.finished:
             return self._end(served, Finish.STOP)
