@@ -75,9 +75,9 @@ def test_cache_is_divided_by_rows_and_heads(case):
 
 
 def test_a_small_batch_leaves_devices_to_the_sequence(case):
-    """4 rows on 8 devices of `expert`: each device has all of them, an eighth of their slots; 4 rows of 8,190 have no eighth."""
+    """4 rows on 8 devices of `expert`: each device has all of them, an eighth of every page; a page of 511 slots has no eighth."""
     assert cache_bytes(case("v6e:8x8", expert=8, tensor=8, batch=4))[0] == 4 * 36 * 8192 * 512 // 8
-    assert cache_bytes(case("v6e:8x8", expert=8, tensor=8, batch=4, context=8190))[0] == 4 * 36 * 8190 * 512
+    assert cache_bytes(case("v6e:8x8", expert=8, tensor=8, batch=4, context=511))[0] == 4 * 36 * 511 * 512
 
 
 def test_temporaries_follow_their_formula(case):
