@@ -110,10 +110,19 @@ def is_kept(logits_BNL: jax.Array, token_B: jax.Array, total_B: jax.Array, weigh
       total_B: the weights of all tokens that top-k keeps.
     """
     logit_B = _logit_of(logits_BNL, token_B)
-    before = _before(logits_BNL, ids_in_blocks(logits_BNL), logit_B, token_B)
-    count_B = before.sum(axis=(1, 2), dtype=jnp.int32)
-    in_p = _sum(jnp.where(before, weigh(logits_BNL), 0)) < rows.top_p_B * total_B
-    return (count_B == 0) | ((count_B < rows.top_k_B) & in_p)
+    ids = ids_in_blocks(logits_BNL)
+
+    def in_k():
+        return _sum(_before(logits_BNL, ids, logit_B, token_B).astype(jnp.float32)) < rows.top_k_B.astype(jnp.float32)
+
+    def in_p():
+        mass_B = _sum(jnp.where(_before(logits_BNL, ids, logit_B, token_B), weigh(logits_BNL), 0))
+        return (mass_B == 0) | (mass_B < rows.top_p_B * total_B)
+
+    # Two branches also keep XLA from writing down, for both, which tokens come before: that took as long as all the rest.
+    all_in = jnp.ones(len(token_B), bool)
+    kept_B = lax.cond(jnp.any(rows.top_k_B < logits_BNL[0].size), in_k, lambda: all_in)
+    return kept_B & lax.cond(jnp.any(jnp.isfinite(rows.top_p_B)), in_p, lambda: all_in)
 
 
 def in_min_p(weight: jax.Array, rows: RowSampling) -> jax.Array:
