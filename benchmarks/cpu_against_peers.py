@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only this one (default: both)")
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="sources of llama.cpp, built there (default: without it)")
     args = parser.parse_args()
+    if args.llama_cpp:
+        llama_cpp.find_program(args.llama_cpp)  # before anything is made
     torch.set_num_threads(THREADS)
     peers = ["transformers", *(["llama.cpp"] if args.llama_cpp else [])]
     print(f"| tokens/s | {' | '.join(peers)} | maverick-jax | of the best other |\n|{'---|' * (3 + len(peers))}")
