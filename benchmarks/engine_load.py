@@ -21,6 +21,7 @@ import numpy as np
 import maverick_jax as mj
 from maverick_jax.bench.loads import ask, random_prompts
 from maverick_jax.config import Config
+from maverick_jax.inference.admission import admitted
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.request import Request, Row
 from maverick_jax.inference.runner import Content
@@ -60,8 +61,9 @@ def static(engine: Engine, seed: int) -> float:
     prompts = random_prompts(config, TOGETHER, MEAN_PROMPT, seed)
     contents = {}
     for slot, ids in enumerate(prompts):
-        row = Row(slot, ask(ids, MEAN_NEW), ids.tolist(), prompt=len(ids), total=len(ids), slot=slot)
-        contents[slot] = Content(row=row, request=row.request, tokens=ids.tolist(), tiles=[], feature_T=None)
+        request = admitted(ask(ids, MEAN_NEW), config, limits.max_length)
+        row = Row(slot, request, ids.tolist(), prompt=len(ids), total=len(ids), slot=slot)
+        contents[slot] = Content(row=row, request=request, tokens=ids.tolist(), tiles=[], feature_T=None)
     piece = min(limits.chunk or MEAN_PROMPT, MEAN_PROMPT)
     began = time.perf_counter()
     launched = []
