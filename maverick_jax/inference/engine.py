@@ -348,11 +348,11 @@ class Engine:
         """Before a request is taken: is everything what it was?"""
         if self._broken and self._thread is None:  # a turn was interrupted
             self._fail(Stopped("the engine was interrupted."), Finish.CANCELLED)
+        if self._served:
+            return
         leaves = jax.tree.leaves(self.model)
-        if any(a is not b for a, b in zip(leaves, self._runner.leaves, strict=True)):  # what was computed by other weights is of no use
-            if self._served:
-                raise UserError("the model's weights were replaced while requests are served: wait for their end.")
-            self._restart()
+        if any(a is not b for a, b in zip(leaves, self._runner.leaves, strict=True)):
+            self._restart()  # what was computed by other weights is of no use
 
     def _restart(self) -> None:
         """An empty cache, and nobody served."""
