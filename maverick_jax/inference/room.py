@@ -7,12 +7,12 @@ import math
 import os
 
 import jax
-import jax.numpy as jnp
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.cache import ROOM, make_pages
 from maverick_jax.inference.steps import Geometry
 from maverick_jax.model import Llama4
+from maverick_jax.ops.pages import held
 from maverick_jax.sharding.attend import PAGES
 
 SLOTS = (64, 32, 16, 8, 4, 2, 1)
@@ -75,7 +75,7 @@ def _row(model: Llama4, max_length: int) -> int:
 
 
 def _room(model: Llama4, eight_bits: bool, slots: int, max_length: int, pages: int) -> Room:
-    text, dtype = model.config.text, "int8" if eight_bits else jnp.dtype(model.text.embedding.dtype).name
+    text, dtype = model.config.text, "int8" if eight_bits else held(model.text.embedding.dtype, cpu=_on_cpu(model)).name
     geometry = Geometry.of(text, slots, max_length, pages)
     layers = jax.eval_shape(lambda: make_pages(text, slots, geometry.pages, max_length, geometry.page, dtype))
     return Room(geometry, dtype, sum(_local_bytes(model, x) for x in jax.tree.leaves(layers)))
@@ -100,3 +100,9 @@ def free_bytes(model: Llama4) -> int:
         return int(SHARE * (known["bytes_limit"] - known["bytes_in_use"]))
     devices = len(jax.local_devices())
     return int(HOST_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // devices
+
+
+def _on_cpu(model: Llama4) -> bool:
+    sharding = model.text.embedding[...].sharding
+    devices = jax.devices() if sharding is None else sharding.device_set  # None: a model of shapes alone
+    return next(iter(devices)).platform == "cpu"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from maverick_jax.ops.attention import MASKED, MOST_SCORES, Keys, Partial, of_query_blocks
-from maverick_jax.ops.pages import Pages, quantize_keys
+from maverick_jax.ops.pages import Pages, as_floats, as_held, quantize_keys
 
 FEW = 8  # tokens of a row, up to which a platform's own kernel is used: decoding, and drafts
 
@@ -101,7 +101,7 @@ def _look_up(stored_NKPd, scale_NKP, page_B, dtype):
         return lax.dynamic_slice_in_dim(x, page_B[0], 1) if page_B.shape[0] == 1 else x.at[page_B].get(mode="promise_in_bounds")
 
     if scale_NKP is None:
-        return take(stored_NKPd)
+        return as_floats(take(stored_NKPd), dtype)
     return (take(stored_NKPd).astype(jnp.float32) * take(scale_NKP)[..., None]).astype(dtype)
 
 
@@ -117,7 +117,7 @@ def write_tokens(pages: Pages, new: Keys, page_BT: jax.Array, slot_BT: jax.Array
     page_BT = jnp.where((slot_BT >= 0) & (slot_BT < pages.slots), page_BT, pages.key_NKPd.shape[0])
 
     def write(stored, new_BKT):
-        return stored.at[page_BT, :, slot_BT].set(new_BKT.swapaxes(1, 2).astype(stored.dtype), mode="drop")
+        return stored.at[page_BT, :, slot_BT].set(as_held(new_BKT.swapaxes(1, 2), stored.dtype), mode="drop")
 
     if pages.key_scale_NKP is None:
         return Pages(write(pages.key_NKPd, new.key_BKSd), write(pages.value_NKPd, new.value_BKSd))

@@ -56,8 +56,8 @@ class Programs:
         """One token of every row, over a cache for `context` tokens each: the new cache and the next tokens' logits."""
         structure, leaves = self._model(vision=False)
         geometry, state, table_SJ = self._cache(batch, context)
-        token_S, rows_BC = self._whole((batch,)), self._whole((batch, len(steps.Call._fields)))
-        return Program("decode", steps.decode, (structure, geometry, leaves, state, table_SJ, token_S, rows_BC))
+        token_S, draft_BD, rows_BC = (self._whole(shape) for shape in ((batch,), (batch, 0), (batch, len(steps.Call._fields))))
+        return Program("decode", steps.decode, (structure, geometry, leaves, state, table_SJ, token_S, draft_BD, rows_BC))
 
     def prefill(self, batch: int, tokens: int, context: int | None = None) -> Program:
         """The first `tokens` of every row into an empty cache: the cache and the next tokens' logits."""

@@ -19,6 +19,8 @@ from maverick_jax.model.attention import Piece
 from maverick_jax.model.llama4 import identity
 from maverick_jax.ops.attention import Keys
 from maverick_jax.ops.paged_attention import write_tokens
+from maverick_jax.ops.pages import held
+from oracle.programs import arrays_made
 
 CHUNK, ROOM = 8, 32
 
@@ -125,12 +127,30 @@ def test_decoding_copies_no_page():
     leaves, structure = jax.tree.flatten(get_abstract_model(config, dtype="float32"))
     geometry = steps.Geometry.of(config.text, 2, context)
     state, token_S = jax.eval_shape(lambda: steps.create(config.text, geometry, "float32", identity))
-    table_SJ, rows_BC = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, geometry.stretches), (2, len(steps.Call._fields))))
-    compiled = steps.decode.lower(structure, geometry, leaves, state, table_SJ, token_S, rows_BC).compile()
+    table_SJ, draft_BD, rows_BC = (
+        jax.ShapeDtypeStruct(x, jnp.int32) for x in ((2, geometry.stretches), (2, 0), (2, len(steps.Call._fields)))
+    )
+    compiled = steps.decode.lower(structure, geometry, leaves, state, table_SJ, token_S, draft_BD, rows_BC).compile()
     pages_of_a_layer = 2 * context * 64 * 4
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < pages_of_a_layer
     assert memory.alias_size_in_bytes >= 4 * pages_of_a_layer, "the cache that comes out is not the one that went in"
+
+
+def test_a_cpu_widens_no_page():
+    """Up to jax 0.10 XLA:CPU writes one bfloat16 key by way of the whole pool in float32: it holds the bits as integers instead."""
+    sizes = dict(hidden_size=64, intermediate_size_mlp=64, head_dim=64, vocab_size=128, attention_chunk_size=1024)
+    config = Config(text=small_config(**sizes))
+    leaves, structure = jax.tree.flatten(get_abstract_model(config, dtype="bfloat16"))
+    geometry = steps.Geometry.of(config.text, 2, 2048)
+    dtype = held("bfloat16", cpu=True).name
+    state, token_S = jax.eval_shape(lambda: steps.create(config.text, geometry, dtype, identity))
+    table_SJ, draft_BD, rows_BC = (
+        jax.ShapeDtypeStruct(x, jnp.int32) for x in ((2, geometry.stretches), (2, 0), (2, len(steps.Call._fields)))
+    )
+    compiled = steps.decode.lower(structure, geometry, leaves, state, table_SJ, token_S, draft_BD, rows_BC).compile()
+    pools = {pages.key_NKPd.shape for pages in state.layers}
+    assert {made.dtype for made in arrays_made(compiled) if made.shape in pools} <= {"u16"}
 
 
 def test_a_copy_moves_a_place_and_a_page():

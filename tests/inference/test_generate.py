@@ -66,7 +66,7 @@ def test_a_row_in_a_batch_is_as_if_alone(small, greedy):
 
 def test_a_prompt_of_many_pieces(small, monkeypatch):
     """A long prompt goes in by several pieces, though a short neighbour ends in the first."""
-    monkeypatch.setattr(engine_module, "PIECES", (32,))
+    monkeypatch.setattr(engine_module, "pieces", lambda longest: (8,))
     prompts = [text_ids(1, 128)[0].tolist(), PROMPTS[1], text_ids(1, 64)[0].tolist()]  # 128 tokens of cache hold no answer
     assert generate(small.model, prompts, max_new_tokens=NEW, stop_ids=()) == [reference_tokens(small, prompt) for prompt in prompts]
 
@@ -100,11 +100,12 @@ def test_max_new_tokens(small, greedy, count):
 
 
 def test_no_recompilation_within_a_bucket(small, greedy):
-    """Prompts of up to 32 tokens share one program, whatever their lengths and settings."""
+    """Prompts of the same lengths, or nearly, share their programs, whatever they say and however they are drawn from."""
     programs = (steps.prefill, steps.decode, steps.draw)
+    generate(small.model, [PROMPTS[0][:3], PROMPTS[1], PROMPTS[2]], max_new_tokens=NEW, stop_ids=())
     before = [program._cache_size() for program in programs]
-    for length in (1, 7, 32):
-        prompts = [PROMPTS[0][:3], PROMPTS[1], (PROMPTS[2] * 2)[:length]]
+    for length in (17, 25, 32):
+        prompts = [PROMPTS[2][:9], PROMPTS[0][:1], (PROMPTS[2] * 2)[:length]]
         generate(small.model, prompts, max_new_tokens=NEW, stop_ids=(), temperature=0.1 * length, top_k=length)
     assert [program._cache_size() for program in programs] == before
 
