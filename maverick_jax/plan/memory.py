@@ -79,7 +79,8 @@ def _cache_shapes(config: TextConfig, batch: int, context: int) -> dict[tuple[tu
     """(shape, whether the layer sees the whole context) -> arrays, keys and values counted one by one."""
     g = Geometry.of(config, batch, context)
     layers = jax.eval_shape(lambda: make_pages(config, g.places, g.pages, g.max_length, g.page, "bfloat16"))
-    return collections.Counter((x.shape, chunk is None) for pages, chunk in zip(layers, g.chunks, strict=True) for x in pages)
+    stored = ((jax.tree.leaves(pages), chunk) for pages, chunk in zip(layers, g.chunks, strict=True))
+    return collections.Counter((x.shape, chunk is None) for arrays, chunk in stored for x in arrays)
 
 
 def prefill_rows(case: Case) -> int:
