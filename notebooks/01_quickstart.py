@@ -85,12 +85,12 @@ print("expected:", expected)
 # only the last token, for nothing else of it is read.
 
 # %%
-load = chat.last.load_ME
+load = chat.engine.load_ME
 figure, axis = plt.subplots(figsize=(9, 2))
 image = axis.imshow(load, aspect="auto", cmap="magma")
 layers = model.config.text.moe_layers
 axis.set(xlabel="expert", ylabel="layer", yticks=range(len(layers)), yticklabels=layers)
-axis.set_title(f"tokens per expert, dropped = {chat.last.dropped}")
+axis.set_title(f"tokens per expert, dropped = {chat.engine.dropped}")
 figure.colorbar(image)
 plt.show()
 

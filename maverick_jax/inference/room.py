@@ -13,6 +13,7 @@ from maverick_jax.inference.cache import ROOM, make_pages
 from maverick_jax.inference.steps import Geometry
 from maverick_jax.model import Llama4
 from maverick_jax.ops.pages import held
+from maverick_jax.sharding import multihost
 from maverick_jax.sharding.attend import PAGES
 
 SLOTS = (64, 32, 16, 8, 4, 2, 1)
@@ -93,13 +94,14 @@ def _local_bytes(model: Llama4, pages: jax.ShapeDtypeStruct) -> int:
 
 
 def free_bytes(model: Llama4) -> int:
-    """Bytes that a cache may take on each device."""
-    device = next(iter(model.text.embedding[...].devices()))
-    known = device.memory_stats()
-    if known and "bytes_limit" in known:
-        return int(SHARE * (known["bytes_limit"] - known["bytes_in_use"]))
-    devices = len(jax.local_devices())
-    return int(HOST_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // devices
+    """Bytes that a cache may take on each device: as many as the fullest has, on whichever host, or processes would differ."""
+    mine = model.text.embedding[...].sharding.addressable_devices
+    known = [stats for device in mine if (stats := device.memory_stats()) and "bytes_limit" in stats]
+    if known:
+        free = min(SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]) for stats in known)
+    else:
+        free = HOST_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+    return min(multihost.exchange(int(free)))
 
 
 def _on_cpu(model: Llama4) -> bool:

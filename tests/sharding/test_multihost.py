@@ -94,7 +94,7 @@ def test_two_processes_say_what_one_says(start, tmp_path):
     assert [len(words) for words in answers] == [2, 2]
     for two, one in zip(*answers, strict=True):
         assert two["text"] == one["text"] != ""
-        assert (two["new_tokens"], two["dropped"]) == (one["new_tokens"], 0)
+        assert (two["new_tokens"], two["cached_tokens"]) == (one["new_tokens"], 0)
 
 
 def test_every_process_loads_its_own_shards(start, tmp_path):
