@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from maverick_jax.ops import attention as ops_attention
-from maverick_jax.ops.attention import Keys, attend, attend_in_order, attention, temperature_scale, visible
+from maverick_jax.ops.attention import Keys, Partial, attend, attend_in_order, attention, partial_attention, temperature_scale, visible
 from maverick_jax.ops.attention_tpu import causal_attention_tpu, suits
 
 
@@ -76,7 +76,7 @@ def test_blocks_of_keys_change_nothing(few_scores, T, chunk):
     query, key, value = random_heads(2, T, 100)
     positions = 90 + jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
     key_positions = jnp.stack([jnp.roll(jnp.arange(100, dtype=jnp.int32), 7), jnp.arange(-20, 80, dtype=jnp.int32)])
-    blocks = jax.jit(attend, static_argnums=3)(query, positions, [Keys(key, value, key_positions)], chunk)
+    blocks = jax.jit(attend, static_argnums=3)(query, positions, Keys(key, value, key_positions), chunk)
     expected = np.array(whole(query, key, value, positions, key_positions, chunk))
     sees_nothing = ~np.asarray(visible(positions, key_positions, chunk)).any(axis=-1)
     expected[sees_nothing], blocks = 0, np.where(sees_nothing[..., None, None], 0, blocks)
@@ -95,7 +95,8 @@ def test_keys_in_parts_are_the_keys_together(T, chunk):
     positions = 90 + jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
     key_positions = jnp.stack([jnp.arange(100, dtype=jnp.int32), jnp.arange(-60, 40, dtype=jnp.int32).at[99].set(90)])
     parts = [Keys(key[:, :, a:b], value[:, :, a:b], key_positions[:, a:b]) for a, b in ((0, 30), (30, 99), (99, 100))]
-    out = jax.jit(attend, static_argnums=3)(query, positions, parts, chunk)
+    part = jax.jit(partial_attention, static_argnums=3)
+    out = functools.reduce(Partial.merge, (part(query, positions, keys, chunk) for keys in parts)).finish(query.dtype)
     seen = np.asarray(visible(positions, key_positions, chunk)).any(axis=-1)
     assert seen[:, 0].all()
     assert_allclose(out[seen], whole(query, key, value, positions, key_positions, chunk)[seen], atol=2e-6)
