@@ -62,12 +62,14 @@ def test_dispatch(case):
 
 
 def test_all_reduces(case):
-    """Over the 8 devices of `tensor`, 8 rows: once for the embedding, 48 attentions, 24 dense, 24 shared and 24 routed."""
+    """Over the 8 devices of `tensor`, 8 rows: once for the embedding, 48 attentions, 24 dense, 24 shared and 24 routed. Over those of
+    `expert`, of which each looks at a part of every page, sums of all 64 rows, 5 heads of 128 numbers in float32."""
     cost = decode(case("v6e:8x8", expert=8, tensor=8))
     once = 2 * 7 / 8 * 8 * 10_240
     sums = {name: size for name, size in cost.sent.items() if "all-reduce" in name}
-    assert list(sums.values()) == [once, 48 * once, 24 * once, 24 * once, 24 * once]
-    assert cost.collectives == 1 + 48 + 24 + 24 + 24 + 24 + 24
+    parts = 48 * 2 * 7 / 8 * 64 * 5 * 128 * 4
+    assert list(sums.values()) == [once, 48 * once, 24 * once, 24 * once, 24 * once, parts]
+    assert cost.collectives == 1 + 48 + 24 + 24 + 24 + 24 + 24 + 48
 
 
 def test_bytes_of_a_decode_step(case):
@@ -160,11 +162,14 @@ def test_more_rows_share_the_weights(maverick_config):
 
 
 def test_two_hosts(case):
-    """`expert` lies between the hosts, `tensor` inside: tokens cross, sums do not. 8 of 16 tokens cross, 10,240 B each way."""
+    """`expert` lies between the hosts, `tensor` inside: tokens cross, and sums over parts of pages. 8 of 16 tokens cross, 10,240 B each
+    way; of sums, those of 32 rows and 5 heads of 128 numbers."""
     cost = decode(case("h100:8x2", expert=2, tensor=8, batch=32))
-    assert cost.crossed == dict.fromkeys(("all-to-all to experts", "all-to-all from experts"), 24 * 16 * 10240 / 2)
+    parts = 48 * 32 * 5 * 128 * 4
+    tokens = dict.fromkeys(("all-to-all to experts", "all-to-all from experts"), 24 * 16 * 10240 / 2)
+    assert cost.crossed == {**tokens, "attention parts all-reduce": parts}
     assert not [name for name in cost.sent if "all-to-all" in name]
-    assert cost.seconds["network"] == pytest.approx(24 * 16 * 10_240 / 50e9)
+    assert cost.seconds["network"] == pytest.approx((24 * 16 * 10_240 + parts) / 50e9)
     assert cost.sent == decode(case("h100:8", tensor=8, batch=16)).sent
 
 
