@@ -61,7 +61,7 @@ def test_two_hosts(maverick):
     """What the second host costs is a line of its own, in the text, in JSON and where it binds."""
     question = ("plan", "--topology", "h100:8x2", "--dtype", "fp8")
     text, values = maverick(*question).out, json.loads(maverick(*question, "--json").out)
-    assert re.search(r"^  network .* MB to other hosts: all-to-all to experts 50%", text, re.MULTILINE)
+    assert re.search(r"^  network .* MB to other hosts: attention parts all-reduce 50%, all-to-all to experts 25%", text, re.MULTILINE)
     assert "mesh expert=2,tensor=8" in text
     assert "the network binds" in text  # of a prefill
     assert values["hosts"] == 2
