@@ -138,4 +138,4 @@ def test_weights_that_are_no_numbers(maverick, broken):
     data[at : at + 2] = b"\xc0\x7f"  # NaN in bfloat16
     file.write_bytes(data)
     result = maverick("generate", "hi", "-m", broken, "--mesh", "data=1")
-    expect(result, "prompt 0", "not finite", "text.layers.1 is the first layer", "text.layers.1.attention.output")
+    expect(result, "the prompt", "not finite", "text.layers.1 is the first layer", "text.layers.1.attention.output")

@@ -61,7 +61,8 @@ def test_arguments_that_are_described_are_there(name):
 
 def test_described_arguments_are_found():
     """Of a docstring whose arguments are known, all are."""
-    assert described(mj.generate) == "prompts tiles max_new_tokens temperature top_k top_p min_p seed stop_ids".split()
+    settings = "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty logit_bias min_tokens seed"
+    assert described(mj.generate) == f"prompts tiles max_new_tokens {settings} stop_ids".split()
 
 
 def slug(heading: str) -> str:
