@@ -55,7 +55,7 @@ def static(engine: Engine, seed: int) -> float:
 
     Every row has its place and pages from the beginning; nothing is read before the last step is launched.
     """
-    runner, limits, config = engine._runner, engine.limits, engine.model.config
+    runner, limits, config = engine._serving.runner, engine.limits, engine.model.config
     stretches = -(-limits.max_length // limits.page)
     table = tuple((slot, j, slot * stretches + j) for slot in range(TOGETHER) for j in range(stretches))
     prompts = random_prompts(config, TOGETHER, MEAN_PROMPT, seed)

@@ -103,16 +103,17 @@ def joined(limit_s: float | None = None) -> Iterator[None]:
         initialize(limit_s)
         yield
     except BaseException as error:
-        _report(error)
+        report(error)
         raise
 
 
 def tell_interrupted() -> None:
     """Ctrl-C ends this process at once: tell the others why."""
-    _report(KeyboardInterrupt())
+    report(KeyboardInterrupt())
 
 
-def _report(error: BaseException) -> None:
+def report(error: BaseException) -> None:
+    """This process ends with an error: the others end too, with a line that names it."""
     if _team is None or _team.failed is not None:
         return
     if isinstance(error, KeyboardInterrupt):
@@ -124,7 +125,7 @@ def _report(error: BaseException) -> None:
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """In place of `sys.excepthook`: a script's error ends all processes too."""
-    _report(error)
+    report(error)
     sys.__excepthook__(kind, error, trace)
 
 

@@ -41,8 +41,9 @@ class Team:
         self._finished: set[int] = set()
         self._ending = threading.Lock()  # taken once, by whoever reports why this process ends
         self.failed: int | None = None
-        for peer in peers:
-            threading.Thread(target=self._listen, args=(peer,), daemon=True, name=f"process {peer}").start()
+        self._listeners = [threading.Thread(target=self._listen, args=(peer,), daemon=True, name=f"process {peer}") for peer in peers]
+        for listener in self._listeners:
+            listener.start()
 
     def exchange(self, value: Any) -> list[Any]:
         """What every process gave, by process; all must call it. `value`: anything that JSON can hold."""
@@ -62,6 +63,10 @@ class Team:
         self.failed = status
         for connection in self._peers.values():
             connection.send(end=f"process {self.process} failed: {reason}", status=status)
+        if self.process == 0 and status != INTERRUPTED:  # jax's service ends with it, and aborts who is still there
+            last = time.monotonic() + 2 * GRACE_S
+            for listener in self._listeners:
+                listener.join(max(0.0, last - time.monotonic()))
 
     def finish(self) -> None:
         """Tell the others that this process ends in order."""

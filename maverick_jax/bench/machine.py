@@ -63,7 +63,8 @@ def machine_of(model: Llama4) -> Machine:
         chip, source = dataclasses.replace(CHIPS[KINDS[kind]], devices_per_chip=1), "by its data sheet"
     else:
         dtype, width = model.text.embedding.dtype, WIDTH.get(platform, WIDTH_ELSEWHERE)
-        chip = _measured(devices[0], dtype, width, 1 / len(devices) if platform == "cpu" else 1.0)
+        here = next(iter(model.text.embedding[...].sharding.addressable_devices))
+        chip = _measured(here, dtype, width, 1 / len(devices) if platform == "cpu" else 1.0)
         source = f"measured: a sum over {READ_BYTES / 1e6:,.0f} MB, and a product of {width:,} x {width:,} matrices in {jnp.dtype(dtype)}"
     rates = f"reads {chip.bandwidth / 1e9:,.1f} GB/s, multiplies {chip.flops / 1e9:,.0f} GFLOP/s"
     shape = f"{len(devices) // hosts}x{hosts}" if hosts > 1 else str(len(devices))

@@ -21,6 +21,7 @@ from maverick_jax.inference.clock import seconds_compiling
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.room import room_for
 from maverick_jax.model import Llama4
+from maverick_jax.sharding import multihost
 
 BATCH = Range(whole, 1, 4096, "a whole number, 1 to 4,096 requests")
 PROMPT = Range(whole, 1, float("inf"), "a whole number, 1 or more")
@@ -39,8 +40,8 @@ def measure(
     new: int = 64,
     rate: float | None = None,
     requests: int = 64,
-) -> Report:
-    """Serve prompts of random tokens and time it.
+) -> Report | None:
+    """Serve prompts of random tokens and time it. In a run of several processes process 0 does, and the others get None.
 
     Args:
       batches: requests that are served side by side; the largest is the engine's number of slots.
@@ -60,9 +61,15 @@ def measure(
     if rate is not None:
         engine.warm_up(extras=False)  # what comes at random may need any program
     machine = machine_of(model)
-    found = [_batch(engine, machine, size, prompt, new) for size in sizes]
-    random = None if rate is None else _random(engine, rate, requests, prompt, new)
-    return Report(machine.said, case_of(model, machine, sizes[-1], prompt + new), prompt, new, tuple(found), random)
+    if not multihost.is_first():
+        return engine.follow()
+
+    def timed() -> Report:
+        found = [_batch(engine, machine, size, prompt, new) for size in sizes]
+        random = None if rate is None else _random(engine, rate, requests, prompt, new)
+        return Report(machine.said, case_of(model, machine, sizes[-1], prompt + new), prompt, new, tuple(found), random)
+
+    return engine.lead(timed)
 
 
 def _batches(batches: Sequence[int]) -> list[int]:

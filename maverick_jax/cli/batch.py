@@ -37,12 +37,13 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from maverick_jax.assets import mini_directory
-    from maverick_jax.errors import UserError
     from maverick_jax.inference.batch import Requests, Results, Tally, serve
     from maverick_jax.sharding import multihost
 
-    if multihost.process_count() > 1:
-        raise UserError("a batch is answered by one process: start one, on devices of one host.")
+    if not multihost.is_first():  # which reads and writes the files
+        with options.engine_for(args) as engine:
+            engine.follow()
+        return 0
     requests = Requests(args.requests)
     with Results(args.out, requests) as results:  # a wrong file is reported before a large model is loaded
         interrupt.hint(f"What is finished stays in {args.out}: run the same command again to go on.")
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
                     bar.set_postfix_str(f"{tally.tokens_per_second:,.0f} tokens/s", refresh=False)
                     bar.update(tally.done + tally.failed + tally.skipped - bar.n)
 
-                tally = serve(engine, requests, results, model=name, told=show)
+                tally = engine.lead(lambda: serve(engine, requests, results, model=name, told=show))
     if args.json:
         print(json.dumps(tally.as_dict()))
     else:

@@ -161,10 +161,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def engine_for(args: argparse.Namespace) -> Iterator[Engine]:
     """The engine that the arguments describe."""
     from maverick_jax.inference.engine import Engine
+    from maverick_jax.sharding import multihost
 
     model = load_model(args)
     settings = {name: getattr(args, name) for name in ("slots", "max_length", "draft", "eight_bits")}
-    with open(args.trace, "w", encoding="utf-8", buffering=1) if args.trace else contextlib.nullcontext() as trace:
+    with open(args.trace, "w", encoding="utf-8", buffering=1) if args.trace and multihost.is_first() else contextlib.nullcontext() as trace:
         yield Engine(model, **settings, trace=trace)
 
 

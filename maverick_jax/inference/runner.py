@@ -26,6 +26,7 @@ from maverick_jax.inference.sampling import RowExtras, RowSampling, Sampling, hi
 from maverick_jax.inference.scheduling.plans import Call, Copy, Part, Plan
 from maverick_jax.inference.sizes import powers_of_two
 from maverick_jax.model import Llama4
+from maverick_jax.model.compiled import take_apart
 
 SETTINGS = Sampling()  # of places where nobody lies
 RUNS = 2  # of each program in a warm-up
@@ -69,21 +70,21 @@ class Launched:
             x.copy_to_host_async()
 
     def read(self) -> list[tuple[Part, list[int], steps.Sampled]]:
-        """Each row's tokens that count, and all that was sampled for it. Waits for the device."""
+        """Each row's tokens that count, and all that was sampled for it, more than that if its draft was longer. Waits for the device."""
         count_B, sampled = jax.tree.map(np.asarray, self._drawn)
-        found = []
-        for i, part in enumerate(self.parts):
-            if part.samples:
-                own = jax.tree.map(lambda x: x[i, : count_B[i]], sampled)  # noqa: B023 - called at once
-                found.append((part, own.token_B.tolist(), own))
-        return found
+        counts, tokens = count_B.tolist(), sampled.token_B.tolist()
+        return [
+            (part, tokens[i][: counts[i]], steps.Sampled(sampled.token_B[i], *(None if x is None else x[i] for x in sampled[1:])))
+            for i, part in enumerate(self.parts)
+            if part.samples
+        ]
 
 
 class Runner:
     """The state on the devices, as the plans that were run have left it."""
 
     def __init__(self, model: Llama4, room: Room):
-        self.leaves, self._structure = jax.tree.flatten(model)
+        self._whole, self._decoder = take_apart(model), take_apart(model.decoder)
         self._model, self._constrain, self._geometry = model, model.constrain, room.geometry
         places, self._vocabulary = room.geometry.places, model.config.text.vocab_size
         self.state, self._token_S = steps.create(model.config.text, room.geometry, room.dtype, model.constrain)
@@ -92,10 +93,14 @@ class Runner:
         self._extras_S: RowExtras | None = None  # until somebody asks for some
         self._history_SV: jax.Array | None = None
         self._table, self._settings = self._upload(self._table_SJ), self._upload(self._settings_S)
-        self.features = pictures.Features(lambda tiles: steps.encode(self._structure, self.leaves, tiles), steps.pick)
+        self.features = pictures.Features(functools.partial(steps.encode, *self._whole), steps.pick)
         # Simulated devices share the threads of one process: with several calls in flight, each may wait in another one's collective.
         devices = self._token_S.devices()
         self._blocks = len(devices) > 1 and next(iter(devices)).platform == "cpu"
+
+    def is_of(self, model: Llama4) -> bool:
+        """Whether these are still the parameters that the model has."""
+        return all(a is b for a, b in zip(jax.tree.leaves(model), self._whole[1], strict=True))
 
     def run(self, plan: Plan, contents: Mapping[int, Content]) -> list[Launched]:
         """Launch a plan; `contents` by the numbers of its rows."""
@@ -131,9 +136,9 @@ class Runner:
             """Tiles as many as the tower takes at once, and one of them into a piece."""
             shape = (vision.num_channels, vision.image_size, vision.image_size)
             tiles = [np.zeros((n, *shape), np.float32) for n in powers_of_two(pictures.TILES_AT_ONCE)]
-            *_, features_PD = (steps.pick(steps.encode(self._structure, self.leaves, some), 0) for some in tiles)
+            *_, features_PD = (steps.pick(steps.encode(*self._whole, some), 0) for some in tiles)
             index_BT = np.full((call.rows, call.tokens), -1, np.int32)
-            x_BTD = steps.embed(self._structure, self.leaves, np.zeros_like(index_BT))
+            x_BTD = steps.embed(*self._decoder, np.zeros_like(index_BT))
             jax.block_until_ready(steps.place(self._constrain, x_BTD, features_PD, index_BT))
 
         vision = self._model.config.vision
@@ -176,18 +181,19 @@ class Runner:
 
     def _forward(self, call: Call, contents: Mapping[int, Content]) -> tuple[jax.Array, np.ndarray, np.ndarray]:
         """[B, T, V] logits, and the draft and the rows that they are of."""
-        rows_BC = np.full((call.rows, len(steps.Call._fields)), (self._geometry.places, 0, 0, -1), np.int32)
-        for i, part in enumerate(call.parts):
-            rows_BC[i] = part.slot, part.start, part.length, part.step if part.samples else -1
+        nobody = (self._geometry.places, 0, 0, -1)
+        rows = [(part.slot, part.start, part.length, part.step if part.samples else -1) for part in call.parts]
+        rows_BC = np.array(rows + [nobody] * (call.rows - len(rows)), np.int32)
         draft_BD = np.full((call.rows, call.tokens - 1 if call.kind == "decode" else 0), -1, np.int32)
-        common = (self.leaves, self.state, self._table)
+        structure, leaves = self._decoder
+        common = (leaves, self.state, self._table)
         if call.kind == "decode":
-            for i, part in enumerate(call.parts):
+            for i, part in enumerate(call.parts if call.tokens > 1 else ()):
                 draft_BD[i, : part.length - 1] = contents[part.row].draft[: part.length - 1]
-            self.state, logits_BTV = steps.decode(self._structure, self._geometry, *common, self._token_S, draft_BD, rows_BC)
+            self.state, logits_BTV = steps.decode(structure, self._geometry, *common, self._token_S, draft_BD, rows_BC)
         else:
             x_BTD = self._embedded(call, contents)
-            self.state, logits_BTV = steps.prefill(self._structure, self._geometry, call.first, *common, x_BTD, rows_BC)
+            self.state, logits_BTV = steps.prefill(structure, self._geometry, call.first, *common, x_BTD, rows_BC)
         return logits_BTV, draft_BD, rows_BC
 
     def _embedded(self, call: Call, contents: Mapping[int, Content]) -> jax.Array:
@@ -195,7 +201,7 @@ class Runner:
         ids_BT = np.zeros((call.rows, call.tokens), np.int32)
         for i, part in enumerate(call.parts):
             ids_BT[i, : part.length] = contents[part.row].tokens[part.start : part.start + part.length]
-        x_BTD = steps.embed(self._structure, self.leaves, ids_BT)
+        x_BTD = steps.embed(*self._decoder, ids_BT)
         for i, part in enumerate(call.parts):
             content = contents[part.row]
             if content.feature_T is None:

@@ -31,6 +31,7 @@ from jax import lax
 from maverick_jax.config import TextConfig
 from maverick_jax.inference.cache import KVCache, make_pages, page_size, pages_per_chunk
 from maverick_jax.inference.sampling import Extras, RowExtras, RowSampling, Sampled, accept, record
+from maverick_jax.model.compiled import Structure
 from maverick_jax.ops.pages import Pages
 
 
@@ -130,9 +131,9 @@ def upload(constrain: Any, values: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode(structure: Any, leaves: list[Any], tiles_N3SS: jax.Array) -> jax.Array:
+def encode(structure: Structure, leaves: list[Any], tiles_N3SS: jax.Array) -> jax.Array:
     """[N, 3, S, S] -> [N, P, D]."""
-    model = jax.tree.unflatten(structure, leaves)
+    model = structure(leaves)
     features = model.encode_tiles(tiles_N3SS)
     return model.constrain(features.reshape(tiles_N3SS.shape[0], -1, features.shape[-1]), (None, None, None))
 
@@ -144,8 +145,8 @@ def pick(features_NPD: jax.Array, tile: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def embed(structure: Any, leaves: list[Any], ids_BT: jax.Array) -> jax.Array:
-    return jax.tree.unflatten(structure, leaves).embed(ids_BT)
+def embed(structure: Structure, leaves: list[Any], ids_BT: jax.Array) -> jax.Array:
+    return structure(leaves).embed(ids_BT)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -157,7 +158,7 @@ def place(constrain: Any, x_BTD: jax.Array, features_PD: jax.Array, index_BT: ja
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def prefill(
-    structure: Any,
+    structure: Structure,
     geometry: Geometry,
     first: bool,
     leaves: list[Any],
@@ -172,7 +173,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
-    structure: Any,
+    structure: Structure,
     geometry: Geometry,
     leaves: list[Any],
     state: State,
@@ -184,12 +185,12 @@ def decode(
     """The newest token of each row, and a draft behind it: the state, and [B, D + 1, V] logits of what comes next."""
     call = Call.of(rows_BC)
     ids_BT = jnp.concatenate([token_S[_known(call.place_B, token_S)][:, None], jnp.maximum(draft_BD, 0)], axis=1)
-    x_BTD = jax.tree.unflatten(structure, leaves).embed(ids_BT)
+    x_BTD = structure(leaves).embed(ids_BT)
     return _forward(structure, geometry, leaves, state, table_SJ, x_BTD, call, first=False, last_only=False)
 
 
 def _forward(structure, geometry, leaves, state, table_SJ, x_BTD, call, **known):
-    model, g = jax.tree.unflatten(structure, leaves), geometry
+    model, g = structure(leaves), geometry
     place_B = _known(call.place_B, table_SJ)
     cache = KVCache(state.layers, place_B, table_SJ[place_B], call.start_B, g.max_length, g.chunks, g.page)
     x_BTD, cache, stats = model.hidden(x_BTD, call.length_B, cache, within_chunk=True, **known)

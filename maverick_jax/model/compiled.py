@@ -5,6 +5,7 @@ A program takes the weights as arguments: it holds none of them alive, and serve
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -15,6 +16,29 @@ from jax.core import Tracer
 from maverick_jax.errors import UserError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structure:
+    """A module without its parameters, as a static argument of programs.
+
+    Equal ones are one object (`take_apart`): to find a call's program, hundreds of nodes need not be compared.
+    """
+
+    tree: Any
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        """The module with these parameters."""
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+_one_of_a_kind = functools.cache(Structure)
+
+
+def take_apart(module: Any) -> tuple[Structure, list[Any]]:
+    """A module's structure, and its parameters in the order that this takes."""
+    leaves, tree = jax.tree.flatten(module)  # `nnx.split` would take ten times as long
+    return _one_of_a_kind(tree), leaves
 
 
 def compiled(method: Method) -> Method:
@@ -28,12 +52,12 @@ def compiled(method: Method) -> Method:
     """
 
     @functools.partial(jax.jit, static_argnums=0)
-    def program(structure: Any, leaves: list[Any], arguments: tuple[Any, ...]) -> Any:
-        return method(jax.tree.unflatten(structure, leaves), *arguments)
+    def program(structure: Structure, leaves: list[Any], arguments: tuple[Any, ...]) -> Any:
+        return method(structure(leaves), *arguments)
 
     @functools.wraps(method)
     def call(module: Any, *arguments: Any) -> Any:
-        leaves, structure = jax.tree.flatten(module)  # `nnx.split` would take ten times as long
+        structure, leaves = take_apart(module)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
             raise UserError("this model has no weights, get_abstract_model only describes them: open one with maverick_jax.load.")
         if any(isinstance(leaf, Tracer) for leaf in (*leaves, *jax.tree.leaves(arguments))):

@@ -5,6 +5,8 @@ Shape suffixes: B batch, T tokens, N tiles, S pixels, D model width, V vocabular
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import jax
@@ -118,6 +120,16 @@ class Llama4(nnx.Module):
             inputs.check_cache(cache, self.config.text, lengths)
         logits, cache = self._forward(token_ids, is_patch, pictures, lengths, cache)
         return logits if cache is None else (logits, cache)
+
+    @property
+    def decoder(self) -> Llama4:
+        """The same parameters without the vision tower: what programs take that see no picture."""
+        if self.config.vision is None:
+            return self
+        decoder = copy.copy(self)
+        del decoder.vision, decoder.projector
+        decoder.config = dataclasses.replace(self.config, vision=None)
+        return decoder
 
     def __repr__(self) -> str:
         """A line; `nnx.display(nnx.state(model))` shows every parameter."""

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.inference import steps
+from maverick_jax.model.compiled import Structure, take_apart
 from maverick_jax.model.llama4 import identity
 from maverick_jax.model.text import RESIDUAL
 from maverick_jax.plan.weights import DTYPES, abstract_model
@@ -76,7 +77,7 @@ class Programs:
 
         return Program("vision", steps.encode, (*self._model(vision=True), tiles_N3SS))
 
-    def _model(self, *, vision: bool) -> tuple[Any, list[Any]]:
+    def _model(self, *, vision: bool) -> tuple[Structure, list[Any]]:
         """Structure and leaves; of the two towers only the one that the program reads."""
         config = self.config if vision else dataclasses.replace(self.config, vision=None)
         options = {
@@ -87,8 +88,7 @@ class Programs:
         model = abstract_model(config, self.dtype, **options)
         for _, leaf in nnx.to_flat_state(nnx.state(model)):
             leaf.set_value(self._array(leaf.shape, leaf.dtype, leaf.get_metadata()["axes"]))
-        leaves, structure = jax.tree.flatten(model)
-        return structure, leaves
+        return take_apart(model)
 
     def _cache(self, batch: int, context: int) -> tuple[steps.Geometry, steps.State, Any]:
         """An engine's, with pages for `batch` rows of full length."""

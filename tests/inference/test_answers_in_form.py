@@ -44,7 +44,7 @@ def test_every_answer_has_its_form(model, draft):
     alone = Engine(model, slots=4, max_length=128)
     assert [handle.tokens for handle in alone.run(asked[3:])] == [handles[3].tokens, handles[4].tokens]
     assert free != other
-    assert engine._scheduler.idle
+    assert engine._serving.scheduler.idle
 
 
 def test_what_no_answer_can_have(model):

@@ -16,6 +16,7 @@ from maverick_jax.inference import steps
 from maverick_jax.inference.cache import KVCache, page_size
 from maverick_jax.model import get_abstract_model
 from maverick_jax.model.attention import Piece
+from maverick_jax.model.compiled import take_apart
 from maverick_jax.model.llama4 import identity
 from maverick_jax.ops.attention import Keys
 from maverick_jax.ops.paged_attention import write_tokens
@@ -124,7 +125,7 @@ def test_decoding_copies_no_page():
     context = 4096
     sizes = dict(hidden_size=64, intermediate_size_mlp=64, head_dim=64, vocab_size=128, attention_chunk_size=context)
     config = Config(text=small_config(**sizes))
-    leaves, structure = jax.tree.flatten(get_abstract_model(config, dtype="float32"))
+    structure, leaves = take_apart(get_abstract_model(config, dtype="float32"))
     geometry = steps.Geometry.of(config.text, 2, context)
     state, token_S = jax.eval_shape(lambda: steps.create(config.text, geometry, "float32", identity))
     table_SJ, draft_BD, rows_BC = (
@@ -141,7 +142,7 @@ def test_a_cpu_widens_no_page():
     """Up to jax 0.10 XLA:CPU writes one bfloat16 key by way of the whole pool in float32: it holds the bits as integers instead."""
     sizes = dict(hidden_size=64, intermediate_size_mlp=64, head_dim=64, vocab_size=128, attention_chunk_size=1024)
     config = Config(text=small_config(**sizes))
-    leaves, structure = jax.tree.flatten(get_abstract_model(config, dtype="bfloat16"))
+    structure, leaves = take_apart(get_abstract_model(config, dtype="bfloat16"))
     geometry = steps.Geometry.of(config.text, 2, 2048)
     dtype = held("bfloat16", cpu=True).name
     state, token_S = jax.eval_shape(lambda: steps.create(config.text, geometry, dtype, identity))

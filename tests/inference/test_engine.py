@@ -48,8 +48,8 @@ def engine(model, **options) -> Engine:
 
 def is_empty(engine: Engine) -> bool:
     """Slots, pages and handles: everything came back."""
-    engine._scheduler.check()
-    return engine._scheduler.idle and not engine._served
+    engine._serving.scheduler.check()
+    return engine._serving.scheduler.idle and not engine._serving.by_number
 
 
 def test_alone_is_what_the_model_says(model, requests, alone):
@@ -75,12 +75,12 @@ def test_a_prompt_seen_before_is_not_read_again(model, requests, alone):
     """The second time all but the last token is there, pictures are not encoded again, and the tokens are the same."""
     serving = engine(model)
     serving.run(requests)
-    encoded = serving._runner.features.encoded
+    encoded = serving._serving.runner.features.encoded
     for request, tokens in list(zip(requests, alone, strict=True))[-4:]:
         (handle,) = serving.run([request])
         assert handle.tokens == tokens
         assert handle.cached_tokens >= 8
-    assert serving._runner.features.encoded == encoded == 3
+    assert serving._serving.runner.features.encoded == encoded == 3
 
 
 def test_other_pictures_are_no_prefix(model, requests, alone):

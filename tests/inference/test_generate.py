@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from maverick_jax.inference import engine as engine_module
 from maverick_jax.inference import pictures, steps
 from maverick_jax.inference.generate import engine_for, generate
 from maverick_jax.inference.request import Request
+from maverick_jax.model.compiled import take_apart
 from maverick_jax.sharding import make_mesh
 from oracle.forward import text_ids
 from oracle.pair import Pair, picture_prompt
@@ -126,7 +126,7 @@ def test_tiles_of_many_calls_of_the_tower():
     """The tower takes sixteen tiles at a time: later ones are not the first ones again, and those that pad the last call are nobody's."""
     model = plain_model(vision=VISION)
     tiles = np.random.default_rng(0).uniform(-1, 1, (37, 3, SIDE, SIDE)).astype(np.float32)
-    leaves, structure = jax.tree.flatten(model)
+    structure, leaves = take_apart(model)
     features = pictures.Features(lambda group: steps.encode(structure, leaves, group), steps.pick)
     found = features.of(pictures.digests(tiles), tiles)
     assert_allclose(np.concatenate(found), model.encode_tiles(tiles), atol=1e-6)

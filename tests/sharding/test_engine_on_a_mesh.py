@@ -35,7 +35,7 @@ def test_tokens_of_one_device_and_programs_compiled_once(requests, sizes, layout
     mesh = make_mesh(**sizes)
     options = dict(constrain=Constrain(mesh, layout), dispatcher=make_dispatcher(mesh, layout), attend=AttendOnMesh(mesh, layout))
     engine = Engine(plain_model(options=options, **SIZES), slots=2, max_length=64)
-    assert not engine._runner.state.layers[1].key_NKPd.sharding.is_fully_replicated
+    assert not engine._serving.runner.state.layers[1].key_NKPd.sharding.is_fully_replicated
     for _ in range(2):  # the second time prefixes are there to be copied
         assert [handle.tokens for handle in engine.run(requests)] == expected
     with no_compilation():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -14,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from maverick_jax.assets import digits, mini_directory
 from maverick_jax.convert import convert
 from maverick_jax.errors import UserError
 from maverick_jax.sharding import multihost, roll_call
 from maverick_jax.sharding.cluster import Cluster
-from processes import HARD_LIMIT_S, LAUNCHERS, MAVERICK, free_port
+from processes import HARD_LIMIT_S, LAUNCHERS, MAVERICK, free_port, half_of_the_mini_model
 
 GENERATE = (*MAVERICK, "generate", "What is 3 + 4?")
 IN_A_COLLECTIVE = """
@@ -62,17 +60,6 @@ assert main(["generate", "-", *options]) == 0
 sys.stdin = open("chat")
 sys.exit(main(["chat", *options]))
 """
-
-
-def half_of_the_mini_model(directory: Path) -> None:
-    """Its first four layers of eight: every kind of layer, in half the time to compile."""
-    shutil.copytree(mini_directory(), directory)
-    tensors = load_file(directory / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not re.search(r"language_model.*layers\.[4-7]", name)}
-    save_file(kept, directory / "model.safetensors")
-    config = json.loads((directory / "config.json").read_text())
-    config["text_config"] |= {"num_hidden_layers": 4, "moe_layers": [1, 3], "no_rope_layers": [1, 1, 1, 0]}
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 def test_two_processes_say_what_one_says(start, tmp_path):

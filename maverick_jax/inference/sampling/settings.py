@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,12 +99,11 @@ class Sampling:
             if id >= vocabulary:
                 raise UserError(f"logit_bias has token id {id} outside 0..{vocabulary - 1}: is it from another tokenizer?")
 
-    @property
+    @functools.cached_property
     def has_extras(self) -> bool:
         """Does it ask for what `RowExtras` holds?"""
-        plain = Sampling()
         names = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logprobs")
-        return bool(self.logit_bias) or any(getattr(self, name) != getattr(plain, name) for name in names)
+        return bool(self.logit_bias) or any(getattr(self, name) != getattr(Sampling, name) for name in names)
 
 
 def _biases(given: Any) -> dict[int, float]:

@@ -13,20 +13,15 @@ if TYPE_CHECKING:
     from maverick_jax.inference.scheduling.plans import Plan
 
 SHARE = 0.5  # of the time of a decode step
-FIXED = 128  # tokens per step where nothing is measured: processes of one run must agree
+FIXED = 128  # tokens per step while nothing is measured, or where several processes must come to the same
 KEPT = 0.8  # of what was known, when a new measurement comes
 BEHIND = 3  # plans: so much later it is seen how long a prefill took that draws nothing, since steps are launched ahead
 
 
 class Pace:
-    """Tokens of prefill per decode step, from the times of steps with and without any.
+    """Tokens of prefill per decode step, from the times of steps with and without any."""
 
-    Args:
-      measured: False: a fixed number.
-    """
-
-    def __init__(self, *, measured: bool):
-        self._measured = measured
+    def __init__(self) -> None:
         self._decode = 0.0  # seconds of a step without prefill
         self._spent = self._read = 0.0  # seconds of prefill and its tokens, the latest count most
         self._since: float | None = None  # when the last plan was launched
@@ -34,7 +29,7 @@ class Pace:
 
     @property
     def tokens(self) -> int:
-        if not self._measured or not self._decode or not self._spent or not self._read:
+        if not self._decode or not self._spent or not self._read:
             return FIXED
         return max(1, round(SHARE * self._decode * self._read / self._spent))
 

@@ -53,6 +53,11 @@ class Scheduler:
         return not self.rows
 
     @property
+    def has_deadlines(self) -> bool:
+        """Whether the time of the next plan matters."""
+        return bool(self._deadlines)
+
+    @property
     def available_pages(self) -> int:
         """Pages that no row holds, those kept for prefixes included."""
         return self._slots.available

@@ -56,8 +56,8 @@ def batch(engine, tmp_path):
 
 def assert_empty(engine: Engine) -> None:
     """Slots, pages and handles: everything came back."""
-    engine._scheduler.check()
-    assert (engine._scheduler.idle, engine._served) == (True, {})
+    engine._serving.scheduler.check()
+    assert (engine._serving.scheduler.idle, engine._serving.by_number) == (True, {})
 
 
 def body(result: dict) -> dict:

@@ -23,7 +23,7 @@ class Clock:
 @pytest.mark.parametrize("piece", [0.2, 1.0, 3.0])
 def test_a_piece_now_and_then(monkeypatch, every, piece):
     """A device that takes 1 s per decode step, and so long for each piece; the host waits for the draws of the step before."""
-    clock, paced, free, before = Clock(), Pace(measured=True), 0.0, 0.0
+    clock, paced, free, before = Clock(), Pace(), 0.0, 0.0
     monkeypatch.setattr(pace, "time", clock)
     found = []
     for step in range(300):

@@ -1,0 +1,127 @@
+"""An engine in several processes: process 0 decides what is served, and tells the others before each turn.
+
+They do what it did, in its order: take a request or end one, read what was drawn, plan and launch a turn at its time. What follows
+from these, a plan above all, each makes for itself, and it is the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from maverick_jax.errors import UserError
+from maverick_jax.inference.grammar import Grammar
+from maverick_jax.inference.request import Admitted, Request
+from maverick_jax.inference.sampling import Sampling
+from maverick_jax.inference.scheduling.plans import Limits, shapes
+from maverick_jax.model import Llama4
+from maverick_jax.sharding import multihost
+
+
+class Leader:
+    """Process 0's part: what it does is told with its next turn, which waits for the others to have launched theirs."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._followed = True
+
+    def note(self, **event: Any) -> None:
+        self._events.append(event)
+
+    def tell(self) -> None:
+        """Everything since the last time."""
+        events, self._events = self._events, []
+        if events and self._followed:
+            multihost.exchange(events)
+
+    def end(self) -> None:
+        """The others follow no longer."""
+        self.note(end=True)
+        self.tell()
+
+    def fail(self, error: BaseException) -> None:
+        """A turn has failed here. What the others wait for, nobody knows: they end."""
+        self._followed = False
+        multihost.report(error)
+
+
+@contextlib.contextmanager
+def leading() -> Iterator[Leader]:
+    """Process 0, while the others follow."""
+    leader = Leader()
+    try:
+        yield leader
+    except UserError:
+        leader.end()
+        raise
+    except BaseException as error:
+        leader.fail(error)
+        raise
+    leader.end()
+
+
+def told() -> Iterator[dict[str, Any]]:
+    """What process 0 does, on another one, as it comes."""
+    while True:
+        for event in multihost.exchange(None)[0]:
+            if "end" in event:
+                return
+            yield event
+
+
+def check_same(model: Llama4, limits: Limits, dtype: str) -> None:
+    """Before anything is compiled: do all processes have the same engine?
+
+    Raises:
+      UserError: on every process, naming each part that differs.
+    """
+    if multihost.process_count() == 1:
+        return
+    parameters = [(x.shape, x.dtype.name) for x in jax.tree.leaves(model)]
+    settings = {f"the engine's {name}": str(value) for name, value in dataclasses.asdict(limits).items()}
+    digests = {"the model": _digest(model.config, parameters), "the engine's programs": _digest(shapes(limits), dtype)}
+    multihost.check_same(settings | digests)
+
+
+def as_json(request: Admitted) -> dict[str, Any]:
+    """A request as JSON holds it; `from_json` makes it again."""
+    sampling, grammar = dataclasses.asdict(request.sampling), request.grammar
+    return {
+        "ids": request.ids.tolist(),
+        "tiles": None if request.tiles is None else {"shape": request.tiles.shape, "float32": _text(request.tiles)},
+        "max_new_tokens": request.max_new_tokens,
+        "sampling": sampling | {"logit_bias": list((request.sampling.logit_bias or {}).items())},
+        "stop_ids": sorted(request.stop_ids),
+        "deadline": request.deadline,
+        "grammar": grammar and {grammar.kind: getattr(grammar, grammar.kind)},
+    }
+
+
+def from_json(told: dict[str, Any]) -> Request:
+    tiles, sampling, grammar = told["tiles"], told["sampling"], told["grammar"]
+    return Request(
+        ids=told["ids"],
+        tiles=tiles and np.frombuffer(base64.b64decode(tiles["float32"]), np.float32).reshape(tiles["shape"]),
+        max_new_tokens=told["max_new_tokens"],
+        sampling=Sampling(**sampling | {"logit_bias": dict(map(tuple, sampling["logit_bias"])) or None}),
+        stop_ids=told["stop_ids"],
+        deadline=told["deadline"],
+        grammar=grammar and Grammar(**grammar),
+    )
+
+
+def _text(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array, np.float32).data).decode()
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, default=vars)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
