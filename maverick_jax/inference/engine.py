@@ -30,7 +30,7 @@ from maverick_jax.inference.runner import Launched
 from maverick_jax.inference.scheduling.pace import FIXED, Pace
 from maverick_jax.inference.scheduling.plans import Limits, shapes
 from maverick_jax.inference.serving import Serving
-from maverick_jax.inference.sizes import PIECE, pieces, powers_of_two, prefill_rows
+from maverick_jax.inference.sizes import PIECE, call_rows, pieces
 from maverick_jax.inference.speculate import Acceptance
 from maverick_jax.model import Llama4
 from maverick_jax.prompt import Tokenizer
@@ -89,8 +89,8 @@ class Engine:
             chunk=chunk,
             max_length=geometry.max_length,
             queue=QUEUE.check("queue", queue),
-            decode_rows=powers_of_two(geometry.places),
-            prefill_rows=prefill_rows(geometry.places),
+            decode_rows=call_rows(geometry.places),
+            prefill_rows=call_rows(geometry.places),
             piece_sizes=pieces(min(chunk or PIECE, geometry.max_length)),
             piece_tokens=PIECE,
             draft=DRAFT.check("draft", draft),

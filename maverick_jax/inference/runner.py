@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,12 +117,12 @@ class Runner:
         """What runs each program with rows that are none, twice: on a GPU the second run of a program is the slow one."""
 
         def each(call: Call) -> None:
-            for with_extras in (False, True) if extras else (False,):
+            for greedy, with_extras in itertools.product((True, False), (False, True) if extras else (False,)):
                 for _ in range(RUNS):
                     if with_extras:
                         self._begin_extras()
                     self._move_in(())
-                    self._draw(call, {}, *self._forward(call, {}), extras=with_extras)
+                    self._draw(call, {}, *self._forward(call, {}), greedy=greedy, extras=with_extras)
             jax.block_until_ready(self._token_S)
 
         def others() -> None:
@@ -174,7 +175,9 @@ class Runner:
             new = [content for content in drawing if self._owner_S[content.row.slot or 0] != content.row.number]
             if new:
                 self._move_in(new)
-            launched.append(Launched(call.parts, self._draw(call, contents, logits_BTV, draft_BD, rows_BC, extras=extras)))
+            greedy = all(content.request.sampling.temperature == 0 for content in drawing)
+            drawn = self._draw(call, contents, logits_BTV, draft_BD, rows_BC, greedy=greedy, extras=extras)
+            launched.append(Launched(call.parts, drawn))
         if self._blocks:
             jax.block_until_ready(self.state.dropped)
         return launched
@@ -217,13 +220,22 @@ class Runner:
         return x_BTD
 
     def _draw(
-        self, call: Call, contents: Mapping[int, Content], logits_BTV: jax.Array, draft_BD: np.ndarray, rows_BC: np.ndarray, *, extras: bool
+        self,
+        call: Call,
+        contents: Mapping[int, Content],
+        logits_BTV: jax.Array,
+        draft_BD: np.ndarray,
+        rows_BC: np.ndarray,
+        *,
+        greedy: bool,
+        extras: bool,
     ) -> steps.Drawn:
+        settings = None if greedy else self._settings
         if not extras:
-            self._token_S, drawn = steps.draw(self._constrain, logits_BTV, self._token_S, self._settings, draft_BD, rows_BC)
+            self._token_S, drawn = steps.draw(self._constrain, logits_BTV, self._token_S, settings, draft_BD, rows_BC)
             return drawn
         mask_BTW = self._masks(call, contents, logits_BTV.shape[1])
-        given = (self._settings, self._extras, mask_BTW, draft_BD, rows_BC)
+        given = (settings, self._extras, mask_BTW, draft_BD, rows_BC)
         self._token_S, self._history_SV, drawn = steps.draw_with_extras(
             self._constrain, logits_BTV, self._token_S, self._history_SV, *given
         )

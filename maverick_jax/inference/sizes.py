@@ -2,7 +2,6 @@
 
 PIECE = 8192  # tokens of a prefill call, all rows together: bounds what a layer computes at once
 PIECES = (32, 128, 512, 2048, 8192)  # each four times as long as the one before
-PREFILL_ROWS = (1, 4, 16, 64)
 
 
 def next_power_of_two(n: int) -> int:
@@ -19,9 +18,9 @@ def powers_of_two(most: int) -> tuple[int, ...]:
     return tuple(1 << i for i in range(next_power_of_two(most).bit_length()))
 
 
-def prefill_rows(slots: int) -> tuple[int, ...]:
-    """Rows of a prefill call."""
-    return tuple(rows for rows in PREFILL_ROWS if rows < 4 * slots)
+def call_rows(slots: int) -> tuple[int, ...]:
+    """Rows of a call: 1, 4, 16, ..., and all of them."""
+    return (*(1 << i for i in range(0, slots.bit_length(), 2) if 1 << i < slots), slots)
 
 
 def round_up_context(tokens: int) -> int:

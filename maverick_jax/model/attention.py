@@ -18,6 +18,7 @@ from maverick_jax.model.parameter import weight
 from maverick_jax.ops.attention import Keys, temperature_scale
 from maverick_jax.ops.linear import linear
 from maverick_jax.ops.norm import rms_norm
+from maverick_jax.ops.paged_attention import FEW
 from maverick_jax.ops.rope import inverse_frequencies, rotate, text_angles
 from maverick_jax.sharding.attend import KEYS, QUERIES, Attend
 
@@ -103,14 +104,8 @@ class Attention(nnx.Module):
         if cache is None or piece.first:
             out = self._first(query, asking, new, last_only)
             cache = None if cache is None else self._written(cache, new, piece)
-        elif piece.within_chunk:
-            cache = self._written(cache, new, piece)
-            out = self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_after(asking)).finish(query.dtype)
-        else:  # a piece over a border overwrites what its own first tokens still see
-            before = self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_before(asking, piece.start_B))
-            out = before.merge(self.attend.over(query, asking.positions_BT, new, self.chunk)).finish(query.dtype)
-            out, new = lax.optimization_barrier((out, new))
-            cache = self._written(cache, new, piece)
+        else:
+            out, cache = self._behind(query, asking, new, piece, cache)
         out = self.constrain(out, QUERIES)
         return linear(out, self.output[...], contract=2), cache
 
@@ -119,6 +114,30 @@ class Attention(nnx.Module):
         if last_only:
             return self.attend.over(query, asking.positions_BT, new, self.chunk).finish(query.dtype)
         return self.attend.in_order(query, new.key_BKSd, new.value_BKSd, self.chunk)
+
+    def _behind(self, query, asking, new, piece, cache):
+        """The piece comes after what the cache holds.
+
+        A piece over a border overwrites what its own first tokens still see: it is written when all have read. So are a few tokens on a
+        TPU, which stages on the chip what is read after it is written, and copies all of it back. The others do not keep a read
+        ahead of a write, and copy the whole buffer to be safe.
+        """
+
+        def read_then_write(query, new, cache):
+            before = self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_before(asking, piece.start_B))
+            out = before.merge(self.attend.over(query, asking.positions_BT, new, self.chunk)).finish(query.dtype)
+            out, new = lax.optimization_barrier((out, new))
+            return out, self._written(cache, new, piece)
+
+        def write_then_read(query, new, cache):
+            cache = self._written(cache, new, piece)
+            return self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_after(asking)).finish(query.dtype), cache
+
+        if not piece.within_chunk:
+            return read_then_write(query, new, cache)
+        if query.shape[1] > FEW:
+            return write_then_read(query, new, cache)
+        return lax.platform_dependent(query, new, cache, tpu=read_then_write, default=write_then_read)
 
     def _written(self, cache, new, piece):
         return cache.written(self.attend.write(cache.pages, new, *cache.places(piece)))

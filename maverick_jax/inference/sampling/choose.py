@@ -34,7 +34,7 @@ class Sampled(NamedTuple):
     top_ids_BN: jax.Array | None = None
 
 
-def sample(logits_BV: jax.Array, rows: RowSampling, step_B: jax.Array, extras: Extras | None = None) -> Sampled:
+def sample(logits_BV: jax.Array, rows: RowSampling | None, step_B: jax.Array, extras: Extras | None = None) -> Sampled:
     """Choose a token for every row.
 
     What a row draws follows from its logits, its settings and its step alone, not from its place nor from who stands beside it.
@@ -43,6 +43,7 @@ def sample(logits_BV: jax.Array, rows: RowSampling, step_B: jax.Array, extras: E
 
     Args:
       logits_BV: float32.
+      rows: None where all are greedy.
       step_B: int32, how many tokens the row has drawn before.
       extras: penalties, biases and what may not be drawn.
     """
@@ -52,20 +53,21 @@ def sample(logits_BV: jax.Array, rows: RowSampling, step_B: jax.Array, extras: E
     if extras is not None:
         chosen_BNL = in_blocks(adjust(logits_BV, step_B, extras))
         highest_BN = chosen_BNL.max(axis=-1)
-    greedy_B = first_highest(chosen_BNL, highest_BN)
-    warm_B = jnp.asarray(rows.temperature_B) > 0
-    token_B = lax.cond(
-        jnp.any(warm_B),
-        lambda: jnp.where(warm_B, _drawn(chosen_BNL, highest_BN, rows, step_B), greedy_B),
-        lambda: greedy_B,
-    )
+    token_B = greedy_B = first_highest(chosen_BNL, highest_BN)
+    if rows is not None:
+        warm_B = jnp.asarray(rows.temperature_B) > 0
+        token_B = lax.cond(
+            jnp.any(warm_B),
+            lambda: jnp.where(warm_B, _drawn(chosen_BNL, highest_BN, rows, step_B), greedy_B),
+            lambda: greedy_B,
+        )
     token_B = jnp.where(jnp.isneginf(highest_BN.max(axis=-1)), NOTHING_LEFT, token_B)
     token_B = jnp.where(finite_B, token_B, NOT_FINITE)
     return Sampled(token_B) if extras is None else Sampled(token_B, *log_probabilities(logits_BV, token_B, extras))
 
 
 def accept(
-    logits_BTV: jax.Array, draft_BD: jax.Array, rows: RowSampling, step_B: jax.Array, extras: Extras | None = None
+    logits_BTV: jax.Array, draft_BD: jax.Array, rows: RowSampling | None, step_B: jax.Array, extras: Extras | None = None
 ) -> tuple[jax.Array, Sampled]:
     """What the model says to a draft: the tokens that it would have drawn, one after the other, and how many of them count.
 
@@ -76,6 +78,7 @@ def accept(
     Args:
       logits_BTV: float32, T = D + 1: behind the newest token and behind every token of the draft.
       draft_BD: int32 tokens, negative where a row has no more of them.
+      rows: None where all are greedy.
       step_B: how many tokens the row has drawn before.
       extras: as for `sample`, the masks [B, T, W].
 
