@@ -179,7 +179,7 @@ class Runner:
             drawn = self._draw(call, contents, logits_BTV, draft_BD, rows_BC, greedy=greedy, extras=extras)
             launched.append(Launched(call.parts, drawn))
         if self._blocks:
-            jax.block_until_ready(self.state.dropped)
+            jax.block_until_ready((self.state.dropped, self._token_S))
         return launched
 
     def _forward(self, call: Call, contents: Mapping[int, Content]) -> tuple[jax.Array, np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from maverick_jax.inference import batch as batches
-from maverick_jax.sharding import multihost
 
 SMALL = ("--mesh", "expert=1", "--slots", 2, "--max-length", 128)
 
@@ -64,11 +63,3 @@ def test_stopped_it_says_how_to_go_on(maverick, files, monkeypatch):
         f"maverick: interrupted. What is finished stays in {files[1]}: run the same command again to go on."
     )
     assert not files[1].exists()
-
-
-def test_one_process_only(maverick, files, monkeypatch):
-    """Two would answer every request twice."""
-    monkeypatch.setattr(multihost, "process_count", lambda: 2)
-    result = maverick("batch", *files, *SMALL)
-    assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "a batch is answered by one process" in result.err
