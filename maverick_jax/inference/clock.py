@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import jax
@@ -23,4 +24,5 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 def seconds_compiling(since: float) -> float:
     """Seconds of tracing and compiling since `since` (of `time.perf_counter`)."""
-    return sum(end - max(start, since) for start, end in _spans if end > since)
+    recent = itertools.takewhile(lambda span: span[1] > since, reversed(_spans))
+    return sum(end - max(start, since) for start, end in recent)

@@ -73,18 +73,6 @@ class PromptLookup:
         return drafted
 
 
-def agreed(draft: Sequence[int], drawn: Sequence[int]) -> int:
-    """How many tokens of a draft count: those before the first that is not what was drawn.
-
-    Args:
-      drawn: one token more than the draft.
-
-    Returns:
-      n; the step's tokens are the first n + 1 of `drawn`.
-    """
-    return next((n for n, (proposed, chosen) in enumerate(zip(draft, drawn, strict=False)) if proposed != chosen), len(draft))
-
-
 @dataclasses.dataclass
 class Acceptance:
     """What drafts were good for. `steps` are those with a draft."""

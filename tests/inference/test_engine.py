@@ -1,17 +1,21 @@
 """The engine: whoever comes and goes beside it, a request gets the tokens that it gets alone, and nothing is left behind."""
 
 import threading
+import weakref
 
 import jax
 import numpy as np
 import pytest
+from no_compilation import no_compilation
 
 from maverick_jax.errors import UserError
+from maverick_jax.inference import engine as engine_module
 from maverick_jax.inference.checks import NoRoom
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.generate import generate
 from maverick_jax.inference.request import Finish, Full, Request
 from maverick_jax.inference.sampling import Sampling
+from maverick_jax.inference.serving import Serving
 from oracle.plain import PATCH, SIDE, VISION, plain_model
 
 NEW = 12
@@ -196,6 +200,21 @@ def test_an_interrupted_turn(model, requests, alone, monkeypatch):
     assert is_empty(serving)
 
 
+def test_a_new_cache_comes_when_the_old_one_is_gone(model, monkeypatch):
+    """There is memory for one."""
+    serving = engine(model)
+    old = [weakref.ref(pages) for pages in jax.tree.leaves(serving._serving.runner.state)]
+    made = []
+
+    def make(*arguments):
+        made.append([ref() for ref in old])
+        return Serving(*arguments)
+
+    monkeypatch.setattr(engine_module, "Serving", make)
+    serving.close()
+    assert made == [[None] * len(old)]
+
+
 def test_other_weights_forget_what_was_cached(requests):
     """A prefix of the old weights would go on in the new ones."""
     model = plain_model(num_hidden_layers=2)
@@ -253,16 +272,7 @@ def test_nothing_compiles_after_the_warm_up(model, requests, alone):
     """Pictures, drafts, penalties, copies of prefixes, preemption: every program is on a short list, and was run."""
     serving = engine(model, pages=10, draft=2)
     serving.warm_up(progress=False)
-    compiled = []
-
-    def listen(event: str, duration: float, **_) -> None:
-        compiled.extend([event] * event.startswith("/jax/core/compile/backend_compile"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        told = Request(ids=requests[6].ids, max_new_tokens=4, sampling=Sampling(presence_penalty=1.0, logprobs=2, temperature=0.7))
+    told = Request(ids=requests[6].ids, max_new_tokens=4, sampling=Sampling(presence_penalty=1.0, logprobs=2, temperature=0.7))
+    with no_compilation():
         handles = serving.run([*requests, told, *requests[::-1]])
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled
     assert [handle.tokens for handle in handles] == [*alone, handles[len(alone)].tokens, *alone[::-1]]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference import speculate
-from maverick_jax.inference.speculate import Acceptance, Drafts, PromptLookup, agreed
+from maverick_jax.inference.speculate import Acceptance, Drafts, PromptLookup
 
 FEW = st.lists(st.integers(0, 3), max_size=60)  # so few tokens that they repeat themselves
 
@@ -84,18 +84,6 @@ def test_settings_that_are_refused(settings, says):
     """Before the first token."""
     with pytest.raises(UserError, match=says):
         PromptLookup([1, 2, 3], **settings)
-
-
-@given(draft=st.lists(st.integers(0, 2), max_size=6), data=st.data())
-def test_drafts_change_no_token(draft, data):
-    """What counts of a step is what steps of one token would have drawn: up to the first difference, and that token itself."""
-    continuation = data.draw(st.lists(st.integers(0, 2), min_size=len(draft) + 1, max_size=len(draft) + 1))
-    so_far: list[int] = []
-    for token in continuation:
-        so_far.append(token)
-        if draft[: len(so_far)] != so_far:
-            break
-    assert continuation[: agreed(draft, continuation) + 1] == so_far
 
 
 def test_acceptance():

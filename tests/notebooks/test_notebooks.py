@@ -34,7 +34,21 @@ def port_is_exact(texts):
     assert "tensors that differ: 0 of 145" in texts
 
 
-CHECKS = {"01_quickstart": answers_right, "02_expert_parallelism": dispatchers_agree, "03_port_a_checkpoint": port_is_exact}
+def company_changes_nothing(texts):
+    assert "requests that say something else alone: 0" in texts
+    assert "cancelled" in texts
+    known = re.search(r"tokens that were there: 0 for the first, (\d+) of (\d+) for the second", texts)
+    assert known is not None
+    assert int(known[1]) > 0.9 * int(known[2])
+    assert len(re.findall(r"[1-9]\d* of \d+ tokens accepted", texts)) == 2
+
+
+CHECKS = {
+    "01_quickstart": answers_right,
+    "02_expert_parallelism": dispatchers_agree,
+    "03_port_a_checkpoint": port_is_exact,
+    "04_serving_many": company_changes_nothing,
+}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

@@ -1,10 +1,8 @@
 """The engine over eight devices: the tokens of one device, and no program compiled twice because an array lies otherwise."""
 
-import contextlib
-
-import jax
 import numpy as np
 import pytest
+from no_compilation import no_compilation
 
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.request import Request
@@ -41,19 +39,3 @@ def test_tokens_of_one_device_and_programs_compiled_once(requests, sizes, layout
     with no_compilation():
         assert [handle.tokens for handle in engine.run(requests)] == expected
     assert engine.dropped == 0
-
-
-@contextlib.contextmanager
-def no_compilation():
-    """Nothing is compiled within."""
-    compiled = []
-
-    def listen(event: str, duration: float, **_) -> None:
-        compiled.extend([event] * event.startswith("/jax/core/compile/backend_compile"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled

@@ -1,7 +1,7 @@
 """How much prefill may run beside those who are decoding, so that nobody's stream stumbles.
 
-A stream that takes a time d per token shall take at most 1.5 d while somebody else's prompt is read: prefill gets half as much time as
-decode. Where many wait and few decode, more: what each gets is their share of those who want something.
+A stream that takes a time d per token shall take at most 1.5 d while somebody else's prompt is read: prefill gets a little less than
+half as much time as decode. Where many prompts are read beside few that decode the scheduler makes more of it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from maverick_jax.inference.clock import seconds_compiling
+
 if TYPE_CHECKING:
     from maverick_jax.inference.scheduling.plans import Plan
 
-SHARE = 0.5  # of the time of a decode step
+SHARE = 0.4  # of the time of a decode step
 FIXED = 128  # tokens per step while nothing is measured, or where several processes must come to the same
 KEPT = 0.8  # of what was known, when a new measurement comes
 BEHIND = 3  # plans: so much later it is seen how long a prefill took that draws nothing, since steps are launched ahead
@@ -38,7 +40,7 @@ class Pace:
         now = time.perf_counter()
         (_, prefilled), (decoded, _) = self._last[0], self._last[-1]
         if self._since is not None:
-            took = now - self._since
+            took = now - self._since - seconds_compiling(self._since)
             if any(tokens for _, tokens in self._last):
                 # Whose time this was is not known, so times and tokens are added up apart.
                 self._spent = KEPT * self._spent + max(0.0, took - (self._decode if decoded else 0.0))

@@ -14,7 +14,7 @@ from operator import attrgetter
 from maverick_jax.inference.checks import NoRoom
 from maverick_jax.inference.request import Finish, Full, Request, Row
 from maverick_jax.inference.scheduling.plans import Call, Copy, Limits, Part, Plan
-from maverick_jax.inference.scheduling.prefill import Credit, Piece, alike, fit, in_turn, next_piece
+from maverick_jax.inference.scheduling.prefill import Credit, Piece, alike, fit, for_many, in_turn, next_piece
 from maverick_jax.inference.scheduling.prefix import Resume, common
 from maverick_jax.inference.scheduling.slots import Slots
 
@@ -150,7 +150,7 @@ class Scheduler:
         Args:
           now: seconds, as in `add`.
           budget: padded prompt tokens that may be computed beside a decode step, 1 or more; what is not used is saved for larger
-            pieces. Where nobody decodes, one full call is made.
+            pieces. Where many prompts are read beside few rows that decode there are more of them; beside none, one full call is made.
           drafts: their lengths by the rows' numbers, at most `draft_room`.
         """
         self._expire(now)
@@ -240,14 +240,16 @@ class Scheduler:
     def _choose(self, budget: int) -> list[list[Piece]]:
         """The prefill calls of a step, with pages for what they compute."""
         limits, sizes, most = self.limits, self.limits.piece_sizes, self.limits.piece_tokens
-        beside = bool(self._decoding or self._held)
+        beside = len(self._decoding) + len(self._held)
         if beside:
+            budget = for_many(budget, len(self._behind), beside)
             self._credit.add(budget)
             sizes = [size for size in sizes if size <= self._credit.largest(budget)]
         pieces = [next_piece(row, limits.chunk, sizes) for row in self._behind]
         chosen: list[list[Piece]] = []
         while pieces:
-            group = self._group(in_turn(pieces, oldest=self._oldest_leads), min(most, self._credit.tokens) if beside else most)
+            now, saved = (min(most, self._credit.tokens), min(most, self._credit.largest(budget))) if beside else (most, most)
+            group = self._group(in_turn(pieces, oldest=self._oldest_leads), now, saved)
             if not group:
                 break
             chosen.append(group)
@@ -259,18 +261,26 @@ class Scheduler:
         groups = [[piece for piece in group if piece.row.slot is not None] for group in chosen]  # a later one may have preempted them
         return [group for group in groups if group]
 
-    def _group(self, pieces: Sequence[Piece], most: int) -> list[Piece]:
-        """Those that make up the next call, of at most so many tokens: the first that has pages, and what can go with it."""
+    def _group(self, pieces: Sequence[Piece], now: int, saved: int) -> list[Piece]:
+        """Those that make up the next call: the first that has pages, and what can go with it.
+
+        Args:
+          now: tokens that it may have.
+          saved: tokens that it may have in some plans from now: nobody goes before, if more can go together then.
+        """
         for leader in pieces:
-            if leader.size > most:
+            if leader.size > now:
                 return []
             if leader.row.slot is not None and self._extend(leader.row, leader.row.computed + leader.length):
                 break
         else:
             return []
-        sizes = [size for size in self.limits.prefill_rows if size * leader.size <= most]
+        sizes = [size for size in self.limits.prefill_rows if size == 1 or size * leader.size <= saved]
         group = alike(leader, pieces)
-        group = group[: fit(len(group), sizes)[0]]
+        count, rows = fit(len(group), sizes)
+        if rows * leader.size > now:
+            return []
+        group = group[:count]
         return [p for p in group if p.row.slot is not None and self._extend(p.row, p.row.computed + p.length)]
 
     def _extend(self, row: Row, tokens: int) -> bool:

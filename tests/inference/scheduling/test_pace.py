@@ -33,4 +33,15 @@ def test_a_piece_now_and_then(monkeypatch, every, piece):
         free = drawn + (piece if read else 0.0)
         clock.now, before = max(clock.now, before), drawn
         found.append(paced.tokens)
-    assert sum(found[100:]) / 200 == pytest.approx(0.5 * 32 / piece, rel=0.25)
+    assert sum(found[100:]) / 200 == pytest.approx(pace.SHARE * 32 / piece, rel=0.25)
+
+
+def test_compiling_is_nobodys_time(monkeypatch):
+    """A first call that compiles for a minute would leave no prompt any time for the rest of the day."""
+    clock, paced = Clock(), Pace()
+    monkeypatch.setattr(pace, "time", clock)
+    monkeypatch.setattr(pace, "seconds_compiling", lambda since: 60.0 if since == 10.0 else 0.0)
+    for step in range(100):
+        paced.begin(Plan(calls=(DECODE, PREFILL) if step % 2 else (DECODE,)))
+        clock.now += (2.0 if step % 2 else 1.0) + (60.0 if clock.now == 10.0 else 0.0)
+    assert paced.tokens == pytest.approx(pace.SHARE * 32, rel=0.25)

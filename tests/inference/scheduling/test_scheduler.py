@@ -11,6 +11,7 @@ from brute import LIMITS, Trace, ask, read, step
 from maverick_jax.inference.checks import NoRoom
 from maverick_jax.inference.request import Finish, Full, Row
 from maverick_jax.inference.scheduling.plans import Call, Part, Plan
+from maverick_jax.inference.scheduling.prefill import for_many
 from maverick_jax.inference.scheduling.scheduler import Scheduler
 
 
@@ -113,6 +114,22 @@ def test_pieces_beside_decode_steps_are_no_longer_than_what_is_saved():
     scheduler.add(ask(1), prompt(30), 0.0)
     sizes = [call.tokens for _ in range(30) for call in step(scheduler, budget=1).calls if call.kind == "prefill"]
     assert sizes == [8, 8, 8]
+
+
+def test_a_prompt_is_read_however_little_time_is_left_for_it():
+    """The smallest piece at least in every eighth plan: what was measured may be wrong."""
+    scheduler = Scheduler(replace(LIMITS, chunk=64, piece_sizes=(32,)))
+    decoding(scheduler)
+    scheduler.add(ask(1), prompt(60), 0.0)
+    read = [i for i in range(30) for call in step(scheduler, budget=1).calls if call.kind == "prefill"]
+    assert read == [7, 15]
+
+
+def test_many_prompts_are_read_sooner_than_one():
+    """Half a budget for each, up to five; and beside few that decode as much as is their share."""
+    assert [for_many(100, behind, 20) for behind in (1, 2, 3, 4, 5, 6, 20)] == [100, 100, 150, 200, 250, 250, 250]
+    assert [for_many(100, 9, decoding) for decoding in (1, 2, 5, 10)] == [2000, 1000, 400, 250]
+    assert for_many(100, 1, 1) == 100
 
 
 def test_a_short_prompt_waits_for_one_piece_of_a_long_one():
