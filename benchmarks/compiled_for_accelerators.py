@@ -74,8 +74,11 @@ def main() -> None:
                     ("prefill", lambda p=programs: p.prefill(1, PREFILL), {}, ""),
                     ("vision", lambda p=programs: p.vision(), {}, ""),
                 ]
-            if (topology, layout, model) == ("v5p:4x4x4", "throughput", "maverick"):
-                cases.append(("million", lambda p=programs: p.prefill(1, MILLION), {}, " of 1M tokens"))
+            if (topology, layout, model) in (("v5p:4x4x4", "throughput", "maverick"), ("h200:8", "latency", "maverick")):
+                cases += [
+                    ("million", lambda p=programs: p.decode(1, MILLION), {}, " behind 1M tokens"),
+                    ("million", lambda p=programs: p.prefill(1, PREFILL, MILLION, first=False), {}, f" of {PREFILL:,} behind 1M tokens"),
+                ]
             for name, program, options, note in cases:
                 if name in (args.program or [name]):
                     print(row(topology, model, layout, compile_program(program(), mesh, options), note), flush=True)

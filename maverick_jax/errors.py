@@ -15,3 +15,8 @@ class UserError(ValueError):
             text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
         # It may quote a name from a stranger's file, which shall not move the cursor of a terminal.
         super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without the pages that may follow."""
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from maverick_jax.errors import UserError
+from maverick_jax.errors import UserError, first_line
 from maverick_jax.sharding import roll_call
 from maverick_jax.sharding.cluster import BIND_ADDRESS, find_cluster
 from maverick_jax.sharding.connection import connect
@@ -119,8 +119,7 @@ def report(error: BaseException) -> None:
     if isinstance(error, KeyboardInterrupt):
         _team.fail("interrupted", roll_call.INTERRUPTED)
     else:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        _team.fail(reason, roll_call.MISTAKE if isinstance(error, UserError) else roll_call.LOST)
+        _team.fail(first_line(error), roll_call.MISTAKE if isinstance(error, UserError) else roll_call.LOST)
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

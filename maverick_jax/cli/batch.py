@@ -19,7 +19,7 @@ FAILED = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "requests", metavar="IN", help='such as {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": …}'
+        "source", metavar="IN", help='such as {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": …}'
     )
     parser.add_argument("out", metavar="OUT", help="file of results; an earlier run's is gone on with")
     options.add_model_arguments(parser)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         with options.engine_for(args) as engine:
             engine.follow()
         return 0
-    requests = Requests(args.requests)
+    requests = Requests(args.source)
     with Results(args.out, requests) as results:  # a wrong file is reported before a large model is loaded
         interrupt.hint(f"What is finished stays in {args.out}: run the same command again to go on.")
         progress = not (args.quiet or args.json)

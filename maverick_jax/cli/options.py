@@ -98,7 +98,7 @@ def _arguments(args: argparse.Namespace) -> dict[str, str]:
     values = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("run", "debug", "model", "source", "image", "out", "compilation_cache")
+        if name not in ("run", "debug", "model", "source", "image", "out", "trace", "plot", "compilation_cache")
     }
     return {
         "the version": f"maverick-jax {__version__} with jax {jax.__version__}",

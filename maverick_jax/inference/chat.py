@@ -161,12 +161,15 @@ class Chat:
         (sampling,) = self.sampling.by_row(1)
         check_room([np.asarray(prompt.token_ids)], self.max_new_tokens, self.model.config.text)
         request = Request(ids=prompt.token_ids, tiles=prompt.tiles, max_new_tokens=self.max_new_tokens, sampling=sampling)
+        if self.last is not None:
+            self.last.cancel()  # of an answer that nobody has begun to read
         self.last = self._engine_for(len(prompt.token_ids) + self.max_new_tokens).submit(request)
         return self._text(self.last)
 
     def _engine_for(self, tokens: int) -> Engine:
         """One with room for so many; a larger one reads the conversation again, once each time that it has doubled."""
         if self.engine is None or self.engine.limits.max_length < tokens:
+            self.engine = self.last = None  # the old cache goes before a new one comes: there is memory for one
             self.engine = engine_for(self.model, [next_power_of_two(max(tokens, SHORTEST))])
         return self.engine
 

@@ -9,6 +9,7 @@ Always: the state on the devices is what the scheduler believes, or `_broken` sa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -18,15 +19,16 @@ from typing import Any, TextIO, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from maverick_jax.errors import UserError
+from maverick_jax.errors import UserError, first_line
 from maverick_jax.inference import followers, pictures
 from maverick_jax.inference.admission import admitted, check_model
 from maverick_jax.inference.checks import Range, whole
 from maverick_jax.inference.grammar import Grammars, Matcher
 from maverick_jax.inference.handle import Handle, Stopped
-from maverick_jax.inference.request import Admitted, Finish, Request
+from maverick_jax.inference.request import Admitted, Finish, Full, Request
 from maverick_jax.inference.room import Room, room_for
 from maverick_jax.inference.runner import Launched
+from maverick_jax.inference.sampling import NOT_FINITE
 from maverick_jax.inference.scheduling.pace import FIXED, Pace
 from maverick_jax.inference.scheduling.plans import Limits, shapes
 from maverick_jax.inference.serving import Serving
@@ -98,6 +100,7 @@ class Engine:
         )
         followers.check_same(model, self.limits, self.room.dtype)
         self._trace = trace
+        self._turn = threading.Lock()  # held for a whole turn, and taken before the other one
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
@@ -121,20 +124,45 @@ class Engine:
         tiles = pictures.digests(checked.tiles)
         with self._lock:
             self._refresh()
+            told = followers.as_json(checked) if self._leader else None
             handle, now = Handle(checked, self._more, self.cancel), self._now(checked.deadline is not None)
             self._serving.add(checked, handle, matcher, tiles, now)
             if self._leader:
-                self._leader.note(add=followers.as_json(checked), now=now)
+                self._leader.note(add=told, now=now)
             self._news.notify_all()
             return handle
 
     def run(self, requests: Iterable[Request]) -> list[Handle]:
-        """Serve requests to their end, in this thread if the engine has none of its own."""
-        handles = [self.submit(request) for request in requests]
-        for handle in handles:
-            while not handle.finish:
-                self._more(handle, len(handle.tokens))
+        """Serve requests to their end, in this thread if the engine has none of its own.
+
+        Raises:
+          UserError: as `submit`; none of them is served on.
+        """
+        handles: list[Handle] = []
+        try:
+            for request in requests:
+                while (handle := self._submitted(request, handles)) is None:
+                    pass
+                handles.append(handle)
+            for handle in handles:
+                while not handle.finish:
+                    self._more(handle, len(handle.tokens))
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
         return handles
+
+    def _submitted(self, request: Request, earlier: Iterable[Handle]) -> Handle | None:
+        """None if there was no room, and one of the earlier ones has gone on meanwhile."""
+        try:
+            return self.submit(request)
+        except Full:
+            running = next((handle for handle in earlier if not handle.finish), None)
+            if running is None:
+                raise
+            self._more(running, len(running.tokens))
+            return None
 
     def cancel(self, handle: Handle) -> None:
         """End a request now; its place and pages are free for others at once."""
@@ -196,7 +224,7 @@ class Engine:
           extras: those for penalties, biases, grammars and log-probabilities too.
           progress: show a bar at a terminal.
         """
-        with self._lock:
+        with self._turn, self._lock:
             assert not self._serving.by_number
             work = self._serving.runner.warm_up(shapes(self.limits), extras=extras)
             for run in tqdm(work, desc="compiling", unit="program", disable=None if progress else True):
@@ -206,6 +234,8 @@ class Engine:
     # The loop.
 
     def __enter__(self) -> Engine:
+        if not self._decides:
+            raise UserError("of several processes only process 0 has an engine with a thread, inside of `lead`.")
         with self._lock:
             assert self._thread is None
             self._stopping = False
@@ -223,7 +253,7 @@ class Engine:
             self._news.notify_all()
         if thread is not None:
             thread.join()
-        with self._lock:
+        with self._turn, self._lock:
             self._fail(Stopped("the engine was closed."), Finish.CANCELLED)
 
     def _loop(self) -> None:
@@ -235,11 +265,11 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception as error:
-                with self._lock:
+            except BaseException as error:  # a panic of Rust is no Exception
+                with self._turn, self._lock:
                     if self._leader:
                         self._leader.fail(error)
-                    self._fail(Stopped(f"the engine stopped: {error}"), Finish.ERROR)
+                    self._fail(Stopped(f"the engine stopped: {first_line(error)}"), Finish.ERROR)
 
     def _more(self, handle: Handle, seen: int) -> None:
         """Return when there are more tokens than were seen, or the request has ended."""
@@ -252,18 +282,23 @@ class Engine:
 
     def step(self) -> None:
         """One turn: plan and launch, then read what the turn before has drawn, and this one too if somebody's next step depends on it."""
-        with self._lock:
-            if self._broken:
-                self._fail(Stopped("the engine was interrupted."), Finish.CANCELLED)
-            self._broken = True  # until this turn is over: an interrupt may come anywhere
-            launched = self._launch(self._now(self._serving.scheduler.has_deadlines), self._pace.tokens if self._decides else FIXED)
-        drawn = [one for some in launched for one in some.read()]
-        with self._lock:
-            if self._leader:
-                self._leader.note(deliver=True)
-            self._serving.deliver(drawn)
-            self._broken = False
-            self._news.notify_all()
+        with self._turn:
+            with self._lock:
+                if self._broken:
+                    self._fail(Stopped("the engine was interrupted."), Finish.CANCELLED)
+                if self._serving.closed:
+                    return
+                self._broken = True  # until this turn is over: an interrupt may come anywhere
+                launched = self._launch(self._now(self._serving.scheduler.has_deadlines), self._pace.tokens if self._decides else FIXED)
+            drawn = [one for some in launched for one in some.read()]
+            with self._lock:
+                if self._leader:
+                    self._leader.note(deliver=True)
+                    if any(NOT_FINITE in tokens for _, tokens, _ in drawn):
+                        self._leader.tell()  # to find out why, all compute
+                self._serving.deliver(drawn)
+                self._broken = False
+                self._news.notify_all()
 
     def _launch(self, now: float, budget: int) -> list[Launched]:
         if self._leader:
@@ -280,25 +315,35 @@ class Engine:
 
     def _fail(self, error: Exception, why: Finish) -> None:
         """End everyone, and begin with an empty cache."""
-        self._serving.fail(error, why)
-        self._restart()
+        self._serving.close(error, why)
         self._news.notify_all()
+        with contextlib.suppress(Exception):  # the next request tries again, and is told
+            self._restart()
 
     def _refresh(self) -> None:
         """Before a request is taken: is everything what it was?"""
-        if self._broken and self._thread is None:  # a turn was interrupted
-            self._fail(Stopped("the engine was interrupted."), Finish.CANCELLED)
-        if not self._serving.by_number and not self._serving.runner.is_of(self.model):
-            self._restart()  # what was computed by other weights is of no use
+        if self._leader and self._leader.failed:
+            raise Stopped("a turn has failed, and this run ends.")
+        if not self._turn.acquire(blocking=False):
+            return  # who makes the turn looks after it
+        try:
+            if self._broken:
+                self._fail(Stopped("the engine was interrupted."), Finish.CANCELLED)
+            stale = not self._serving.by_number and not self._serving.closed and not self._serving.runner.is_of(self.model)
+            if stale or self._serving.closed:  # what was computed by other weights is of no use
+                self._restart()
+        finally:
+            self._turn.release()
 
     def _restart(self) -> None:
         """An empty cache, and nobody served."""
         if self._leader:
             self._leader.note(restart=True)
-        vars(self).pop("_serving", None)  # the old cache goes first: there is memory for one
+        if (old := vars(self).get("_serving")) is not None:
+            old.close(Stopped("the engine began anew."), Finish.CANCELLED)  # its cache goes first: there is memory for one
+        self._broken = False
         self._serving = Serving(self.model, self.room, self.limits, self._trace)
         self._pace = Pace()
-        self._broken = False
 
     @property
     def _decides(self) -> bool:
@@ -312,10 +357,11 @@ class Engine:
         return multihost.exchange(time.monotonic())[0] if matters else 0.0
 
     def _matcher(self, request: Admitted) -> Matcher | None:
-        return None if request.grammar is None else self._grammars.matcher(request.grammar)
+        return None if request.grammar is None else self.grammars.matcher(request.grammar)
 
     @functools.cached_property
-    def _grammars(self) -> Grammars:
+    def grammars(self) -> Grammars:
+        """The forms of answers, compiled for this model."""
         if self.model.directory is None:
             raise UserError(
                 "a grammar needs the tokenizer, and this model was not loaded from a directory: open it with maverick_jax.load."

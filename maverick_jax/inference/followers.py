@@ -10,6 +10,7 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,10 @@ from maverick_jax.inference.sampling import Sampling
 from maverick_jax.inference.scheduling.plans import Limits, shapes
 from maverick_jax.model import Llama4
 from maverick_jax.sharding import multihost
+from maverick_jax.sharding.connection import MESSAGE_BYTES
+
+PORTION = 64  # events of a message
+MOST_PIXELS = MESSAGE_BYTES // 2  # bytes of a request, a third more as text
 
 
 class Leader:
@@ -31,7 +36,7 @@ class Leader:
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
-        self._followed = True
+        self.failed = False
 
     def note(self, **event: Any) -> None:
         self._events.append(event)
@@ -39,18 +44,31 @@ class Leader:
     def tell(self) -> None:
         """Everything since the last time."""
         events, self._events = self._events, []
-        if events and self._followed:
-            multihost.exchange(events)
+        for some in _portions(events):
+            multihost.exchange(some)
 
     def end(self) -> None:
         """The others follow no longer."""
-        self.note(end=True)
-        self.tell()
+        if not self.failed:
+            self.note(end=True)
+            self.tell()
 
     def fail(self, error: BaseException) -> None:
         """A turn has failed here. What the others wait for, nobody knows: they end."""
-        self._followed = False
+        self.failed = True
         multihost.report(error)
+
+
+def _portions(events: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """As many events as fit into a message: those with pictures go alone."""
+    some: list[dict[str, Any]] = []
+    for event in events:
+        some.append(event)
+        if ("add" in event and event["add"]["tiles"]) or len(some) == PORTION:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 @contextlib.contextmanager
@@ -88,11 +106,17 @@ def check_same(model: Llama4, limits: Limits, dtype: str) -> None:
     parameters = [(x.shape, x.dtype.name) for x in jax.tree.leaves(model)]
     settings = {f"the engine's {name}": str(value) for name, value in dataclasses.asdict(limits).items()}
     digests = {"the model": _digest(model.config, parameters), "the engine's programs": _digest(shapes(limits), dtype)}
-    multihost.check_same(settings | digests)
+    multihost.check_same(settings | digests | {"llguidance": version_of("llguidance")})
 
 
 def as_json(request: Admitted) -> dict[str, Any]:
-    """A request as JSON holds it; `from_json` makes it again."""
+    """A request as JSON holds it; `from_json` makes it again.
+
+    Raises:
+      UserError: its pictures are more than one process can tell another.
+    """
+    if request.tiles is not None and request.tiles.nbytes > MOST_PIXELS:
+        raise UserError(f"{len(request.tiles)} tiles of pictures are too many for a run of several processes: send fewer with one request.")
     sampling, grammar = dataclasses.asdict(request.sampling), request.grammar
     return {
         "ids": request.ids.tolist(),
@@ -120,6 +144,13 @@ def from_json(told: dict[str, Any]) -> Request:
 
 def _text(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array, np.float32).data).decode()
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _digest(*parts: Any) -> str:

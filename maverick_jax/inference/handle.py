@@ -46,10 +46,11 @@ class Handle:
         """
         seen = 0
         while True:
+            ended = self.finish is not None  # asked first: the last token may come between both
             while seen < len(self.tokens):
                 yield self.tokens[seen]
                 seen += 1
-            if self.finish:
+            if ended:
                 self.check()
                 return
             self._more(self, seen)

@@ -61,6 +61,3 @@ class Features:
         while self._kept and held > self._most:
             held -= self._kept.popitem(last=False)[1].nbytes
         return found
-
-    def forget(self) -> None:
-        self._kept.clear()

@@ -55,7 +55,8 @@ def room_for(
     )
     if max_length is not None and max_length > text.max_position_embeddings:
         raise UserError(f"max_length is {max_length}, but the model's context holds {text.max_position_embeddings} tokens.")
-    free = free_bytes(model)
+    there = free_bytes(model)
+    free = int(there * (HOST_SHARE if _on_cpu(model) else SHARE))
     length = max_length or text.max_position_embeddings
     if max_length is None:
         while length > SHORTEST and _room(model, eight_bits, slots or 1, length, _row(model, length)).bytes > free:
@@ -67,7 +68,12 @@ def room_for(
         pages = slots * one
         while pages > one and _room(model, eight_bits, slots, length, pages).bytes > free:
             pages = max(one, pages * 3 // 4)
-    return _room(model, eight_bits, slots, length, pages)
+    room = _room(model, eight_bits, slots, length, pages)
+    if room.bytes > there:
+        raise UserError(
+            f"{room} are asked for, but {there / 2**20:,.1f} MiB are free there: ask for fewer slots or pages, or a smaller max_length."
+        )
+    return room
 
 
 def _row(model: Llama4, max_length: int) -> int:
@@ -94,13 +100,13 @@ def _local_bytes(model: Llama4, pages: jax.ShapeDtypeStruct) -> int:
 
 
 def free_bytes(model: Llama4) -> int:
-    """Bytes that a cache may take on each device: as many as the fullest has, on whichever host, or processes would differ."""
+    """Bytes that are free on each device: as many as the fullest has, on whichever host, or processes would differ."""
     mine = model.text.embedding[...].sharding.addressable_devices
     known = [stats for device in mine if (stats := device.memory_stats()) and "bytes_limit" in stats]
     if known:
-        free = min(SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]) for stats in known)
+        free = min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in known)
     else:
-        free = HOST_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
     return min(multihost.exchange(int(free)))
 
 

@@ -261,6 +261,7 @@ class Runner:
         for content in contents:
             row = content.row
             assert row.slot is not None
+            self._owner_S = [-1 if owner == row.number else owner for owner in self._owner_S]  # where it was, what it says now is missing
             self._owner_S[row.slot] = row.number
             sampling = content.request.sampling
             _set(self._settings_S, row.slot, RowSampling.repeat(sampling, 1))

@@ -11,7 +11,7 @@ from typing import TextIO
 import jax.numpy as jnp
 import numpy as np
 
-from maverick_jax.errors import UserError
+from maverick_jax.errors import UserError, first_line
 from maverick_jax.inference import pictures
 from maverick_jax.inference.grammar import Matcher
 from maverick_jax.inference.handle import Handle
@@ -43,6 +43,7 @@ class Serving:
     Attributes:
       by_number: those that have not ended, by the number of their row.
       drafted: what the drafts were good for.
+      closed: it serves no more.
     """
 
     def __init__(self, model: Llama4, room: Room, limits: Limits, trace: TextIO | None = None):
@@ -51,11 +52,12 @@ class Serving:
         self.runner = Runner(model, room)
         self.by_number: dict[int, Served] = {}
         self.drafted = Acceptance()
+        self.closed = False
         self._launched: list[Launched] = []  # and not yet read
 
     @property
     def busy(self) -> bool:
-        return bool(self._launched) or not self.scheduler.idle
+        return not self.closed and (bool(self._launched) or not self.scheduler.idle)
 
     def add(self, request: Admitted, handle: Handle, matcher: Matcher | None, tiles: list[bytes], now: float) -> Row:
         """Take a request in; `tiles`: a digest of each.
@@ -98,10 +100,13 @@ class Serving:
             if (served := self.by_number.get(part.row)) is not None:
                 self._deliver(served, part, tokens, sampled)
 
-    def fail(self, error: Exception, why: Finish) -> None:
-        """End everyone. Nothing else can be done with this any more."""
+    def close(self, error: Exception, why: Finish) -> None:
+        """End everyone and give the cache back. Nothing else can be done with this any more."""
+        self.closed = True
         for served in list(self.by_number.values()):
             self._end(served, why, error)
+        self._launched = []
+        vars(self).pop("runner", None)
 
     def _propose(self) -> dict[int, int]:
         """The lengths of the drafts that there are, by the numbers of their rows."""
@@ -144,10 +149,10 @@ class Serving:
                 matcher.accept(token)
             except UserError as error:
                 return self._end(served, Finish.ERROR, error)
-        if token in request.stop_ids or (matcher is not None and token in matcher.grammars.end_ids):
-            return self._end(served, Finish.STOP)
         if not handle.tokens:
             handle.cached_tokens = row.cached  # what it computes again after a preemption is nobody's gain
+        if token in request.stop_ids or (matcher is not None and token in matcher.grammars.end_ids):
+            return self._end(served, Finish.STOP)
         handle.add(token, sampled, place)
         if matcher is not None and matcher.finished:
             return self._end(served, Finish.STOP)
@@ -164,5 +169,8 @@ class Serving:
         index_T = np.zeros_like(tokens)
         if served.feature_T is not None:
             index_T[: len(request.ids)] = np.maximum(served.feature_T, 0)
-        why = explain(self.model, tokens, index_T, features, request.tiles)
+        try:
+            why = explain(self.model, tokens, index_T, features, request.tiles)
+        except Exception as error:  # it computes the whole row once more, and memory may not be there
+            why = f"what begins it cannot be told ({first_line(error)})."
         return f"the logits are not finite after {len(served.new)} new tokens: {why}"

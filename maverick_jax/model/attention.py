@@ -118,15 +118,14 @@ class Attention(nnx.Module):
     def _behind(self, query, asking, new, piece, cache):
         """The piece comes after what the cache holds.
 
-        A piece over a border overwrites what its own first tokens still see: it is written when all have read. So are a few tokens on a
-        TPU, which stages on the chip what is read after it is written, and copies all of it back. The others do not keep a read
+        A piece over a border overwrites what its own first tokens still see: those read first. So do a few tokens on a TPU, which
+        stages on the chip what is read after it is written, and copies all of it back. The others do not keep a read
         ahead of a write, and copy the whole buffer to be safe.
         """
 
         def read_then_write(query, new, cache):
             before = self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_before(asking, piece.start_B))
             out = before.merge(self.attend.over(query, asking.positions_BT, new, self.chunk)).finish(query.dtype)
-            out, new = lax.optimization_barrier((out, new))
             return out, self._written(cache, new, piece)
 
         def write_then_read(query, new, cache):

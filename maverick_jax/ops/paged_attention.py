@@ -82,6 +82,8 @@ def _over_stretches(query_BTHd, pages, table_BJ, limit_BT, page, first):
         page_B = lax.dynamic_index_in_dim(table_BJ, j, axis=1, keepdims=False)
         key_BKPd, value_BKPd = (_look_up(x, scale, page_B, query.dtype) for x, scale in (pages[::2], pages[1::2]))
         slot_P = j * page + first + jnp.arange(P, dtype=jnp.int32)
+        seen_BP = slot_P[None, :] <= limit_BT.max(axis=1)[:, None]
+        value_BKPd = jnp.where(seen_BP[:, None, :, None], value_BKPd, 0)  # of no weight, and others' NaN times that is NaN
         scores = jnp.einsum("BTKGd,BKPd->BKGTP", query, key_BKPd, preferred_element_type=jnp.float32) * d**-0.5
         scores = jnp.where((slot_P[None, None, :] <= limit_BT[:, :, None])[:, None, None], scores, MASKED)
         most = scores.max(axis=-1)

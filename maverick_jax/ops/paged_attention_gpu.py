@@ -99,13 +99,15 @@ def _kernel(slots_ref, limit_ref, query_ref, table_ref, key_ref, value_ref, *ref
             score_MS *= scales[0]
         slot_S = stretch * page + place + jnp.arange(S, dtype=jnp.int32)
         seen_MS = slot_S[None, :] <= limit_M[:, None]
+        seen_S = slot_S <= limit_M.max()
+        value_Sd = jnp.where(seen_S[:, None], value_Sd, 0)  # of no weight, and others' NaN times that is NaN
         score_MS = jnp.where(seen_MS, score_MS, MASKED)
         higher_M = jnp.maximum(most_M, score_MS.max(axis=1))
         weight_MS = jnp.where(seen_MS, jnp.exp(score_MS - higher_M[:, None]), 0)
         kept_M = jnp.exp(most_M - higher_M)
         total_M = total_M * kept_M + weight_MS.sum(axis=1)
         if scales:
-            weight_MS *= scales[1]
+            weight_MS *= jnp.where(seen_S[None, :], scales[1], 0)
         return out_Md * kept_M[:, None] + _dot(weight_MS.astype(query_Md.dtype), value_Sd, (1, 0)), total_M, higher_M
 
     nothing = jnp.zeros((M, d), jnp.float32), jnp.zeros(M, jnp.float32), jnp.full(M, MASKED, jnp.float32)

@@ -135,7 +135,11 @@ def _kernel(row_ref, begin_ref, pages_ref, table_ref, limit_ref, query_ref, *ref
     slot_1S = lax.broadcasted_iota(jnp.int32, (1, S), 1)
     if page != P:
         slot_1S += lax.div(slot_1S, P) * (page - P)
-    seen_RS = block * (at_once * page) + slot_1S <= limit_ref[...]
+    slot_S1 = lax.broadcasted_iota(jnp.int32, (S, 1), 0)
+    if page != P:
+        slot_S1 += lax.div(slot_S1, P) * (page - P)
+    start, last = block * (at_once * page), limit_ref[...].max()
+    seen_RS = start + slot_1S <= limit_ref[...]
     score_KRS = _dot(query_KRd, key_KSd.astype(dtype), 2) * d**-0.5
     if scales_K1S:
         score_KRS *= scales_K1S[0]
@@ -146,8 +150,10 @@ def _kernel(row_ref, begin_ref, pages_ref, table_ref, limit_ref, query_ref, *ref
     most_ref[...] = most_KR1
     total_ref[...] = total_ref[...] * kept_KR1 + weight_KRS.sum(axis=2, keepdims=True)
     if scales_K1S:
-        weight_KRS *= scales_K1S[1]
-    out_ref[...] = out_ref[...] * kept_KR1 + _dot(weight_KRS.astype(dtype), value_KSd.astype(dtype), 1)
+        weight_KRS *= jnp.where(start + slot_1S <= last, scales_K1S[1], 0)
+    # What no query sees has no weight, and others' NaN times that is NaN.
+    value_KSd = jnp.where((start + slot_S1 <= last)[None], value_KSd.astype(dtype), 0)
+    out_ref[...] = out_ref[...] * kept_KR1 + _dot(weight_KRS.astype(dtype), value_KSd, 1)
 
 
 def _split(refs):

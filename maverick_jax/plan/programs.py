@@ -60,13 +60,13 @@ class Programs:
         token_S, draft_BD, rows_BC = (self._whole(shape) for shape in ((batch,), (batch, 0), (batch, len(steps.Call._fields))))
         return Program("decode", steps.decode, (structure, geometry, leaves, state, table_SJ, token_S, draft_BD, rows_BC))
 
-    def prefill(self, batch: int, tokens: int, context: int | None = None) -> Program:
-        """The first `tokens` of every row into an empty cache: the cache and the next tokens' logits."""
+    def prefill(self, batch: int, tokens: int, context: int | None = None, *, first: bool = True) -> Program:
+        """The next `tokens` of every row, its first ones or later ones: the cache and the next tokens' logits."""
         structure, leaves = self._model(vision=False)
         geometry, state, table_SJ = self._cache(batch, context or tokens)
         x_BTD = self._array((batch, tokens, self.config.text.hidden_size), jnp.dtype(DTYPES[self.dtype]), RESIDUAL)
         rows_BC = self._whole((batch, len(steps.Call._fields)))
-        return Program("prefill", steps.prefill, (structure, geometry, True, leaves, state, table_SJ, x_BTD, rows_BC))
+        return Program("prefill", steps.prefill, (structure, geometry, first, leaves, state, table_SJ, x_BTD, rows_BC))
 
     def vision(self, tiles: int = TILES) -> Program:
         """Tiles to image features."""

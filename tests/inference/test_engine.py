@@ -192,7 +192,7 @@ def test_an_interrupted_turn(model, requests, alone, monkeypatch):
     handle = serving.submit(requests[0])
     serving.step()
     with monkeypatch.context() as patch:
-        patch.setattr(serving, "_deliver", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(serving._serving, "deliver", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             handle.result()
     assert serving.run(requests[:2])[1].tokens == alone[1]

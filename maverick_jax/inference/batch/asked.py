@@ -8,6 +8,8 @@ from typing import Any
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.batch.jobs import CHAT, Job
+from maverick_jax.inference.checks import token_rows
+from maverick_jax.inference.grammar import Grammars
 from maverick_jax.inference.request import Request
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.model import Llama4
@@ -33,15 +35,16 @@ class Asker:
 
     Args:
       max_length: tokens of a request, prompt and answer together; an answer without a limit of its own goes on to there.
+      grammars: the engine's. A form is compiled here, so that nobody who is being answered waits for it.
 
     Raises:
       UserError: no model that `load` opened, or tokenizer or template files that cannot be read.
     """
 
-    def __init__(self, model: Llama4, max_length: int):
+    def __init__(self, model: Llama4, max_length: int, grammars: Grammars):
         if model.directory is None:
             raise UserError("this model was not loaded from a directory, so its tokenizer is unknown: open it with maverick_jax.load.")
-        self.config, self.max_length = model.config, max_length
+        self.config, self.max_length, self._grammars = model.config, max_length, grammars
         self.tokenizer = Tokenizer.from_directory(model.directory)
         self._template = load_template(model.directory)
 
@@ -50,6 +53,8 @@ class Asker:
         Raises:
           UserError: messages, a picture or a setting that cannot be understood. What depends on room or vocabulary the engine says.
         """
+        if job.grammar is not None:
+            self._grammars.compiled(job.grammar)
         # A line without a seed draws otherwise than the next one, and as it did when the batch is run again.
         settings: dict[str, Any] = {"seed": zlib.crc32(job.custom_id.encode("utf-8", "surrogatepass"))} | job.sampling
         prompts = [prompt for prompt in self._prompts(job) for _ in range(job.answers)]
@@ -74,4 +79,5 @@ class Asker:
         if job.url == CHAT:
             return [render(job.messages, self.tokenizer, self.config, template=self._template, tools=job.tools, **job.render)]
         begin = self.config.bos_token_id
+        token_rows([prompt for prompt in job.prompts if not isinstance(prompt, str)], self.config.text.vocab_size)
         return [Prompt([begin, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt) for prompt in job.prompts]

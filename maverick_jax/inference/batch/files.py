@@ -93,7 +93,10 @@ def _read(number: int, line: bytes, seen: dict[str, int]) -> Job | Refused:
     try:
         if len(line) > LONGEST:
             return Refused(number, None, "line_too_long", f"line {number} has more than {LONGEST:,} bytes: shrink its pictures.")
-        request = parse_json(line, max_values=MAX_VALUES)
+        try:
+            request = parse_json(line, max_values=MAX_VALUES)
+        except (ValueError, RecursionError) as error:
+            return Refused(number, None, "invalid_json_line", f"line {number} is not valid JSON ({error}).")
         if not isinstance(request, dict):
             return Refused(number, None, "invalid_json_line", f"line {number} is {shown(request)}: expected a JSON object.")
         custom_id, wrong = _named(request, number)
@@ -106,8 +109,6 @@ def _read(number: int, line: bytes, seen: dict[str, int]) -> Job | Refused:
         return _job(number, custom_id, request)
     except UserError as error:
         return Refused(number, custom_id, "invalid_request_error", f"line {number}: {error}")
-    except (ValueError, RecursionError) as error:
-        return Refused(number, None, "invalid_json_line", f"line {number} is not valid JSON ({error}).")
 
 
 def _named(request: dict[str, Any], number: int) -> tuple[str, Refused | None]:

@@ -7,7 +7,6 @@ Fields that only steer OpenAI's service are taken and ignored; one that nobody k
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import difflib
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import MAX_NEW_TOKENS, Range, listed, shown, stop_strings, whole, whole_numbers
 from maverick_jax.inference.grammar import Grammar
+from maverick_jax.json_file import parse_json
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SAMPLING = frozenset(
@@ -32,6 +32,8 @@ FIELDS = {
     COMPLETIONS: SHARED | {"prompt", "echo"},
 }
 ANSWERS = Range(whole, 1, 128, "a whole number between 1 and 128")
+LONGEST_ID = 10  # digits of a token's
+SEEDS = Range(whole, -(2**63), 2**63 - 1, "a whole number of 64 bits")
 SHORT = 16  # tokens of a completion that names no limit, as OpenAI's: a base model never ends by itself
 LOGPROBS = Range(whole, 0, 20, "a whole number between 0 and 20")
 
@@ -107,9 +109,14 @@ def _check_names(given: dict[str, Any], url: str) -> None:
 def _sampling(given: dict[str, Any], url: str) -> dict[str, Any]:
     settings = {"temperature": 1.0} | {name: given[name] for name in SAMPLING & given.keys()}  # OpenAI's default
     if isinstance(biases := settings.get("logit_bias"), dict):
-        if wrong := [id for id in biases if not id.isdecimal()]:
+        if wrong := [id for id in biases if not id.isdecimal() or len(id) > LONGEST_ID]:
             raise UserError(f"logit_bias has {shown(wrong[0])}: expected token ids.")
         settings["logit_bias"] = {int(id): bias for id, bias in biases.items()}
+    if "seed" in settings:
+        settings["seed"] = SEEDS.check("seed", settings["seed"]) % 2**32
+    if whole(settings.get("top_p")) == 0:  # OpenAI's lowest: the most likely token alone
+        del settings["top_p"]
+        settings["top_k"] = 1
     if url == COMPLETIONS and "logprobs" in given:
         settings["logprobs"] = LOGPROBS.check("logprobs", given["logprobs"])
     if url == CHAT and _flag(given, "logprobs"):
@@ -168,7 +175,23 @@ def _message(message: Any) -> dict[str, Any]:
     message = message | {"role": "system"} if message["role"] == "developer" else message
     if isinstance(parts := message.get("content"), list):
         message = message | {"content": [_part(part) for part in parts]}
+    if isinstance(calls := message.get("tool_calls"), list):
+        message = message | {"tool_calls": [_call(call) for call in calls]}
     return message
+
+
+def _call(call: Any) -> Any:
+    """A tool's arguments as an object, which OpenAI writes as JSON in a text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
+        return call
+    try:
+        arguments = parse_json(text.encode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the arguments of a tool call are no JSON ({error}): send them as the model wrote them.") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f"the arguments of a tool call are {shown(arguments)}: expected a JSON object.")
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def _part(part: Any) -> Any:
@@ -181,7 +204,7 @@ def _part(part: Any) -> Any:
     try:
         if head.startswith("data:image/") and head.endswith(";base64") and comma:
             return {"type": "image", "image": base64.b64decode(data, validate=True)}
-    except binascii.Error as error:
+    except ValueError as error:
         raise UserError(f"a picture's address is no base64 ({error}): encode it again.") from error
     raise UserError(f"a picture's address is {shown(url)}: nothing is fetched for a batch; give data:image/png;base64,… with its bytes.")
 

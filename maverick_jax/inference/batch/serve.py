@@ -95,7 +95,7 @@ class _Batch:
         self.engine, self.requests, self.results, self.model, self.told = engine, requests, results, model, told
         self.tally = Tally(len(requests))
         self.running: list[tuple[_Task, Answer]] = []
-        self._asker = Asker(engine.model, engine.limits.max_length)
+        self._asker = Asker(engine.model, engine.limits.max_length, engine.grammars)
         self._writer = ThreadPoolExecutor(1)
         self._written: collections.deque[Future[None]] = collections.deque()
         self._began = time.perf_counter()

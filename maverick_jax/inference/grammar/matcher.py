@@ -53,6 +53,8 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, *, vocabulary: int, end_ids: Sequence[int]):
         self._tokenizer, self.vocabulary, self.end_ids = tokenizer, vocabulary, tuple(end_ids)
         self._kept: collections.OrderedDict[Grammar, llguidance.LLMatcher] = collections.OrderedDict()  # the oldest first
+        self._compiling: dict[Grammar, Future[tuple[llguidance.LLMatcher | None, str]]] = {}
+        self._too_long: collections.deque[Grammar] = collections.deque(maxlen=KEPT)
         self._lock = threading.Lock()
 
     @property
@@ -84,11 +86,14 @@ class Grammars:
                 self._threads.unsafe_compute_mask_ptr(plain, *into)
             if drafted := [(matcher._followed, at, list(draft)) for matcher, at, draft in rows if draft]:
                 self._threads.unsafe_compute_mask_ptr_with_draft_token(drafted, *into)
-            rows = [row for row in rows if row[0]._mended()]
+            rows = [row for row in rows if row[0]._followed.is_error()]
         for matcher, at, draft in rows:
             masks = masks_NW[at : at + 1 + len(draft)]
-            if not matcher._fill(masks, draft):
-                matcher._fill(masks, draft)
+            try:
+                if matcher._mended() or not matcher._fill(masks, draft):
+                    matcher._fill(masks, draft)
+            except UserError as error:
+                matcher._trouble = error
 
     def compiled(self, grammar: Grammar, *, other_than: llguidance.LLMatcher | None = None) -> llguidance.LLMatcher:
         """The form at its beginning, to be copied: the one that is kept, or a new one.
@@ -101,7 +106,7 @@ class Grammars:
             if kept is not None and kept is not other_than:
                 self._kept.move_to_end(grammar)
                 return kept
-        made, said = _with_room(lambda: self._compile(grammar), grammar.kind)
+        made, said = self._soon(grammar)
         if made is None or said:
             raise UserError(f"no answer can be held to this {grammar.kind} ({_reason(said)}): mend it.")
         with self._lock:
@@ -110,6 +115,29 @@ class Grammars:
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return made
+
+    def _soon(self, grammar: Grammar) -> tuple[llguidance.LLMatcher | None, str]:
+        """What compiling it comes to. Whoever asks for a form that is being compiled waits with the others; one that took too long does
+        so again."""
+        with self._lock:
+            if grammar in self._too_long:
+                raise _too_long(grammar)
+            result = self._compiling.get(grammar)
+            mine = result is None
+            if result is None:
+                result = self._compiling[grammar] = Future()
+        try:
+            if mine:
+                _with_room(lambda: self._compile(grammar), result)
+            return result.result(COMPILING_S)
+        except TimeoutError:
+            with self._lock:
+                self._too_long.append(grammar)
+            raise _too_long(grammar) from None
+        finally:
+            with self._lock:
+                if self._compiling.get(grammar) is result:
+                    del self._compiling[grammar]
 
     def _compile(self, grammar: Grammar) -> tuple[llguidance.LLMatcher | None, str]:
         """The form, and what llguidance has against it."""
@@ -153,6 +181,7 @@ class Matcher:
         self.grammar = grammar
         self.grammars = grammars
         self._accepted: list[int] = []
+        self._trouble: UserError | None = None  # that came while a mask was made: for `accept` to tell
         self._origin = grammars.compiled(grammar)
         self._followed = self._origin.deep_copy()
 
@@ -172,6 +201,8 @@ class Matcher:
         Raises:
           UserError: the form does not let it come; with a mask, where it leaves nothing to come. The answer ends here.
         """
+        if self._trouble is not None:
+            raise self._trouble
         if not self._followed.consume_token(token):
             said = self._followed.get_error()
             if not (self._mended() and self._followed.consume_token(token)):
@@ -217,14 +248,16 @@ class _Description:
         return self.tokenizer.encode(text.decode())
 
 
-def _with_room(work: Callable[[], Result], kind: str) -> Result:
-    """What `work` gives, in a thread with a large stack and a limit of time.
+def _too_long(grammar: Grammar) -> UserError:
+    return UserError(f"this {grammar.kind} takes more than {COMPILING_S} seconds to compile: make it simpler.")
+
+
+def _with_room(work: Callable[[], Result], result: Future[Result]) -> None:
+    """Do work in a thread with a large stack.
 
     llguidance calls itself for each link of a chain of rules: with a usual stack, a thousand links end the process. And some forms,
     such as thirty patterns under one `allOf`, take it hours: they keep their thread, of which there are few.
     """
-    too_long = UserError(f"this {kind} takes more than {COMPILING_S} seconds to compile: make it simpler.")
-    result: Future[Result] = Future()
 
     def run() -> None:
         try:
@@ -235,20 +268,17 @@ def _with_room(work: Callable[[], Result], kind: str) -> Result:
             _compilers.release()
 
     if not _compilers.acquire(timeout=COMPILING_S):
-        raise too_long
+        result.set_exception(UserError("the forms before this one take too long to compile: send it again later, or make those simpler."))
+        return
     with _stack_size:
         usual = threading.stack_size(STACK)
         try:
             threading.Thread(target=run, name="compile a grammar", daemon=True).start()
-        except RuntimeError:
+        except RuntimeError as error:
             _compilers.release()
-            raise
+            result.set_exception(error)
         finally:
             threading.stack_size(usual)
-    try:
-        return result.result(COMPILING_S)
-    except TimeoutError:
-        raise too_long from None
 
 
 def _library():

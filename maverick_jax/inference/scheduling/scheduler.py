@@ -82,7 +82,7 @@ class Scheduler:
             raise NoRoom(f"{asked}, but {limits.max_length} is the longest there is room for: shorten the prompt or lower max_new_tokens.")
         if self._slots.pages_of(tokens - 1) > limits.pages:  # what is drawn last is never read
             raise NoRoom(f"{asked}, but the cache holds {limits.pages * limits.page}: shorten the prompt or lower max_new_tokens.")
-        if len(self.rows) - len(self._slots.running) >= limits.queue:
+        if len(self.rows) >= limits.slots + limits.queue:
             raise Full(f"{limits.queue} requests wait already, as many as may: send this one again later.")
         row = Row(self._count, request, list(keys), prompt=len(keys), total=len(keys), ahead=ahead)
         self._count += 1

@@ -1,6 +1,7 @@
 """What a scheduler was told and what it planned, one event per line, and the same again from such a file, without a model.
 
-A line is a JSON object: first the limits, then what was called, in order. The prompts stand there as their tokens' keys.
+A line is a JSON object: first the limits, then what was called, in order; limits again where an engine began anew.
+Prompts stand there as their tokens' keys.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ def replay(lines: Iterable[str]) -> Iterator[tuple[Scheduler, Plan]]:
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            if scheduler is None:
+            if scheduler is None or "limits" in event:  # the engine began anew
                 lists = {name: tuple(value) for name, value in event["limits"].items() if isinstance(value, list)}
-                scheduler = Scheduler(Limits(**event["limits"] | lists))
+                scheduler, rows = Scheduler(Limits(**event["limits"] | lists)), {}
                 continue
             plan = _tell(scheduler, rows, event)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

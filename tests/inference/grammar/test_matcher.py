@@ -270,12 +270,25 @@ def test_a_form_that_takes_for_ever_is_given_up(monkeypatch):
     monkeypatch.setattr(module, "COMPILING_S", 0.01)
     monkeypatch.setattr(module, "_compilers", threading.BoundedSemaphore(1))
     hold = threading.Event()
-    for work in (hold.wait, lambda: "never begun"):
-        with pytest.raises(UserError, match=r"this regex takes more than 0.01 seconds"):
-            module._with_room(work, "regex")
+    grammars, slow = make(), Grammar(regex="slow")
+    compiling = []
+
+    def compile_one(grammar):
+        compiling.append(grammar)
+        hold.wait()
+        return None, ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grammars, "_compile", compile_one)
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"this regex takes more than 0.01 seconds"):
+                grammars.matcher(slow)
+    assert compiling == [slow]  # the second time it was known
+    with pytest.raises(UserError, match=r"the forms before this one take too long"):
+        grammars.matcher(Grammar(regex="quick"))
     hold.set()
     monkeypatch.setattr(module, "COMPILING_S", 30)
-    assert module._with_room(lambda: "done", "regex") == "done"
+    assert follows(grammars, Grammar(regex="quick"), "quick")
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -233,7 +233,7 @@ class Trace:
         request = ask(most, chance.choice([None] * 6 + [chance.randint(0, 40)]))
         limits = self.scheduler.limits
         too_long = len(keys) + most > limits.max_length or -(-(len(keys) + most - 1) // limits.page) > limits.pages
-        full = sum(row.slot is None for row in self.scheduler.rows.values()) >= limits.queue
+        full = len(self.scheduler.rows) >= limits.slots + limits.queue
         try:
             row = self.scheduler.add(request, keys, self.now, ahead=not limits.draft or chance.random() < 0.5)
         except NoRoom:
