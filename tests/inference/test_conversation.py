@@ -28,3 +28,5 @@ def test_each_turn_reads_what_is_new_and_compiles_nothing():
             known = [*ids, *answer.tokens]
     assert read < len(known)
     assert engine._serving.runner.features.encoded == 2
+    chat.stream("What is the sum?").close()  # nobody began to read it
+    assert chat("What is the sum?")

@@ -1,5 +1,8 @@
 """The engine: whoever comes and goes beside it, a request gets the tokens that it gets alone, and nothing is left behind."""
 
+import dataclasses
+import io
+import json
 import threading
 import weakref
 
@@ -10,12 +13,19 @@ from no_compilation import no_compilation
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference import engine as engine_module
+from maverick_jax.inference.admission import admitted
 from maverick_jax.inference.checks import NoRoom
 from maverick_jax.inference.engine import Engine
+from maverick_jax.inference.followers import Leader, as_json, from_json
 from maverick_jax.inference.generate import generate
-from maverick_jax.inference.request import Finish, Full, Request
-from maverick_jax.inference.sampling import Sampling
+from maverick_jax.inference.grammar import Grammar
+from maverick_jax.inference.handle import Handle, Stopped
+from maverick_jax.inference.request import Finish, Full, Request, Row
+from maverick_jax.inference.runner import Content, Launched
+from maverick_jax.inference.sampling import NOT_FINITE, Sampling
+from maverick_jax.inference.scheduling.trace import replay
 from maverick_jax.inference.serving import Serving
+from maverick_jax.sharding import multihost
 from oracle.plain import PATCH, SIDE, VISION, plain_model
 
 NEW = 12
@@ -139,6 +149,112 @@ def test_from_many_threads(model, requests, alone):
             thread.join(120)
         assert [found[place] for place in range(len(requests))] == alone
         assert is_empty(serving)
+
+
+def test_from_many_threads_without_one_of_its_own(model, requests, alone):
+    """Whoever waits makes the turns, one at a time."""
+    serving, found = engine(model), {}
+    threads = [
+        threading.Thread(target=lambda place=place: found.update({place: list(serving.submit(requests[place]))}))
+        for place in range(len(requests))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [found[place] for place in range(len(requests))] == alone
+    assert is_empty(serving)
+
+
+def test_more_requests_than_may_wait(model, requests, alone):
+    """`run` waits for room, and takes all back where one of them cannot be served."""
+    serving = engine(model, slots=1, queue=1)
+    assert [handle.tokens for handle in serving.run(requests[:5])] == alone[:5]
+    with pytest.raises(NoRoom):
+        serving.run([requests[0], Request(ids=[5] * 60, max_new_tokens=30)])
+    assert is_empty(serving)
+
+
+def test_a_turn_that_fails_and_a_cache_that_cannot_be_made_again(model, requests, alone, monkeypatch):
+    """Everyone is told at once; the next request is told why, and when there is memory again it is served."""
+    failing = [RuntimeError("out of memory\nand more")]
+
+    def make(*arguments):
+        if failing:
+            raise failing[0]
+        return Serving(*arguments)
+
+    with engine(model) as serving:
+        monkeypatch.setattr(engine_module, "Serving", make)
+        monkeypatch.setattr(serving._serving, "launch", lambda *_: (_ for _ in ()).throw(failing[0]))
+        with pytest.raises(Stopped, match=r"the engine stopped: out of memory$"):
+            serving.submit(requests[0]).result()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            serving.submit(requests[0])
+        failing.clear()
+        assert serving.submit(requests[0]).result() == alone[0]
+
+
+def test_the_last_token_may_come_while_one_looks():
+    """Between counting the tokens and asking whether there will be more."""
+
+    class Late(list):
+        def __len__(self):
+            count = super().__len__()
+            if handle.finish is None:
+                self.append(7)
+                handle.finish = Finish.LENGTH
+            return count
+
+    handle = Handle(None, lambda *_: None, lambda _: None)
+    handle.tokens = Late()
+    assert list(handle) == [7]
+
+
+def test_a_row_that_comes_back_to_a_place_brings_what_it_has_said(model, requests):
+    """Preempted twice it may find its own settings there, and a history without what it said elsewhere."""
+    runner = engine(model)._serving.runner
+    row = Row(5, requests[0], [4], prompt=1, total=1)
+    asked = admitted(requests[0], model.config, 64)
+    content = Content(row=row, request=asked, tokens=[4], tiles=[], feature_T=None)
+    for row.slot in (2, 3):
+        runner._move_in([content])
+    assert runner._owner_S == [-1, -1, -1, 5]
+
+
+def test_a_trace_goes_on_where_the_engine_begins_anew(model, requests):
+    stream = io.StringIO()
+    serving = engine(model, trace=stream)
+    serving.run(requests[:2])
+    serving.close()
+    serving.run(requests[:2])
+    assert len(list(replay(stream.getvalue().splitlines()))) > 20
+
+
+def test_followers_are_told_before_all_look_for_what_is_not_finite(model, requests, monkeypatch):
+    """It is computed, and on all devices."""
+    serving, events = engine(model), []
+    monkeypatch.setattr(multihost, "exchange", lambda message: events.extend(name for event in message for name in event))
+    serving._leader = Leader()
+    monkeypatch.setattr(Launched, "read", lambda self: [(part, [NOT_FINITE], None) for part in self.parts if part.samples])
+    monkeypatch.setattr(serving._serving, "_explain", lambda served: events.append("explained") or "")
+    handle = serving.submit(requests[0])
+    while not handle.finish:
+        serving.step()
+    assert events[-2:] == ["deliver", "explained"]
+
+
+def test_a_request_reaches_followers_as_it_was(model, requests):
+    """As JSON, pictures in a message of their own; more of them than a message holds are refused."""
+    told = [Request(ids=[5], max_new_tokens=3, sampling=Sampling(logit_bias={7: 1.5}, seed=3), deadline=2.0, grammar=Grammar(choice=["a"]))]
+    for request in [*requests, *told]:
+        asked = admitted(request, model.config, 64)
+        again = admitted(from_json(json.loads(json.dumps(as_json(asked)))), model.config, 64)
+        for name in ("ids", "tiles", "max_new_tokens", "sampling", "stop_ids", "deadline", "grammar"):
+            np.testing.assert_equal(getattr(again, name), getattr(asked, name))
+    many = dataclasses.replace(asked, tiles=np.broadcast_to(np.float32(0), (2**20, 3, SIDE, SIDE)))
+    with pytest.raises(UserError, match=r"1048576 tiles of pictures are too many"):
+        as_json(many)
 
 
 def test_closing_ends_everyone(model, requests):

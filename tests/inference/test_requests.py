@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from maverick_jax.errors import UserError
+from maverick_jax.inference import room
+from maverick_jax.inference.admission import admitted
 from maverick_jax.inference.generate import generate
+from maverick_jax.inference.request import Request
+from maverick_jax.inference.room import room_for
+from maverick_jax.inference.sampling import Sampling
 from oracle.plain import PATCH, SIDE, VISION, plain_model
 
 TILES = np.zeros((1, 3, SIDE, SIDE), np.float32)
@@ -141,6 +146,20 @@ def test_what_is_unusual_is_taken_as_meant(model, seeing):
     seen = generate(seeing, [[1, PATCH]], tiles=TILES, max_new_tokens=2, stop_ids=())
     for tiles in (TILES.astype(np.float64), TILES.astype(np.float16), jnp.asarray(TILES, jnp.bfloat16), list(TILES)):
         assert generate(seeing, [[1, PATCH]], tiles=tiles, max_new_tokens=2, stop_ids=()) == seen
+
+
+def test_more_stop_tokens_than_can_be_kept_away(model):
+    """One that is not kept away would end the answer at once."""
+    request = Request(ids=[5], max_new_tokens=4, sampling=Sampling(min_tokens=2), stop_ids=range(4, 40))
+    with pytest.raises(UserError, match=r"min_tokens keeps at most 32 stop tokens away, and there are 36"):
+        admitted(request, model.config, 64)
+
+
+def test_more_cache_than_there_is_memory(model, monkeypatch):
+    """One line with both figures, instead of an allocator's pages."""
+    monkeypatch.setattr(room, "free_bytes", lambda model: 1000)
+    with pytest.raises(UserError, match=r"4 slots of up to 64 tokens, .* are asked for, but 0.0 MiB are free"):
+        room_for(model, slots=4, max_length=64)
 
 
 def test_what_is_no_model():

@@ -40,6 +40,22 @@ def test_pages_in_any_order(few_scores, rows, tokens, parts):
     assert_allclose(np.where(limit[..., None, None] >= 0, out, 0), np.where(limit[..., None, None] >= 0, expected, 0), atol=2e-6)
 
 
+def test_what_nobody_sees_may_be_anything():
+    """NaN in a stranger's page, and behind a row's last slot: of no weight, and NaN times that would be NaN."""
+    random = np.random.default_rng(0)
+    clean = [random.normal(size=(6, KV_HEADS, PAGE, SIZE)).astype(np.float32) for _ in range(2)]
+    query = jnp.asarray(random.normal(size=(2, 1, HEADS, SIZE)), jnp.float32)
+    table, limit = jnp.array([[1, 0, 0], [2, 3, 4]], jnp.int32), jnp.array([[4], [18]], jnp.int32)
+    dirty = [x.copy() for x in clean]
+    for x in dirty:
+        x[[0, 5]], x[1, :, 5:], x[4, :, 3:] = np.nan, np.nan, np.nan
+    found, expected = (
+        over_pages(query, Pages(*map(jnp.asarray, stored)), table, limit, page=PAGE, first=jnp.int32(0)).finish(query.dtype)
+        for stored in (dirty, clean)
+    )
+    assert_allclose(found, expected)
+
+
 def test_tokens_go_where_they_are_sent():
     """Into pages and slots, of a device's part those that lie there, and nowhere for page N."""
     pages = Pages(*(jnp.zeros((4, 1, 4, 2)) for _ in range(2)))

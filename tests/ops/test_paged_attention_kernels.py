@@ -112,6 +112,17 @@ def test_other_dtypes(platform, bits):
     assert_allclose(ours, expected, atol=TOLERANCE["bfloat16"] * np.abs(expected).max(), rtol=0)
 
 
+@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("platform", KERNELS)
+def test_what_nobody_sees_may_be_anything(platform, bits):
+    """NaN behind a row's last slot, which somebody else has left there."""
+    query, pages, table, limit = make_case([300], 1, bits=bits)
+    page, names = int(table[0, 2]), ("key_scale_NKP", "value_scale_NKP") if bits else ("key_NKPd", "value_NKPd")
+    dirty = pages._replace(**{name: getattr(pages, name).at[page, :, 301 - 2 * P :].set(jnp.nan) for name in names})
+    found, expected = (kernel(platform, query, stored, table, limit).finish(query.dtype) for stored in (dirty, pages))
+    assert_allclose(found, expected)
+
+
 @pytest.mark.parametrize("platform", KERNELS)
 def test_devices_that_hold_parts_of_every_page_make_one_sum(platform):
     """Four of them, with 8 bits; some rows end in the middle of a part, and some before the last parts begin."""

@@ -92,7 +92,31 @@ def test_tools_that_may_not_be_called_are_not_shown():
     assert chat(tools=tools, tool_choice="none").tools is None
 
 
+def test_what_the_openai_client_may_send_is_understood():
+    """Seeds of 64 bits, the lowest top_p, and the arguments of a tool call as JSON in a text."""
+    assert chat(seed=-1).sampling["seed"] == 2**32 - 1
+    assert chat(seed=2**40 + 5).sampling["seed"] == 5
+    assert chat(top_p=0).sampling == {"temperature": 1.0, "top_k": 1}
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    (message,) = chat(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}]).messages
+    assert message["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+
+
+def called_with(arguments: str) -> dict:
+    return {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": arguments}}]}]}
+
+
 REFUSED = {
+    "a seed of 65 bits": (chat, {"seed": 2**64}, "seed is 18446744073709551616"),
+    "seeds for many": (chat, {"seed": [1, 2]}, r"seed is \[1, 2\]"),
+    "a bias of a very long number": (chat, {"logit_bias": {"1" * 5000: 1}}, "logit_bias has '111"),
+    "arguments that are no JSON": (chat, called_with("{"), "arguments of a tool call are no JSON"),
+    "arguments that are a list": (chat, called_with("[1]"), r"arguments of a tool call are \[1\]"),
+    "a picture in another alphabet": (
+        chat,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,é"}}]}]},
+        "no base64",
+    ),
     "a misspelt field": (chat, {"max_token": 5}, "'max_token' is no field.*did you mean max_tokens"),
     "a field of the other kind": (completion, {"messages": HELLO}, "'messages' is no field of /v1/completions"),
     "a stream": (chat, {"stream": True}, "stream is true"),

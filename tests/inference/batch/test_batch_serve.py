@@ -135,7 +135,7 @@ FAILING = {
     "no picture": ((CHAT, {"messages": picture("data:image/png;base64,AAAA")}), None, "picture"),
     "a part that nobody knows": ((CHAT, {"messages": [{"role": "user", "content": [{"type": "video"}]}]}), None, "message part"),
     "a form that nothing has": ((CHAT, {"messages": HELLO, "structured_outputs": {"regex": "(?"}}), None, "no answer can be held to"),
-    "a seed for nobody": ((CHAT, {"messages": HELLO, "seed": [1, 2]}), None, "seed has 2 numbers for 1"),
+    "echoed ids of another vocabulary": ((COMPLETIONS, {"prompt": [-5], "echo": True}), None, "token ids outside"),
 }
 
 

@@ -291,6 +291,21 @@ def test_a_form_that_takes_for_ever_is_given_up(monkeypatch):
     assert follows(grammars, Grammar(regex="quick"), "quick")
 
 
+def test_trouble_with_a_mask_is_its_rows_alone(monkeypatch):
+    """A form that has to be made again may take too long: the others' masks are made all the same, and its own row is told."""
+    grammars = make()
+    ill, well = grammars.matcher(Grammar(regex="a+")), grammars.matcher(Grammar(regex="b+"))
+
+    def trouble():
+        raise UserError("this regex takes more than 30 seconds")
+
+    monkeypatch.setattr(ill, "_mended", trouble)
+    made = masks(grammars, (ill, []), (well, []))
+    assert made[1] == masks(grammars, (grammars.matcher(Grammar(regex="b+")), []))[0]
+    with pytest.raises(UserError, match="more than 30 seconds"):
+        ill.accept(TOKENIZER.encode("a")[0])
+
+
 def test_a_missing_library_is_named(monkeypatch):
     """With what installs it."""
     monkeypatch.setitem(sys.modules, "llguidance", None)

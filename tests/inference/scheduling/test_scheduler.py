@@ -246,6 +246,15 @@ def test_what_never_fits_is_refused_at_once():
     assert len(row.new_tokens) == 3
 
 
+def test_who_finds_a_slot_does_not_wait():
+    """Before the next plan nobody has a slot yet: a burst of as many as there are slots fits without a queue."""
+    scheduler = Scheduler(replace(LIMITS, slots=2, queue=0))
+    for i in range(2):
+        scheduler.add(ask(1), prompt(5, i), 0.0)
+    with pytest.raises(Full):
+        scheduler.add(ask(1), prompt(5, 3), 0.0)
+
+
 def test_a_full_queue_refuses_and_changes_nothing():
     """Rows that run do not count."""
     scheduler = Scheduler(replace(LIMITS, slots=1, queue=2))
