@@ -1,9 +1,8 @@
 """A chat of ten turns with two pictures: each turn reads only what is new."""
 
-from no_compilation import no_compilation
-
 import maverick_jax as mj
 from maverick_jax.assets import digits
+from oracle.compiling import no_compilation
 
 TURNS = 10
 

@@ -9,7 +9,6 @@ import weakref
 import jax
 import numpy as np
 import pytest
-from no_compilation import no_compilation
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference import engine as engine_module
@@ -26,6 +25,7 @@ from maverick_jax.inference.sampling import NOT_FINITE, Sampling
 from maverick_jax.inference.scheduling.trace import replay
 from maverick_jax.inference.serving import Serving
 from maverick_jax.sharding import multihost
+from oracle.compiling import no_compilation
 from oracle.plain import PATCH, SIDE, VISION, plain_model
 
 NEW = 12

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from no_compilation import no_compilation
 
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.request import Request
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.sharding import LATENCY, THROUGHPUT, AttendOnMesh, Constrain, make_dispatcher, make_mesh
+from oracle.compiling import no_compilation
 from oracle.plain import PATCH, SIDE, VISION, plain_model
 
 SIZES = dict(vision=VISION, attention_chunk_size=8, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
