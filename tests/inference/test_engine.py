@@ -327,7 +327,7 @@ def test_a_new_cache_comes_when_the_old_one_is_gone(model, monkeypatch):
         return Serving(*arguments)
 
     monkeypatch.setattr(engine_module, "Serving", make)
-    serving.close()
+    serving._restart()
     assert made == [[None] * len(old)]
 
 
