@@ -324,8 +324,10 @@ class Engine:
         """Before a request is taken: is everything what it was?"""
         if self._leader and self._leader.failed:
             raise Stopped("a turn has failed, and this run ends.")
-        if not self._turn.acquire(blocking=False):
-            return  # who makes the turn looks after it
+        if not self._turn.acquire(blocking=False):  # whoever makes the turn looks after it
+            if self._serving.closed:
+                raise Stopped("the engine begins anew: send the request again.")
+            return
         try:
             if self._broken:
                 self._fail(Stopped("the engine was interrupted."), Finish.CANCELLED)
