@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maverick_jax.inference.sampling.blocks import SHARES, draw, first_highest, in_blocks, per_row
+from maverick_jax.inference.sampling.blocks import SHARES, draw, first_highest, in_blocks
 from maverick_jax.inference.sampling.extras import Extras, adjust, log_probabilities
-from maverick_jax.inference.sampling.filters import Candidates, among_all, among_candidates, in_min_p
+from maverick_jax.inference.sampling.filters import Candidates, Weigh, among_all, among_candidates, in_min_p
 from maverick_jax.inference.sampling.rows import RowSampling
 
 NOT_FINITE = -2  # in the place of a token whose logits are not finite
@@ -97,15 +97,12 @@ def accept(
 def _drawn(logits_BNL, highest_BN, rows, step_B):
     """[B] int32: a token of every row by chance; anything for rows without a temperature."""
     top_B = highest_BN.max(axis=-1)
-    temperature_B = jnp.maximum(rows.temperature_B, 1e-6)
     keys_B = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(jnp.asarray(rows.seed_B), step_B)
 
     def shares(number):
         return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (SHARES,)))(keys_B)
 
-    def weigh(logits):
-        return jnp.exp((logits - per_row(top_B, logits)) / per_row(temperature_B, logits))
-
+    weigh = Weigh(top_B, jnp.maximum(jnp.asarray(rows.temperature_B), 1e-6))
     vocabulary = logits_BNL[0].size
     warm_B = rows.temperature_B > 0
     filtered_B = warm_B & ((rows.top_k_B < vocabulary) | jnp.isfinite(rows.top_p_B))

@@ -21,7 +21,21 @@ from maverick_jax.inference.sampling.blocks import block_of, draw, draw_at_once,
 from maverick_jax.inference.sampling.rows import RowSampling
 
 CANDIDATES = 128
-Weigh = Callable[[jax.Array], jax.Array]  # from logits [B, ...] to weights: probabilities but for a factor per row
+
+
+class Weigh(NamedTuple):
+    """From logits [B, ...] to weights: probabilities but for a factor per row.
+
+    Attributes:
+      top_B: the largest logit.
+      temperature_B: above 0.
+    """
+
+    top_B: jax.Array
+    temperature_B: jax.Array
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        return jnp.exp((logits - per_row(self.top_B, logits)) / per_row(self.temperature_B, logits))
 
 
 class Candidates(NamedTuple):
@@ -80,7 +94,7 @@ def among_all(
 ) -> jax.Array:
     """[B] int32: tokens that all filters keep, from tokens drawn with min-p alone.
 
-    On average each draw again halves what is still to be refused.
+    On average each draw again halves what is still to be refused. Few rows draw again, so they do it one after the other.
 
     Args:
       token_B: drawn from all tokens by their weights.
@@ -91,13 +105,18 @@ def among_all(
 
     def again(carry):
         number, token_B, refused_B = carry
-        logit_B = _logit_of(logits_BNL, token_B)
+        row = jnp.argmax(refused_B)
+        here = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(jnp.asarray(x), row, 1), (logits_BNL, token_B, total_B, weigh, rows))
+        logits_1NL, token_1, total_1, weigh_1, rows_1 = here
+        logit_1 = _logit_of(logits_1NL, token_1)
 
         def weigh_before(logits, ids):
-            return jnp.where(_before(logits, ids, logit_B, token_B), in_min_p(weigh(logits), rows), 0)
+            return jnp.where(_before(logits, ids, logit_1, token_1), in_min_p(weigh_1(logits), rows_1), 0)
 
-        token_B = jnp.where(refused_B, draw(logits_BNL, weigh_before, shares(number)), token_B)
-        return number + 1, token_B, refused_B & ~is_kept(logits_BNL, token_B, total_B, weigh, rows)
+        token_1 = draw(logits_1NL, weigh_before, lax.dynamic_slice_in_dim(shares(number), row, 1))
+        kept = is_kept(logits_1NL, token_1, total_1, weigh_1, rows_1)[0]
+        token_B = lax.dynamic_update_slice_in_dim(token_B, token_1, row, 0)
+        return jnp.where(kept, 1, number + 1), token_B, refused_B.at[row].set(~kept)
 
     refused_B = asked_B & ~is_kept(logits_BNL, token_B, total_B, weigh, rows)
     return lax.while_loop(lambda carry: carry[2].any(), again, (jnp.int32(1), token_B, refused_B))[1]
