@@ -30,7 +30,7 @@ for i in range(8):
     if i % 4 == 1:
         tiles = random.uniform(-1, 1, (1, 3, vision.image_size, vision.image_size)).astype(np.float32)
         ids = [5, *[model.config.image_token_index] * vision.tokens_per_tile, *ids]
-    sampling = Sampling(temperature=float(i % 2), seed=i, logit_bias={7: 1.5} if i == 5 else None, logprobs=1 if i == 2 else None)
+    sampling = Sampling(logit_bias={7: 1.5} if i == 5 else None, logprobs=1 if i == 2 else None)
     deadline = 0.0 if i == 7 else None
     grammar = mj.Grammar(choice=["four", "seven"]) if i == 6 else None
     asked.append(mj.Request(ids=ids, tiles=tiles, max_new_tokens=6, sampling=sampling, stop_ids=(), deadline=deadline, grammar=grammar))
