@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from maverick_jax.sharding import roll_call
-from processes import MAVERICK, half_of_the_mini_model
+from processes import HARD_LIMIT_S, MAVERICK, half_of_the_mini_model
 
 COMES_AND_GOES = """
 import json, sys, threading
@@ -104,7 +104,7 @@ def test_requests_that_come_and_go(start, tmp_path, draft):
     for count in (2, 1):
         flags = f"--xla_force_host_platform_device_count={8 // count}"
         run = start([("-c", COMES_AND_GOES, draft)] * count, XLA_FLAGS=flags)
-        assert run.statuses() == [0] * count, run.err(0) + run.err(count - 1)
+        assert run.statuses(5 * HARD_LIMIT_S) == [0] * count, run.err(0) + run.err(count - 1)
         said.append(lines(run.out(0)))
         if count == 2:
             assert lines(run.out(1)) == said[0][-1:]
