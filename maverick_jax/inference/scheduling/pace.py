@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SHARE = 0.4  # of the time of a decode step
 FIXED = 128  # tokens per step while nothing is measured, or where several processes must come to the same
 KEPT = 0.8  # of what was known, when a new measurement comes
+MOST = 1.2  # times the step that is known, when a longer one comes
 BEHIND = 3  # plans: so much later it is seen how long a prefill took that draws nothing, since steps are launched ahead
 
 
@@ -46,7 +47,8 @@ class Pace:
                 self._spent = KEPT * self._spent + max(0.0, took - (self._decode if decoded else 0.0))
                 self._read = KEPT * self._read + prefilled
             elif decoded:
-                self._decode = _smoothed(self._decode, took)
+                # A turn may hold more than a step: what its caller did before it, or another process.
+                self._decode = _smoothed(self._decode, min(took, MOST * self._decode) if self._decode else took)
         decoded = sum(len(call.parts) for call in plan.calls if call.kind == "decode")
         prefilled = sum(call.rows * call.tokens for call in plan.calls if call.kind == "prefill")
         self._last = [*self._last[1:], (decoded, prefilled)]

@@ -37,6 +37,17 @@ def test_a_piece_now_and_then(monkeypatch, every, piece):
     assert sum(found[100:]) / 200 == pytest.approx(pace.SHARE * 32 / piece, rel=0.25)
 
 
+def test_a_turn_that_holds_something_else_says_little(monkeypatch):
+    """A caller that does other things before a turn would make every step look long, and prompts cheap."""
+    clock, paced = Clock(), Pace()
+    monkeypatch.setattr(pace, "time", clock)
+    monkeypatch.setattr(pace, "seconds_compiling", lambda since: 0.0)
+    for step in range(60):
+        paced.begin(Plan(calls=(DECODE, PREFILL) if step % 8 == 7 else (DECODE,)))
+        clock.now += (2.0 if step % 8 == 7 else 1.0) + (20.0 if step % 8 == 4 else 0.0)
+    assert paced.tokens < 3 * pace.SHARE * 32
+
+
 def test_compiling_is_nobodys_time(monkeypatch):
     """A first call that compiles for a minute would leave no prompt any time for the rest of the day."""
     clock, paced = Clock(), Pace()
