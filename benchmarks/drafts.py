@@ -25,6 +25,7 @@ REPEATED, QUESTION = "What is the sum? The sum is 7. ", "What is the sum?"
 
 
 def prompts(model: mj.Llama4, kind: str, batch: int) -> list[Request]:
+    assert model.directory is not None
     tokenizer = mj.Tokenizer.from_directory(model.directory)
     if kind == "random tokens":
         return [ask(ids, NEW) for ids in random_prompts(model.config, batch, 48, seed=0)]
