@@ -106,7 +106,7 @@ def check_same(model: Llama4, limits: Limits, dtype: str) -> None:
     parameters = [(x.shape, x.dtype.name) for x in jax.tree.leaves(model)]
     settings = {f"the engine's {name}": str(value) for name, value in dataclasses.asdict(limits).items()}
     digests = {"the model": _digest(model.config, parameters), "the engine's programs": _digest(shapes(limits), dtype)}
-    multihost.check_same(settings | digests | {"llguidance": version_of("llguidance")})
+    multihost.check_same(settings | digests | {"llguidance": _version_of("llguidance")})
 
 
 def as_json(request: Admitted) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _text(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array, np.float32).data).decode()
 
 
-def version_of(package: str) -> str:
+def _version_of(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -127,6 +127,13 @@ def test_many_answers_to_one_prompt_read_it_once(model):
     assert [handle.tokens for handle in handles] == expected
 
 
+def all_run(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+
+
 def test_from_many_threads(model, requests, alone):
     """Submitted at the same time from threads of their own, iterated there, while others are cancelled."""
     found: dict[int, list[int]] = {}
@@ -143,10 +150,7 @@ def test_from_many_threads(model, requests, alone):
 
         threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(requests))]
         threads += [threading.Thread(target=leave, args=(place,)) for place in (3, 8, 10)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
+        all_run(threads)
         assert [found[place] for place in range(len(requests))] == alone
         assert is_empty(serving)
 
@@ -158,10 +162,7 @@ def test_from_many_threads_without_one_of_its_own(model, requests, alone):
         threading.Thread(target=lambda place=place: found.update({place: list(serving.submit(requests[place]))}))
         for place in range(len(requests))
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    all_run(threads)
     assert [found[place] for place in range(len(requests))] == alone
     assert is_empty(serving)
 
