@@ -17,6 +17,7 @@ from maverick_jax.ops.linear import LEAST_BFLOAT16_ROWS
 from maverick_jax.ops.quantize import QuantizedArray, Weight, dequantize, matrix_shape
 
 FEWEST_ROWS = 8
+SHARED = 4  # experts per row on CPU: where there are as many, few rows share one
 
 
 def grouped_matmul(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.Array) -> jax.Array:
@@ -66,6 +67,8 @@ def _dequantized(weight, dtype):
 
 @jax.custom_vjp
 def _grouped_matmul_cpu(x_RK, weight_EKN, group_sizes_E):
+    if x_RK.dtype == jnp.float32 and isinstance(weight_EKN, jax.Array) and len(x_RK) <= len(group_sizes_E) // SHARED:
+        return _row_by_row(x_RK, weight_EKN, group_sizes_E)
     return _product(x_RK, weight_EKN, group_sizes_E, contract_axis=0)
 
 
@@ -82,6 +85,19 @@ def _backward(residuals, dy_RN):
 
 
 _grouped_matmul_cpu.defvjp(_forward, _backward)
+
+
+def _row_by_row(x_RK, weight_EKN, group_sizes_E):
+    """Few float32 rows, mostly of different experts: a sum over the matrix where it lies, for a product XLA:CPU would copy it."""
+    rows, until_E = len(x_RK), jnp.cumsum(group_sizes_E)
+    padded = jnp.pad(x_RK, ((0, 1), (0, 0)))  # of a single row XLA would move the slice out of the loop, and copy it again
+    expert_R = jnp.searchsorted(until_E, jnp.arange(rows + 1), side="right")
+
+    def row(r, out):
+        matrix_KN = lax.dynamic_index_in_dim(weight_EKN, expert_R[r], keepdims=False)
+        return lax.dynamic_update_index_in_dim(out, (padded[r][:, None] * matrix_KN).sum(axis=0), r, axis=0)
+
+    return lax.fori_loop(0, until_E[-1], row, jnp.zeros((rows + 1, weight_EKN.shape[2]), x_RK.dtype))[:rows]
 
 
 def _product(x_RK, weight_EKN, group_sizes_E, *, contract_axis):

@@ -104,6 +104,15 @@ def test_no_stack_is_copied(kind, gradient):
     assert [array for array in made if array.shape[:1] == (E,) and array.ndim == 3 and array.shape[1] > 1] == []
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_few_float32_rows_copy_no_matrix(rows):
+    """XLA:CPU copies an expert's matrix out of the stack before a product, at a third of the step's time with 128 experts."""
+    x, w, sizes = jax.ShapeDtypeStruct((rows, K), "float32"), abstract_weight("float32", 16), jax.ShapeDtypeStruct((16,), "int32")
+    made = arrays_made(jax.jit(grouped_matmul).lower(x, w, sizes).compile())
+    assert made, "nothing was found in the compiled text: the test sees nothing"
+    assert [array for array in made if {K, N} <= set(array.shape)] == []
+
+
 def test_the_gradient_of_a_bfloat16_stack_is_written_expert_by_expert():
     """Put into a bfloat16 stack, every expert's part made XLA:CPU widen and round the whole of it."""
     E = 16

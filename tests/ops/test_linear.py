@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from maverick_jax.ops.linear import FEW_ROWS, LEAST_BFLOAT16_ROWS, linear, linear_float32
+from maverick_jax.ops.linear import FEW_ROWS, LEAST_BFLOAT16_ROWS, PARTS, linear, linear_float32
 from oracle.programs import arrays_made
 
 LEADING = [(), (1,), (1, 1), (2,), (3,), (2, 3), (FEW_ROWS,), (FEW_ROWS + 1,)]
 
 
 @pytest.mark.parametrize("leading", LEADING, ids=str)
-@pytest.mark.parametrize(("inner", "outer"), [((6,), (5,)), ((3, 2), (5,)), ((6,), (5, 2))], ids=str)
+@pytest.mark.parametrize(("inner", "outer"), [((6,), (5,)), ((3, 2), (5,)), ((6,), (5, 2)), ((4, 2), (5,))], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_any_number_of_rows(dtype, inner, outer, leading):
     """Axes come out in their order, whichever form is taken. These integers are exact in both dtypes, their sums in float32 alone."""
@@ -41,3 +41,10 @@ def test_no_product_has_a_single_bfloat16_row(rows):
     x, weight = jax.ShapeDtypeStruct((rows, 6), "bfloat16"), jax.ShapeDtypeStruct((6, 5), "bfloat16")
     made = arrays_made(jax.jit(linear_float32).lower(x, weight).compile())
     assert [array.shape[0] for array in made if array.by == "dot"] == [max(rows, LEAST_BFLOAT16_ROWS)]
+
+
+def test_a_single_float32_row_is_multiplied_in_parts():
+    """XLA:CPU gives a single row's product by a small matrix to one core: 13 GB/s, where parts of it on both reach 20."""
+    x, weight = jax.ShapeDtypeStruct((1, 8), "float32"), jax.ShapeDtypeStruct((8, 5), "float32")
+    made = arrays_made(jax.jit(linear_float32).lower(x, weight).compile())
+    assert [array.shape for array in made if array.by == "dot"] == [(PARTS, 1, 5)]
