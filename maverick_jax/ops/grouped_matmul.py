@@ -7,6 +7,7 @@ Backends: CPU loops over the experts that have rows, and over blocks of their ro
 Shape suffixes: R rows, K inputs, N outputs, E experts.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from maverick_jax.ops.linear import LEAST_BFLOAT16_ROWS
 from maverick_jax.ops.quantize import QuantizedArray, Weight, dequantize, matrix_shape
 
 FEWEST_ROWS = 8
-SHARED = 4  # experts per row on CPU: where there are as many, few rows share one
+SHARED = 2  # experts per row on CPU: where there are as many, few rows share one
+INPUTS_AT_ONCE = 16  # of a row on CPU
 
 
 def grouped_matmul(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.Array) -> jax.Array:
@@ -88,16 +90,26 @@ _grouped_matmul_cpu.defvjp(_forward, _backward)
 
 
 def _row_by_row(x_RK, weight_EKN, group_sizes_E):
-    """Few float32 rows, mostly of different experts: a sum over the matrix where it lies, for a product XLA:CPU would copy it."""
-    rows, until_E = len(x_RK), jnp.cumsum(group_sizes_E)
-    padded = jnp.pad(x_RK, ((0, 1), (0, 0)))  # of a single row XLA would move the slice out of the loop, and copy it again
+    """Few float32 rows, mostly of different experts: XLA:CPU reads a matrix where it lies for a sum, and copies it for a product."""
+    (rows, inputs), outputs = x_RK.shape, weight_EKN.shape[2]
+    until_E = jnp.cumsum(group_sizes_E)
+    padded = jnp.pad(x_RK, ((0, 1), (0, 0)))  # with a single row XLA would move what reads the matrix out of the loop
     expert_R = jnp.searchsorted(until_E, jnp.arange(rows + 1), side="right")
+    at_once = math.gcd(inputs, INPUTS_AT_ONCE)
 
-    def row(r, out):
-        matrix_KN = lax.dynamic_index_in_dim(weight_EKN, expert_R[r], keepdims=False)
-        return lax.dynamic_update_index_in_dim(out, (padded[r][:, None] * matrix_KN).sum(axis=0), r, axis=0)
+    def row(r, out_RN):
+        x_K, expert = padded[r], expert_R[r]
 
-    return lax.fori_loop(0, until_E[-1], row, jnp.zeros((rows + 1, weight_EKN.shape[2]), x_RK.dtype))[:rows]
+        def add(i, sum_N):
+            for k in range(at_once):
+                at = i * at_once + k
+                sum_N += x_K[at] * lax.dynamic_slice(weight_EKN, (expert, at, 0), (1, 1, outputs))[0, 0]
+            return sum_N
+
+        sum_N = lax.fori_loop(0, inputs // at_once, add, jnp.zeros((outputs,), x_RK.dtype))
+        return lax.dynamic_update_index_in_dim(out_RN, sum_N, r, axis=0)
+
+    return lax.fori_loop(0, until_E[-1], row, jnp.zeros((rows + 1, outputs), x_RK.dtype))[:rows]
 
 
 def _product(x_RK, weight_EKN, group_sizes_E, *, contract_axis):

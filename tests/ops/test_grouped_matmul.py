@@ -106,8 +106,9 @@ def test_no_stack_is_copied(kind, gradient):
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_few_float32_rows_copy_no_matrix(rows):
-    """XLA:CPU copies an expert's matrix out of the stack before a product, at a third of the step's time with 128 experts."""
-    x, w, sizes = jax.ShapeDtypeStruct((rows, K), "float32"), abstract_weight("float32", 16), jax.ShapeDtypeStruct((16,), "int32")
+    """XLA:CPU copies an expert's matrix out of the stack for a product, and a large one for a reduction too."""
+    E, K, N = 16, 64, 128
+    x, w, sizes = (jax.ShapeDtypeStruct(*what) for what in (((rows, K), "float32"), ((E, K, N), "float32"), ((E,), "int32")))
     made = arrays_made(jax.jit(grouped_matmul).lower(x, w, sizes).compile())
     assert made, "nothing was found in the compiled text: the test sees nothing"
     assert [array for array in made if {K, N} <= set(array.shape)] == []
