@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# From `x` and ids [1, N, L], or of one block [B, L] and [B, L], to float32 weights, not negative. They are made for the sums and again
+# for what is drawn: keeping those of a whole vocabulary takes longer.
+WeightsOf = Callable[[jax.Array, jax.Array], jax.Array]
 LENGTH = 64  # tokens of a block, about
 SHARES = 4  # numbers by chance that a draw takes at most: one, and one more for each time that the blocks stand in blocks
 
@@ -52,19 +55,23 @@ def first_highest(x_BNL: jax.Array, highest_BN: jax.Array) -> jax.Array:
     return block_B * x_BNL.shape[2] + jnp.argmax(block_of(x_BNL, block_B), axis=-1).astype(jnp.int32)
 
 
-def draw(x_BNL: jax.Array, weigh: Callable[[jax.Array, jax.Array], jax.Array], shares_BU: jax.Array) -> jax.Array:
+def block_sums(x_BNL: jax.Array, weigh: WeightsOf) -> jax.Array:
+    """[B, N] sums of each block's weights."""
+    return weigh(x_BNL, ids_in_blocks(x_BNL)).sum(axis=-1)
+
+
+def draw(x_BNL: jax.Array, weigh: WeightsOf, sums_BN: jax.Array, shares_BU: jax.Array) -> jax.Array:
     """[B] int32: one token of every row, each with a probability proportional to its weight; never one whose weight is 0.
 
     A number by chance of its own for the block and for the token in it: a single one of 24 bits would give equally likely tokens
     of a large vocabulary probabilities that differ by two in a hundred.
 
     Args:
-      weigh: from `x_BNL` and ids [1, N, L], and of one block [B, L] and ids [B, L], to float32 weights, not negative, some above
-        0 in every row. Weights are made twice, since keeping those of a whole vocabulary takes longer.
+      sums_BN: `block_sums`, some above 0 in every row.
       shares_BU: float32 numbers by chance between 0 and 1 (not 1 itself), SHARES of every row.
     """
     L = x_BNL.shape[2]
-    block_B = _draw_of(weigh(x_BNL, ids_in_blocks(x_BNL)).sum(axis=-1), shares_BU[:, 1:])
+    block_B = _draw_of(sums_BN, shares_BU[:, 1:])
     ids_BL = block_B[:, None] * L + jnp.arange(L, dtype=jnp.int32)[None, :]
     return block_B * L + draw_at_once(weigh(block_of(x_BNL, block_B), ids_BL), shares_BU)
 
@@ -73,7 +80,7 @@ def _draw_of(weight_BX, shares_BU):
     """[B] int32, as `draw`."""
     if weight_BX.shape[1] <= 2 * LENGTH or (weight_BNL := in_blocks(weight_BX)).shape[2] == 1:
         return draw_at_once(weight_BX, shares_BU)
-    return draw(weight_BNL, lambda weight, _: weight, shares_BU)
+    return draw(weight_BNL, lambda weight, _: weight, weight_BNL.sum(axis=-1), shares_BU)
 
 
 def draw_at_once(weight_BX: jax.Array, shares_BU: jax.Array) -> jax.Array:

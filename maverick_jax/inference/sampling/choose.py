@@ -5,15 +5,16 @@ Shape suffixes: B batch, V vocabulary, T tokens of a draft and one more, N block
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maverick_jax.inference.sampling.blocks import SHARES, draw, first_highest, in_blocks
+from maverick_jax.inference.sampling.blocks import SHARES, block_sums, draw, first_highest, in_blocks
 from maverick_jax.inference.sampling.extras import Extras, adjust, log_probabilities
-from maverick_jax.inference.sampling.filters import Candidates, Weigh, among_all, among_candidates, in_min_p
+from maverick_jax.inference.sampling.filters import Candidates, Weigh, among_all, among_candidates, needs_all
 from maverick_jax.inference.sampling.rows import RowSampling
 
 NOT_FINITE = -2  # in the place of a token whose logits are not finite
@@ -103,23 +104,26 @@ def _drawn(logits_BNL, highest_BN, rows, step_B):
         return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (SHARES,)))(keys_B)
 
     weigh = Weigh(top_B, jnp.maximum(jnp.asarray(rows.temperature_B), 1e-6))
-    vocabulary = logits_BNL[0].size
     warm_B = rows.temperature_B > 0
-    filtered_B = warm_B & ((rows.top_k_B < vocabulary) | jnp.isfinite(rows.top_p_B))
+    filtered_B = warm_B & ((rows.top_k_B < logits_BNL[0].size) | jnp.isfinite(rows.top_p_B) | (rows.min_p_B > 0))
+
+    def sums():
+        return block_sums(logits_BNL, lambda logits, _: weigh(logits))
+
+    first = jnp.any(warm_B & (~filtered_B | needs_all(rows)))
+    sums_BN = lax.cond(first, sums, lambda: jnp.zeros((len(step_B), logits_BNL.shape[1])))
     few = lax.cond(
         jnp.any(filtered_B),
-        lambda: among_candidates(logits_BNL, highest_BN, weigh, rows, shares(0)),
+        lambda: among_candidates(logits_BNL, highest_BN, weigh, rows, sums_BN.sum(axis=-1), shares(0)),
         lambda: Candidates(jnp.zeros_like(step_B), jnp.zeros_like(warm_B)),
     )
     few_B = filtered_B & few.certain_B
-    some_B = lax.switch(
-        jnp.where(jnp.any(warm_B & ~few_B), 1 + jnp.any(rows.min_p_B > 0).astype(jnp.int32), 0),
-        (
-            lambda: few.token_B,
-            lambda: draw(logits_BNL, lambda logits, _: weigh(logits), shares(0)),
-            lambda: draw(logits_BNL, lambda logits, _: in_min_p(weigh(logits), rows), shares(0)),
-        ),
-    )
-    asked_B = filtered_B & ~few_B & jnp.isfinite(top_B)  # with NaN no token would ever be good enough
-    kept_B = lax.cond(jnp.any(asked_B), lambda: among_all(logits_BNL, some_B, asked_B, weigh, rows, shares), lambda: some_B)
-    return jnp.where(few_B, few.token_B, kept_B)
+
+    def among_more():
+        more_BN = lax.cond(first, lambda: sums_BN, sums)
+        token_B = draw(logits_BNL, lambda logits, _: weigh(logits), more_BN, shares(0))
+        asked_B = filtered_B & ~few_B & jnp.isfinite(top_B)  # with NaN no token would ever be good enough
+        kept = functools.partial(among_all, logits_BNL, token_B, more_BN, asked_B, weigh, rows, shares)
+        return jnp.where(few_B, few.token_B, lax.cond(jnp.any(asked_B), kept, lambda: token_B))
+
+    return lax.cond(jnp.any(warm_B & ~few_B), among_more, lambda: few.token_B)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maverick_jax.inference.sampling import RowSampling, Sampling, filters, sample
-from maverick_jax.inference.sampling.blocks import in_blocks, per_row
+from maverick_jax.inference.sampling.blocks import SHARES, block_sums, in_blocks
 from oracle.kept import kept, probabilities
 
 V = 576  # 64 blocks of 9
@@ -30,18 +30,16 @@ def compiled(candidates: int):
     """From logits [B, V], settings and steps: which tokens are kept, are the candidates enough, and a token [B, ...]."""
 
     def both(logits_BV, rows, step_B):
-        logits_BNL, top_B = in_blocks(logits_BV), logits_BV.max(axis=-1)
-
-        def weigh(x):
-            return jnp.exp((x - per_row(top_B, x)) / per_row(rows.temperature_B, x))
-
-        total_B = filters._before_top_p(logits_BNL, jnp.ones(len(step_B), bool), weigh, rows)
+        logits_BNL = in_blocks(logits_BV)
+        weigh = filters.Weigh(logits_BV.max(axis=-1), rows.temperature_B)
+        sums_BN = block_sums(logits_BNL, lambda x, _: weigh(x))
+        total_B = filters._before_top_p(logits_BNL, sums_BN, jnp.ones(len(step_B), bool), weigh, rows)
 
         def one(token):
-            likely = weigh(logits_BV[:, token]) >= rows.min_p_B
-            return likely & filters.is_kept(logits_BNL, jnp.full(len(step_B), token), total_B, weigh, rows)
+            return filters.judged(logits_BNL, jnp.full(len(step_B), token), total_B, weigh, rows)[0]
 
-        few = filters.among_candidates(logits_BNL, logits_BNL.max(axis=-1), weigh, rows, jnp.full((len(step_B), 4), 0.5))
+        shares_BU = jnp.full((len(step_B), SHARES), 0.5)
+        few = filters.among_candidates(logits_BNL, logits_BNL.max(axis=-1), weigh, rows, sums_BN.sum(axis=-1), shares_BU)
         kept_VB = jax.lax.map(one, jnp.arange(logits_BV.shape[1], dtype=jnp.int32))
         return kept_VB.T, few.certain_B, sample(logits_BV, rows, step_B).token_B
 
