@@ -304,8 +304,9 @@ class Engine:
         if self._leader:
             self._leader.note(now=now, budget=budget)
             self._leader.tell()
+        began = time.perf_counter()
         plan, launched = self._serving.launch(now, budget)
-        self._pace.begin(plan)
+        self._pace.begin(plan, began)
         return launched
 
     def _cancel(self, number: int) -> None:

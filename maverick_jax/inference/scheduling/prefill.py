@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from maverick_jax.inference.request import Row
 
-HALVES = 5  # of a budget: with Pace's share of 0.4 as long as a decode step
+FIFTHS = 20  # of a budget: with Pace's share of 0.25 as long as a decode step
 PLANS_SAVED = 8  # whose budgets add up to the largest piece beside a decode step
 
 
@@ -36,10 +36,14 @@ class Credit:
         self._smallest = smallest
         self.tokens = 0
 
-    def add(self, tokens: int) -> None:
-        """A step may compute so many more; the smallest piece is saved for in `PLANS_SAVED` of them at the latest."""
+    def add(self, tokens: int, wanted: int) -> None:
+        """A step may compute so many more; the smallest piece is saved for in `PLANS_SAVED` of them at the latest.
+
+        Args:
+          wanted: what all rows need next, padded. No more is saved, or a prompt that comes after a while would be read in one go.
+        """
         tokens = max(tokens, -(-self._smallest // PLANS_SAVED))
-        self.tokens = min(self.tokens + tokens, self.largest(tokens))
+        self.tokens = min(self.tokens + tokens, self.largest(tokens), max(self._smallest, tokens, wanted))
 
     def largest(self, tokens: int) -> int:
         """Size of the largest piece that can be saved for."""
@@ -49,9 +53,10 @@ class Credit:
 def for_many(budget: int, behind: int, decoding: int) -> int:
     """A step's budget where several prompts are read, so that slots fill soon; a single one, however long, takes no more than the budget.
 
-    Half a budget for each, up to a time as long as the decode step's; but those who outnumber the rows that decode get their share.
+    Four fifths of a budget for each, up to a time as long as the decode step's; but those who outnumber the rows that decode get their
+    share.
     """
-    return budget * max(2, min(behind, HALVES), HALVES * (behind - 1) // decoding) // 2
+    return budget * max(5, min(4 * behind, FIFTHS), FIFTHS * (behind - 1) // decoding) // 5
 
 
 def fit(n: int, sizes: Sequence[int]) -> tuple[int, int]:

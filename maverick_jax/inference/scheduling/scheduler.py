@@ -243,9 +243,11 @@ class Scheduler:
         beside = len(self._decoding) + len(self._held)
         if beside:
             budget = for_many(budget, len(self._behind), beside)
-            self._credit.add(budget)
             sizes = [size for size in sizes if size <= self._credit.largest(budget)]
         pieces = [next_piece(row, limits.chunk, sizes) for row in self._behind]
+        if beside:
+            rows = _padded(min(len(pieces), limits.prefill_rows[-1]), limits.prefill_rows)
+            self._credit.add(budget, rows * max((piece.size for piece in pieces), default=0))
         chosen: list[list[Piece]] = []
         while pieces:
             now, saved = (min(most, self._credit.tokens), min(most, self._credit.largest(budget))) if beside else (most, most)

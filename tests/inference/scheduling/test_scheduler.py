@@ -96,15 +96,15 @@ def test_rows_that_are_up_to_date_decode_in_every_plan():
 
 
 def test_the_budget_of_eight_plans_pays_for_one_piece_of_eight_times_its_size():
-    """Beside decode steps, so that a small budget does not mean small pieces; and no more is ever saved."""
+    """Beside decode steps, so that a small budget does not mean small pieces. Before a prompt is there only the smallest is saved for."""
     scheduler = Scheduler(replace(LIMITS, chunk=64))
     decoding(scheduler)
     for _ in range(20):
         step(scheduler, budget=4)
     scheduler.add(ask(1), prompt(120), 0.0)
     sizes = [[call.tokens for call in step(scheduler, budget=4).calls[1:]] for _ in range(25)]
-    assert [i for i, size in enumerate(sizes) if size] == [0, 8, 16, 24]
-    assert [size for size in sizes if size] == [[32]] * 4
+    assert [i for i, size in enumerate(sizes) if size] == [6, 14, 22]
+    assert [size for size in sizes if size] == [[32]] * 3
 
 
 def test_pieces_beside_decode_steps_are_no_longer_than_what_is_saved():
@@ -126,9 +126,9 @@ def test_a_prompt_is_read_however_little_time_is_left_for_it():
 
 
 def test_many_prompts_are_read_sooner_than_one():
-    """Half a budget for each, up to five; and beside few that decode as much as is their share."""
-    assert [for_many(100, behind, 20) for behind in (1, 2, 3, 4, 5, 6, 20)] == [100, 100, 150, 200, 250, 250, 250]
-    assert [for_many(100, 9, decoding) for decoding in (1, 2, 5, 10)] == [2000, 1000, 400, 250]
+    """Four fifths of a budget for each, up to five; and beside few that decode as much as is their share."""
+    assert [for_many(100, behind, 20) for behind in (1, 2, 3, 4, 5, 6, 20)] == [100, 160, 240, 320, 400, 400, 400]
+    assert [for_many(100, 9, decoding) for decoding in (1, 2, 5, 10)] == [3200, 1600, 640, 400]
     assert for_many(100, 1, 1) == 100
 
 
