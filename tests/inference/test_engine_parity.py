@@ -44,7 +44,7 @@ def greedy(tiny, ids: list[int], tiles: np.ndarray | None) -> list[int]:
 
 @pytest.mark.parametrize("options", [dict(), dict(pages=7, draft=2, reuse=False)], ids=["default", "few pages, drafts, no reuse"])
 def test_company_and_arrival(case, options):
-    """Requests that come at random into few slots, twice: the second time all of them have been seen. With few pages some wait for others'."""
+    """Requests that come at random into few slots, twice: the second time all have been seen. With few pages some wait for others'."""
     model, requests, expected = case
     engine = Engine(model, slots=3, max_length=LONGEST, **options)
     random = np.random.default_rng(0)
