@@ -23,7 +23,7 @@ class Floor(NamedTuple):
     memory: float
     compute: float
 
-    def __add__(self, other: Floor) -> Floor:  # type: ignore[override]
+    def __add__(self, other: Floor) -> Floor:  # type: ignore[override]  # of two tuples: one behind the other
         return Floor(self.memory + other.memory, self.compute + other.compute)
 
 

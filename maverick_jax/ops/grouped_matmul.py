@@ -1,6 +1,6 @@
 """Rows sorted by expert, each multiplied by its own expert's matrix.
 
-Backends: CPU loops over the experts that have rows, and over blocks of their rows; NVIDIA GPUs have kernels of their own
+Backends: CPU loops over the experts that have rows, and over blocks of their rows, or over few rows; NVIDIA GPUs have kernels of their own
 (`grouped_matmul_gpu`); elsewhere `lax.ragged_dot`, and for quantized matrices a kernel (`grouped_matmul_tpu`). On CPU and GPU
 `ragged_dot` multiplies every row by every expert: at 128 experts that is 700 times the work of a gather for one row on CPU.
 
