@@ -19,7 +19,7 @@ from maverick_jax.ops.quantize import QuantizedArray, Weight, dequantize, matrix
 
 FEWEST_ROWS = 8
 SHARED = 2  # experts per row on CPU: where there are as many, few rows share one
-INPUTS_AT_ONCE = 16  # of a row on CPU
+INPUTS_AT_ONCE, BYTES_AT_ONCE = 16, 1 << 19  # of a matrix in a sum on CPU
 
 
 def grouped_matmul(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.Array) -> jax.Array:
@@ -90,24 +90,31 @@ _grouped_matmul_cpu.defvjp(_forward, _backward)
 
 
 def _row_by_row(x_RK, weight_EKN, group_sizes_E):
-    """Few float32 rows, mostly of different experts: XLA:CPU reads a matrix where it lies for a sum, and copies it for a product."""
+    """Few float32 rows, mostly of different experts: XLA:CPU reads a matrix where it lies for a sum, and copies it for a product.
+
+    The sums are of some parts (P) of the inputs at once: as many bytes as XLA:CPU wants to read by two threads.
+    """
     (rows, inputs), outputs = x_RK.shape, weight_EKN.shape[2]
-    until_E = jnp.cumsum(group_sizes_E)
-    padded = jnp.pad(x_RK, ((0, 1), (0, 0)))  # with a single row XLA would move what reads the matrix out of the loop
-    expert_R = jnp.searchsorted(until_E, jnp.arange(rows + 1), side="right")
     at_once = math.gcd(inputs, INPUTS_AT_ONCE)
+    parts = math.gcd(inputs // at_once, max(1, BYTES_AT_ONCE // (4 * at_once * outputs)))
+    weight_EPKN = weight_EKN.reshape(-1, parts, inputs // parts, outputs)
+    until_E = jnp.cumsum(group_sizes_E)
+    # With a single row XLA would move what reads the matrix out of the loop.
+    padded = jnp.pad(x_RK, ((0, 1), (0, 0))).reshape(rows + 1, parts, inputs // parts)
+    expert_R = jnp.searchsorted(until_E, jnp.arange(rows + 1), side="right")
 
     def row(r, out_RN):
-        x_K, expert = padded[r], expert_R[r]
+        x_PK, expert = padded[r], expert_R[r]
 
-        def add(i, sum_N):
-            for k in range(at_once):
-                at = i * at_once + k
-                sum_N += x_K[at] * lax.dynamic_slice(weight_EKN, (expert, at, 0), (1, 1, outputs))[0, 0]
-            return sum_N
+        def add(i, sum_PN):
+            for at in range(at_once):
+                k = i * at_once + at
+                weight_PN = lax.dynamic_slice(weight_EPKN, (expert, 0, k, 0), (1, parts, 1, outputs)).reshape(parts, outputs)
+                sum_PN += lax.dynamic_slice_in_dim(x_PK, k, 1, axis=1) * weight_PN
+            return sum_PN
 
-        sum_N = lax.fori_loop(0, inputs // at_once, add, jnp.zeros((outputs,), x_RK.dtype))
-        return lax.dynamic_update_index_in_dim(out_RN, sum_N, r, axis=0)
+        sum_PN = lax.fori_loop(0, inputs // parts // at_once, add, jnp.zeros((parts, outputs), x_RK.dtype))
+        return lax.dynamic_update_index_in_dim(out_RN, sum_PN.sum(axis=0), r, axis=0)
 
     return lax.fori_loop(0, until_E[-1], row, jnp.zeros((rows + 1, outputs), x_RK.dtype))[:rows]
 
