@@ -1,6 +1,7 @@
-"""What the engine's loop costs: beside a static batch, beside a long prompt, for prefixes that nobody shares, and on the host.
+"""What the engine's loop costs: beside a static batch, beside a long prompt, for prefixes that nobody shares, for answers in a form,
+and on the host.
 
-The first three measure the mini model, alternately and several times, and the best of each counts. The last has tiny layers but as many
+All but the last measure the mini model, alternately and several times, and the best of each counts. The last has tiny layers but as many
 arrays as the whole Maverick (1,085), and counts the CPU time of the engine's thread alone.
 
 examples:
@@ -23,8 +24,10 @@ from maverick_jax.bench.loads import ask, random_prompts
 from maverick_jax.config import Config
 from maverick_jax.inference.admission import admitted
 from maverick_jax.inference.engine import Engine
+from maverick_jax.inference.grammar import Grammar
 from maverick_jax.inference.request import Request, Row
 from maverick_jax.inference.runner import Content
+from maverick_jax.inference.sampling import Sampling
 from maverick_jax.inference.scheduling.plans import Call, Part, Plan
 from maverick_jax.model.llama4 import Llama4
 
@@ -72,10 +75,11 @@ def static(engine: Engine, seed: int) -> float:
         for first in range(0, TOGETHER, 16):
             parts = tuple(Part(slot, slot, start, piece, last, 0) for slot in range(first, first + 16))
             plan = Plan(table_changes=() if start or first else table, calls=(Call("prefill", parts, 16, piece, start == 0),))
-            launched += runner.run(plan, contents)
+            launched += [runner.draw(forwarded, contents) for forwarded in runner.forward(plan, contents) if forwarded.drawing]
     for step in range(1, MEAN_NEW):
         parts = tuple(Part(slot, slot, MEAN_PROMPT + step - 1, 1, True, step) for slot in range(TOGETHER))
-        launched += runner.run(Plan(calls=(Call("decode", parts, TOGETHER, 1, False),)), contents)
+        plan = Plan(calls=(Call("decode", parts, TOGETHER, 1, False),))
+        launched += [runner.draw(forwarded, contents) for forwarded in runner.forward(plan, contents)]
     drawn = sum(len(tokens) for one in launched for _, tokens, _ in one.read())
     assert drawn == TOGETHER * MEAN_NEW
     return drawn / (time.perf_counter() - began)
@@ -154,6 +158,42 @@ def reuse(repeats: int) -> Iterator[str]:
     yield f"64 random prompts of 256 tokens | {on:.3f} s with reuse, {off:.3f} without; {on / off - 1:+.1%} | at most +2 %"
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "when": {"type": "string", "format": "date-time"},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 3, "maxItems": 6},
+        "values": {"type": "array", "items": {"type": "number", "minimum": -10, "maximum": 10}, "minItems": 5, "maxItems": 12},
+    },
+    "required": ["name", "when", "tags", "values"],
+    "additionalProperties": False,
+}
+
+
+def forms(repeats: int) -> Iterator[str]:
+    """Answers that a schema holds to a form, beside as many tokens of answers that are free, drawn alike."""
+    model = mj.load()
+    engine = Engine(model, slots=TOGETHER, max_length=512, reuse=False)
+    rates = []
+    for seed in range(repeats + 2):
+        free = [
+            dataclasses.replace(ask(ids, 300), sampling=Sampling(temperature=1.0, seed=i))
+            for i, ids in enumerate(random_prompts(model.config, 2 * TOGETHER, MEAN_PROMPT, seed))
+        ]
+        lengths, rate = [300] * len(free), []
+        for form in (Grammar(json_schema=SCHEMA), None):
+            asked = [dataclasses.replace(r, grammar=form, max_new_tokens=n) for r, n in zip(free, lengths, strict=True)]
+            began = time.perf_counter()
+            handles = engine.run(asked)
+            lengths = [max(1, handle.new_tokens) for handle in handles]
+            rate.append(sum(lengths) / (time.perf_counter() - began))
+        rates.append(rate)
+    formed, free = (max(rate) for rate in zip(*rates[2:], strict=True))
+    what = "64 answers in the form of a schema, 32 at a time"
+    yield f"{what} | {formed:,.0f} tokens/s, {free:,.0f} without; {formed / free:.0%} | at least 90 %"
+
+
 def many_arrays() -> Llama4:
     """Maverick's layers with next to nothing in them."""
     whole = Config.maverick()
@@ -210,7 +250,7 @@ def on_the_host(repeats: int) -> Iterator[str]:
         yield f"host per step, {leaves:,} arrays, {rows} rows | {step:.2f} ms; an empty call {call:.2f} | at most {most:.2f} ms"
 
 
-PARTS = {"static": beside_a_static_batch, "streams": beside_a_long_prompt, "reuse": reuse, "host": on_the_host}
+PARTS = {"static": beside_a_static_batch, "streams": beside_a_long_prompt, "reuse": reuse, "forms": forms, "host": on_the_host}
 
 
 def main() -> None:

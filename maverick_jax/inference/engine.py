@@ -294,8 +294,8 @@ class Engine:
             with self._lock:
                 if self._leader:
                     self._leader.note(deliver=True)
-                    if any(NOT_FINITE in tokens for _, tokens, _ in drawn):
-                        self._leader.tell()  # to find out why, all compute
+                    if self._serving.draws_later or any(NOT_FINITE in tokens for _, tokens, _ in drawn):
+                        self._leader.tell()  # all draw, or compute why
                 self._serving.deliver(drawn)
                 self._broken = False
                 self._news.notify_all()

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -62,6 +62,24 @@ class Content:
         return self.tokens[len(self.request.ids) :]
 
 
+class Forwarded(NamedTuple):
+    """A call that is launched, and may draw.
+
+    Attributes:
+      logits_BTV: float32, of each row's newest token and of its draft.
+      draft_BD, rows_BC: see `steps.decode`.
+    """
+
+    call: Call
+    logits_BTV: jax.Array
+    draft_BD: np.ndarray
+    rows_BC: np.ndarray
+
+    @property
+    def drawing(self) -> list[Part]:
+        return [part for part in self.call.parts if part.samples]
+
+
 class Launched:
     """Draws that nobody has read yet."""
 
@@ -103,15 +121,35 @@ class Runner:
         """Whether these are still the parameters that the model has."""
         return all(a is b for a, b in zip(jax.tree.leaves(model), self._whole[1], strict=True))
 
-    def run(self, plan: Plan, contents: Mapping[int, Content]) -> list[Launched]:
-        """Launch a plan; `contents` by the numbers of its rows."""
+    def forward(self, plan: Plan, contents: Mapping[int, Content]) -> Iterator[Forwarded]:
+        """Launch a plan, up to the logits: a call each time, that `draw` is to go on with. `contents` by the numbers of its rows."""
         for place, stretch, page in plan.table_changes:
             self._table_SJ[place, stretch] = page
         if plan.table_changes:
             self._table = self._upload(self._table_SJ)
         for copy in plan.copies:
             self._copy(copy)
-        return [launched for call in plan.calls for launched in self._call(call, contents)]
+        for call in plan.calls:
+            forwarded = self._forward(call, contents)
+            if self._blocks:
+                jax.block_until_ready((self.state.dropped, forwarded.logits_BTV))
+            yield forwarded
+
+    def draw(self, forwarded: Forwarded, contents: Mapping[int, Content]) -> Launched:
+        """Launch the draws; `contents` of the rows that have not ended meanwhile."""
+        parts = [part for part in forwarded.drawing if part.row in contents]
+        drawing = [contents[part.row] for part in parts]
+        extras = any(content.has_extras for content in drawing)
+        if extras and self._extras_S is None:
+            self._begin_extras()
+        new = [content for content in drawing if self._owner_S[content.row.slot or 0] != content.row.number]
+        if new:
+            self._move_in(new)
+        greedy = all(content.request.sampling.temperature == 0 for content in drawing)
+        drawn = self._draw(forwarded, contents, greedy=greedy, extras=extras)
+        if self._blocks:
+            jax.block_until_ready(self._token_S)
+        return Launched(forwarded.call.parts, drawn)
 
     def warm_up(self, calls: Sequence[Call], *, extras: bool) -> list[Callable[[], None]]:
         """What runs each program with rows that are none, twice: on a GPU the second run of a program is the slow one."""
@@ -122,7 +160,7 @@ class Runner:
                     if with_extras:
                         self._begin_extras()
                     self._move_in(())
-                    self._draw(call, {}, *self._forward(call, {}), greedy=greedy, extras=with_extras)
+                    self._draw(self._forward(call, {}), {}, greedy=greedy, extras=with_extras)
             jax.block_until_ready(self._token_S)
 
         def others() -> None:
@@ -164,26 +202,7 @@ class Runner:
             self.state = steps.copy(self._geometry, self.state, np.array(places, np.int32), np.array(pages, np.int32))
             places = [0, 0]
 
-    def _call(self, call: Call, contents: Mapping[int, Content]) -> list[Launched]:
-        logits_BTV, draft_BD, rows_BC = self._forward(call, contents)
-        launched = []
-        drawing = [contents[part.row] for part in call.parts if part.samples]
-        if drawing:
-            extras = any(content.has_extras for content in drawing)
-            if extras and self._extras_S is None:
-                self._begin_extras()
-            new = [content for content in drawing if self._owner_S[content.row.slot or 0] != content.row.number]
-            if new:
-                self._move_in(new)
-            greedy = all(content.request.sampling.temperature == 0 for content in drawing)
-            drawn = self._draw(call, contents, logits_BTV, draft_BD, rows_BC, greedy=greedy, extras=extras)
-            launched.append(Launched(call.parts, drawn))
-        if self._blocks:
-            jax.block_until_ready((self.state.dropped, self._token_S))
-        return launched
-
-    def _forward(self, call: Call, contents: Mapping[int, Content]) -> tuple[jax.Array, np.ndarray, np.ndarray]:
-        """[B, T, V] logits, and the draft and the rows that they are of."""
+    def _forward(self, call: Call, contents: Mapping[int, Content]) -> Forwarded:
         nobody = (self._geometry.places, 0, 0, -1)
         rows = [(part.slot, part.start, part.length, part.step if part.samples else -1) for part in call.parts]
         rows_BC = np.array(rows + [nobody] * (call.rows - len(rows)), np.int32)
@@ -197,7 +216,7 @@ class Runner:
         else:
             x_BTD = self._embedded(call, contents)
             self.state, logits_BTV = steps.prefill(structure, self._geometry, call.first, *common, x_BTD, rows_BC)
-        return logits_BTV, draft_BD, rows_BC
+        return Forwarded(call, logits_BTV, draft_BD, rows_BC)
 
     def _embedded(self, call: Call, contents: Mapping[int, Content]) -> jax.Array:
         """[B, T, D] of a prefill's pieces, their pictures' features among them."""
@@ -219,22 +238,13 @@ class Runner:
                 x_BTD = steps.place(self._constrain, x_BTD, features_PD, index_BT)
         return x_BTD
 
-    def _draw(
-        self,
-        call: Call,
-        contents: Mapping[int, Content],
-        logits_BTV: jax.Array,
-        draft_BD: np.ndarray,
-        rows_BC: np.ndarray,
-        *,
-        greedy: bool,
-        extras: bool,
-    ) -> steps.Drawn:
+    def _draw(self, forwarded: Forwarded, contents: Mapping[int, Content], *, greedy: bool, extras: bool) -> steps.Drawn:
+        _, logits_BTV, draft_BD, rows_BC = forwarded
         settings = None if greedy else self._settings
         if not extras:
             self._token_S, drawn = steps.draw(self._constrain, logits_BTV, self._token_S, settings, draft_BD, rows_BC)
             return drawn
-        mask_BTW = self._masks(call, contents, logits_BTV.shape[1])
+        mask_BTW = self._masks(forwarded, contents)
         given = (settings, self._extras, mask_BTW, draft_BD, rows_BC)
         self._token_S, self._history_SV, drawn = steps.draw_with_extras(
             self._constrain, logits_BTV, self._token_S, self._history_SV, *given
@@ -247,13 +257,14 @@ class Runner:
         self._history_SV = self._upload(np.zeros((self._geometry.places, self._vocabulary), np.int32))
         self._owner_S = [-1] * self._geometry.places
 
-    def _masks(self, call: Call, contents: Mapping[int, Content], tokens: int) -> np.ndarray:
+    def _masks(self, forwarded: Forwarded, contents: Mapping[int, Content]) -> np.ndarray:
         """[B, T, W] what may come behind each token; made while the device computes the logits."""
-        masks_BTW = np.full((call.rows, tokens, -(-self._vocabulary // 32)), 2**32 - 1, np.uint32)
-        rows = [(contents[part.row], i, part) for i, part in enumerate(call.parts) if part.samples]
+        tokens, words = forwarded.logits_BTV.shape[1], -(-self._vocabulary // 32)
+        masks_BTW = np.full((forwarded.call.rows, tokens, words), 2**32 - 1, np.uint32)
+        rows = [(contents[part.row], i, part) for i, part in enumerate(forwarded.call.parts) if part.samples and part.row in contents]
         held = [(c.matcher, i * tokens, c.draft[: part.length - 1] if tokens > 1 else ()) for c, i, part in rows if c.matcher is not None]
         if held:
-            held[0][0].grammars.fill(held, masks_BTW.reshape(-1, masks_BTW.shape[2]))
+            held[0][0].grammars.fill(held, masks_BTW.reshape(-1, words))
         return masks_BTW
 
     def _move_in(self, contents: Sequence[Content]) -> None:

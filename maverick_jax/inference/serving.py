@@ -18,7 +18,7 @@ from maverick_jax.inference.handle import Handle
 from maverick_jax.inference.not_finite import explain
 from maverick_jax.inference.request import Admitted, Finish, Row
 from maverick_jax.inference.room import Room
-from maverick_jax.inference.runner import Content, Launched, Runner
+from maverick_jax.inference.runner import Content, Forwarded, Launched, Runner
 from maverick_jax.inference.sampling import NOT_FINITE, NOTHING_LEFT, Sampled
 from maverick_jax.inference.scheduling.plans import Limits, Part, Plan
 from maverick_jax.inference.scheduling.scheduler import Scheduler
@@ -54,6 +54,7 @@ class Serving:
         self.drafted = Acceptance()
         self.closed = False
         self._launched: list[Launched] = []  # and not yet read
+        self._undrawn: list[Forwarded] = []  # until the tokens are read that their masks are made of
 
     @property
     def busy(self) -> bool:
@@ -68,8 +69,7 @@ class Serving:
         config, longest = self.model.config, self.limits.draft
         per_tile = config.vision.tokens_per_tile if config.vision else 0
         keys = pictures.keys(request.ids, config.image_token_index, tiles, per_tile)
-        # A mask and a draft are made of the newest token: such a row waits until it is read.
-        row = self.scheduler.add(request, keys, now, ahead=matcher is None and not longest)
+        row = self.scheduler.add(request, keys, now, ahead=not longest)  # a draft is made of the newest token: the row waits for it
         is_patch, tokens = request.ids == config.image_token_index, request.ids.tolist()
         feature_T = np.where(is_patch, np.cumsum(is_patch) - 1, -1) if tiles else None
         drafts = PromptLookup(tokens, draft=longest) if longest else None
@@ -89,23 +89,36 @@ class Serving:
         for number in plan.finished:
             if number in self.by_number:  # a cancelled one has been told
                 self._end(self.by_number[number], Finish.DEADLINE)
-        before, self._launched = self._launched, self.runner.run(plan, self.by_number)
-        if not all(self.by_number[part.row].row.ahead for launched in self._launched for part in launched.parts):
-            before, self._launched = [*before, *self._launched], []  # somebody's next step depends on this one's tokens
+        before, self._launched = self._launched, []
+        for forwarded in self.runner.forward(plan, self.by_number):
+            rows = [self.by_number[part.row] for part in forwarded.drawing]
+            if any(served.matcher is not None and served.row.ahead for served in rows):
+                self._undrawn.append(forwarded)
+            elif rows:
+                self._launched.append(self.runner.draw(forwarded, self.by_number))
+        if self.limits.draft:
+            before, self._launched = [*before, *self._launched], []  # everybody's next step depends on this one's tokens
         return plan, before
 
+    @property
+    def draws_later(self) -> bool:
+        """Whether `deliver` will launch something."""
+        return bool(self._undrawn)
+
     def deliver(self, drawn: Drawn) -> None:
-        """What was drawn, to those who asked for it."""
+        """What was drawn, to those who asked for it; then their masks can be made, and the draws launched that wait for them."""
         for part, tokens, sampled in drawn:
             if (served := self.by_number.get(part.row)) is not None:
                 self._deliver(served, part, tokens, sampled)
+        undrawn, self._undrawn = self._undrawn, []
+        self._launched += [self.runner.draw(forwarded, self.by_number) for forwarded in undrawn]
 
     def close(self, error: Exception, why: Finish) -> None:
         """End everyone and give the cache back. Nothing else can be done with this any more."""
         self.closed = True
         for served in list(self.by_number.values()):
             self._end(served, why, error)
-        self._launched = []
+        self._launched, self._undrawn = [], []
         vars(self).pop("runner", None)
 
     def _propose(self) -> dict[int, int]:
