@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from maverick_jax.config import TextConfig
@@ -46,7 +47,8 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Stats]:
         """[B, T, D] -> ([B, T, D], stats); padding (`real_BT` False) is routed to no expert."""
         x_TD = self.constrain(x_BTD.reshape(-1, x_BTD.shape[-1]), ("tokens", None))
-        score_T, expert_T = route(linear_float32(x_TD, self.router[...]))
+        # XLA:GPU would make one product of the router's and the shared expert's, and join their matrices first, in every step.
+        score_T, expert_T = route(linear_float32(lax.optimization_barrier(x_TD), self.router[...]))
         expert_T = jnp.where(real_BT.reshape(-1), expert_T, self.experts.gate.shape[0])
         # The score scales the expert's *input*; behind the non-linear SwiGLU it would be another function.
         scaled_TD = x_TD * score_T.astype(x_TD.dtype)[:, None]
