@@ -281,7 +281,7 @@ class Engine:
         self.step()
 
     def step(self) -> None:
-        """One turn: plan and launch, then read what the turn before has drawn, and this one too if somebody's next step depends on it."""
+        """One turn: plan and launch, then read what the turn before has drawn, and this one too where drafts are made of it."""
         with self._turn:
             with self._lock:
                 if self._broken:

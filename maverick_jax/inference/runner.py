@@ -77,6 +77,7 @@ class Forwarded(NamedTuple):
 
     @property
     def drawing(self) -> list[Part]:
+        """Those of its rows for which a token is drawn; where there are none, nothing is."""
         return [part for part in self.call.parts if part.samples]
 
 
@@ -137,8 +138,7 @@ class Runner:
 
     def draw(self, forwarded: Forwarded, contents: Mapping[int, Content]) -> Launched:
         """Launch the draws; `contents` of the rows that have not ended meanwhile."""
-        parts = [part for part in forwarded.drawing if part.row in contents]
-        drawing = [contents[part.row] for part in parts]
+        drawing = [contents[part.row] for part in forwarded.drawing if part.row in contents]
         extras = any(content.has_extras for content in drawing)
         if extras and self._extras_S is None:
             self._begin_extras()

@@ -84,7 +84,10 @@ class Serving:
         self._end(served, Finish.CANCELLED)
 
     def launch(self, now: float, budget: int) -> tuple[Plan, list[Launched]]:
-        """Plan a turn and launch it, with so many tokens of prefill beside a decode step. What is to be read next."""
+        """Plan a turn and launch it, with so many tokens of prefill beside a decode step. What is to be read next.
+
+        Draws that need a mask are launched by `deliver`, which is to follow.
+        """
         plan = self.scheduler.plan(now, budget, self._propose())
         for number in plan.finished:
             if number in self.by_number:  # a cancelled one has been told

@@ -1,4 +1,6 @@
-"""On a CPU a program in bfloat16 reads the weights where they lie."""
+"""A program reads the weights where they lie: on a CPU in bfloat16, on a GPU the router's."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -32,3 +34,15 @@ def test_no_weight_is_copied(run, read):
     shapes = {parameter_name(path): leaf.shape for path, leaf in nnx.to_flat_state(weights) if read in path and len(leaf.shape) > 1}
     assert "text.layers.1.feed_forward.experts.gate" in shapes
     assert [name for name, shape in shapes.items() if shape in made and "shared" not in name] == []
+
+
+def test_the_router_has_a_product_of_its_own():
+    """XLA:GPU makes one of products that share an input, unless a barrier stands before one of them."""
+    graphdef, weights = nnx.split(get_abstract_model(CONFIG, dtype="bfloat16"))
+    program = jax.jit(lambda weights, ids: nnx.merge(graphdef, weights)(ids))
+    text = program.trace(weights, jax.ShapeDtypeStruct((1, 3), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
+    kept_apart = re.findall(r"(%\S+) = stablehlo.optimization_barrier", text)
+    router = f"tensor<{CONFIG.text.hidden_size}x{CONFIG.text.num_local_experts}xbf16>"
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line and router in line]
+    assert len(products) == len(CONFIG.text.moe_layers)
+    assert all(re.search(r"dot_general (%\S+),", line)[1] in kept_apart for line in products)

@@ -74,6 +74,16 @@ def test_whole_prompts_take_the_flash_kernel():
     assert done.traffic.custom_calls["tpu_custom_call"] == 2  # the last layer's one query per row needs none
 
 
+def test_a_decode_step_on_gpus_joins_no_matrices():
+    """Scout's router beside its shared expert: as one product they cost a copy of both in every step."""
+    try:
+        mesh = target_mesh(Topology.parse("h200:8"), (1, 8, 1))
+    except UserError as error:
+        pytest.skip(str(error))
+    done = compile_program(Programs(small(Config.scout(), layers=2), mesh, THROUGHPUT).decode(64, 4096), mesh)
+    assert done.traffic.hbm < 1.05 * done.arguments
+
+
 def test_a_missing_compiler_is_named(monkeypatch):
     """Which extra to install, instead of a plug-in's traceback."""
     from maverick_jax.plan import targets
