@@ -147,6 +147,8 @@ class Runner:
             self._move_in(new)
         greedy = all(content.request.sampling.temperature == 0 for content in drawing)
         drawn = self._draw(forwarded, contents, greedy=greedy, extras=extras)
+        if all(content.request.sampling.logprobs is None for content in drawing):
+            drawn = drawn._replace(sampled=steps.Sampled(drawn.sampled.token_B))  # each array that is read costs the host a transfer
         if self._blocks:
             jax.block_until_ready(self._token_S)
         return Launched(forwarded.call.parts, drawn)
