@@ -146,7 +146,8 @@ def test_from_many_threads(model, requests, alone):
             handle = serving.submit(requests[place])
             next(iter(handle))
             handle.cancel()
-            assert handle.finish is Finish.CANCELLED
+            in_time = handle.new_tokens < requests[place].max_new_tokens  # threads are as late as the machine is busy
+            assert handle.finish is (Finish.CANCELLED if in_time else Finish.LENGTH)
 
         threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(requests))]
         threads += [threading.Thread(target=leave, args=(place,)) for place in (3, 8, 10)]
