@@ -83,12 +83,13 @@ class Handle:
         """New tokens per second of decoding; the first comes from the prefill."""
         return (self.new_tokens - 1) / self.seconds["decode"] if self.new_tokens > 1 and self.seconds["decode"] > 0 else 0.0
 
-    def add(self, token: int, sampled: Sampled, place: int) -> None:
-        """(The engine) a token has come, at a place of what was sampled."""
+    def add(self, token: int, sampled: Sampled | None, place: int) -> None:
+        """(The engine) a token has come, at a place of what was sampled, which matters for log-probabilities."""
         if not self.tokens:
             self._count("prefill")
         most = self.request.sampling.logprobs
         if most is not None:
+            assert sampled is not None
             assert sampled.logprob_B is not None
             assert sampled.top_ids_BN is not None
             assert sampled.top_logprobs_BN is not None

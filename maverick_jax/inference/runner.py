@@ -89,15 +89,15 @@ class Launched:
         for x in jax.tree.leaves(drawn):
             x.copy_to_host_async()
 
-    def read(self) -> list[tuple[Part, list[int], steps.Sampled]]:
-        """Each row's tokens that count, and all that was sampled for it, more than that if its draft was longer. Waits for the device."""
+    def read(self) -> list[tuple[Part, list[int], steps.Sampled | None]]:
+        """Each row's tokens that count, and with log-probabilities all that was sampled for it. Waits for the device."""
         count_B, sampled = jax.tree.map(np.asarray, self._drawn)
         counts, tokens = count_B.tolist(), sampled.token_B.tolist()
-        return [
-            (part, tokens[i][: counts[i]], steps.Sampled(sampled.token_B[i], *(None if x is None else x[i] for x in sampled[1:])))
-            for i, part in enumerate(self.parts)
-            if part.samples
-        ]
+
+        def of_row(i: int) -> steps.Sampled | None:
+            return None if sampled.logprob_B is None else jax.tree.map(lambda x: x[i], sampled)
+
+        return [(part, tokens[i][: counts[i]], of_row(i)) for i, part in enumerate(self.parts) if part.samples]
 
 
 class Runner:

@@ -26,7 +26,7 @@ from maverick_jax.inference.scheduling.trace import Recording
 from maverick_jax.inference.speculate import Acceptance, Drafts, PromptLookup
 from maverick_jax.model import Llama4
 
-Drawn = list[tuple[Part, list[int], Sampled]]  # see `Launched.read`
+Drawn = list[tuple[Part, list[int], Sampled | None]]  # see `Launched.read`
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -136,7 +136,7 @@ class Serving:
                 lengths[number] = len(served.draft)
         return lengths
 
-    def _deliver(self, served: Served, part: Part, tokens: list[int], sampled: Sampled) -> None:
+    def _deliver(self, served: Served, part: Part, tokens: list[int], sampled: Sampled | None) -> None:
         row = served.row
         if part.length > 1 and served.draft:
             self.drafted.count(len(served.draft[: part.length - 1]), len(tokens) - 1)
@@ -149,7 +149,7 @@ class Serving:
                     self.scheduler.finish(row, ended)
                 return
 
-    def _token(self, served: Served, token: int, place: int, sampled: Sampled) -> Finish | None:
+    def _token(self, served: Served, token: int, place: int, sampled: Sampled | None) -> Finish | None:
         """One token of a request; why that ends it, if it does."""
         row, handle, request, matcher = served.row, served.handle, served.request, served.matcher
         if token == NOT_FINITE:

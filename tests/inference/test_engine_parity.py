@@ -1,11 +1,14 @@
 """The engine says what transformers says: tiny Maverick and Scout, with pictures, however a prompt is cut and whoever is beside it."""
 
+import io
+
 import numpy as np
 import pytest
 
 from maverick_jax.inference import engine as engine_module
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.request import Request
+from maverick_jax.inference.scheduling.trace import replay
 from oracle.forward import text_ids
 from oracle.pair import picture_prompt
 
@@ -34,12 +37,12 @@ def answers() -> dict:
     return {}
 
 
-def greedy(tiny, ids: list[int], tiles: np.ndarray | None) -> list[int]:
+def greedy(tiny, ids: list[int], tiles: np.ndarray | None, new: int = NEW) -> list[int]:
     """Each token from the whole sequence before it, without a cache."""
     ids = list(ids)
-    for _ in range(NEW):
+    for _ in range(new):
         ids.append(int(tiny.expected_logits([ids], tiles)[0, -1].argmax()))
-    return ids[-NEW:]
+    return ids[-new:]
 
 
 @pytest.mark.parametrize("options", [dict(), dict(pages=7, draft=2, reuse=False)], ids=["default", "few pages, drafts, no reuse"])
@@ -68,3 +71,12 @@ def test_pieces_of_any_size(case, monkeypatch, sizes):
     monkeypatch.setattr(engine_module, "pieces", lambda longest: sizes)
     engine = Engine(model, slots=2, max_length=LONGEST)
     assert [handle.tokens for handle in engine.run(requests)] == expected
+
+
+def test_preempted_and_computed_again(tiny, prompts):
+    """Answers that outgrow the pages, a picture among them: the younger rows give theirs away, and come back."""
+    asked, new, trace = [prompts[4], *prompts[1:3]], 30, io.StringIO()
+    engine = Engine(tiny.model, slots=3, max_length=LONGEST, pages=8, trace=trace)
+    handles = engine.run([Request(ids=ids, tiles=tiles, max_new_tokens=new, stop_ids=()) for ids, tiles in asked])
+    assert [handle.tokens for handle in handles] == [greedy(tiny, *prompt, new) for prompt in asked]
+    assert sum(len(plan.preempted) for _, plan in replay(trace.getvalue().splitlines())) > 0

@@ -14,7 +14,7 @@ from jax import lax
 
 from maverick_jax.inference.sampling.blocks import SHARES, block_sums, draw, first_highest, in_blocks
 from maverick_jax.inference.sampling.extras import Extras, adjust, log_probabilities
-from maverick_jax.inference.sampling.filters import Candidates, Weigh, among_all, among_candidates, needs_all
+from maverick_jax.inference.sampling.filters import Candidates, Weigh, among_all, among_candidates, may_be_few, needs_all
 from maverick_jax.inference.sampling.rows import RowSampling
 
 NOT_FINITE = -2  # in the place of a token whose logits are not finite
@@ -112,9 +112,10 @@ def _drawn(logits_BNL, highest_BN, rows, step_B):
 
     first = jnp.any(warm_B & (~filtered_B | needs_all(rows)))
     sums_BN = lax.cond(first, sums, lambda: jnp.zeros((len(step_B), logits_BNL.shape[1])))
+    of_all_B = sums_BN.sum(axis=-1)
     few = lax.cond(
-        jnp.any(filtered_B),
-        lambda: among_candidates(logits_BNL, highest_BN, weigh, rows, sums_BN.sum(axis=-1), shares(0)),
+        jnp.any(filtered_B & may_be_few(rows, of_all_B)),
+        lambda: among_candidates(logits_BNL, highest_BN, weigh, rows, of_all_B, shares(0)),
         lambda: Candidates(jnp.zeros_like(step_B), jnp.zeros_like(warm_B)),
     )
     few_B = filtered_B & few.certain_B

@@ -95,6 +95,12 @@ def needs_all(rows: RowSampling) -> jax.Array:
     return (jnp.asarray(rows.top_k_B) > CANDIDATES) & jnp.isfinite(rows.top_p_B)
 
 
+def may_be_few(rows: RowSampling, of_all_B: jax.Array) -> jax.Array:
+    """[B] bool: can what a row's filters keep lie among the candidates? `of_all_B` as for `among_candidates`; no weight is above 1."""
+    few_in_p = jnp.isfinite(rows.top_p_B) & (rows.top_p_B * of_all_B < CANDIDATES)
+    return few_in_p | (rows.top_k_B <= CANDIDATES) | (rows.min_p_B > 0)
+
+
 def among_all(
     logits_BNL: jax.Array,
     token_B: jax.Array,
@@ -161,20 +167,28 @@ def _before_top_p(logits_BNL, sums_BN, asked_B, weigh, rows):
     """[B]: the weights of all tokens, or of as many as top-k keeps where top-p is asked for too."""
     both_B = asked_B & (jnp.asarray(rows.top_k_B) < logits_BNL[0].size) & jnp.isfinite(rows.top_p_B)
     all_B = sums_BN.sum(axis=-1)
-    return jnp.where(both_B, lax.cond(both_B.any(), lambda: _of_first(logits_BNL, rows.top_k_B, weigh), lambda: all_B), all_B)
+
+    def of_first():
+        one_by_one = jax.tree.map(lambda x: jnp.asarray(x)[:, None], (logits_BNL, both_B, rows.top_k_B, weigh))
+        return lax.map(lambda row: _of_first(*row), one_by_one)[:, 0]
+
+    return jnp.where(both_B, lax.cond(both_B.any(), of_first, lambda: all_B), all_B)
 
 
-def _of_first(logits_BNL, count_B, weigh):
-    """[B]: the weights of the first tokens together, found by a bisection over the bits of their last one's logit."""
+def _of_first(logits_BNL, asked_B, count_B, weigh):
+    """[B]: the weights of the first tokens together, found by a bisection over the bits of a logit between them and the others."""
 
-    def narrower(_, between):
+    def narrower(between):
         low_B, high_B = between
         middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)  # a sum of both may have 33 bits
-        enough_B = _count(logits_BNL >= per_row(_float_at(middle_B), logits_BNL)) >= count_B
-        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+        reach_B = _count(logits_BNL >= per_row(_float_at(middle_B), logits_BNL))
+        low_B = jnp.where(reach_B >= count_B, middle_B, low_B)
+        return low_B, jnp.where(reach_B == count_B, low_B + 1, jnp.where(reach_B > count_B, high_B, middle_B))
 
     largest_B = jnp.full(len(count_B), jnp.finfo(jnp.float32).max)
-    low_B, _ = lax.fori_loop(0, 32, narrower, (_place_of(-largest_B), _place_of(largest_B) + 1))
+    low_B = _place_of(-largest_B)
+    high_B = jnp.where(asked_B, _place_of(largest_B), low_B) + 1
+    low_B, _ = lax.while_loop(lambda between: jnp.any(between[1] != between[0] + 1), narrower, (low_B, high_B))
     last_B = _float_at(low_B)
     above = logits_BNL > per_row(last_B, logits_BNL)
     of_above_B = block_sums(jnp.where(above, logits_BNL, -jnp.inf), lambda logits, _: weigh(logits)).sum(axis=-1)
@@ -182,8 +196,8 @@ def _of_first(logits_BNL, count_B, weigh):
 
 
 def _count(of_BNL):
-    """[B] int32: how many are true."""
-    return of_BNL.sum(axis=(1, 2), dtype=jnp.int32)
+    """[B] int32: how many are true. By blocks: at once, XLA:CPU counts one after the other."""
+    return of_BNL.sum(axis=2, dtype=jnp.int32).sum(axis=1)
 
 
 def _before(x, ids, logit_B, token_B):
