@@ -124,7 +124,7 @@ def _drawn(logits_BNL, highest_BN, rows, step_B):
         more_BN = lax.cond(first, lambda: sums_BN, sums)
         token_B = draw(logits_BNL, lambda logits, _: weigh(logits), more_BN, shares(0))
         asked_B = filtered_B & ~few_B & jnp.isfinite(top_B)  # with NaN no token would ever be good enough
-        kept = functools.partial(among_all, logits_BNL, token_B, more_BN, asked_B, weigh, rows, shares)
+        kept = functools.partial(among_all, logits_BNL, highest_BN, token_B, more_BN, asked_B, weigh, rows, shares)
         return jnp.where(few_B, few.token_B, lax.cond(jnp.any(asked_B), kept, lambda: token_B))
 
     return lax.cond(jnp.any(warm_B & ~few_B), among_more, lambda: few.token_B)

@@ -103,6 +103,7 @@ def may_be_few(rows: RowSampling, of_all_B: jax.Array) -> jax.Array:
 
 def among_all(
     logits_BNL: jax.Array,
+    highest_BN: jax.Array,
     token_B: jax.Array,
     sums_BN: jax.Array,
     asked_B: jax.Array,
@@ -116,12 +117,14 @@ def among_all(
 
     Args:
       logits_BNL: float32.
+      highest_BN: the largest logit of every block.
       token_B: drawn from all tokens by their weights.
       sums_BN: of those weights, by blocks.
       asked_B: bool, the rows that have filters; their logits are finite.
       shares: from the number of the draw, 1 and up, to new numbers by chance [B, U].
     """
     total_B = _before_top_p(logits_BNL, sums_BN, asked_B, weigh, rows)
+    asked_B &= ~surely_kept(logits_BNL, highest_BN, token_B, sums_BN, weigh, rows)
 
     def judge(carry):
         number, token_B, asked_B = carry
@@ -161,6 +164,16 @@ def judged(logits_BNL: jax.Array, token_B: jax.Array, total_B: jax.Array, weigh:
     mass_B = before_BN.sum(axis=-1)
     in_p_B = (mass_B == 0) | (mass_B < rows.top_p_B * total_B)
     return in_k_B & in_p_B & (weigh(logit_B) >= rows.min_p_B), before_BN
+
+
+def surely_kept(
+    logits_BNL: jax.Array, highest_BN: jax.Array, token_B: jax.Array, sums_BN: jax.Array, weigh: Weigh, rows: RowSampling
+) -> jax.Array:
+    """[B] bool: would the filters keep each row's token even if all blocks came before it that have one as likely? Not with top-k."""
+    logit_B = _logit_of(logits_BNL, token_B)
+    at_most_B = jnp.where(highest_BN >= logit_B[:, None], sums_BN, 0).sum(axis=-1)
+    in_p_B = at_most_B < rows.top_p_B * sums_BN.sum(axis=-1)
+    return (jnp.asarray(rows.top_k_B) >= logits_BNL[0].size) & in_p_B & (weigh(logit_B) >= rows.min_p_B)
 
 
 def _before_top_p(logits_BNL, sums_BN, asked_B, weigh, rows):

@@ -27,21 +27,24 @@ def candidates(request):
 
 @functools.cache
 def compiled(candidates: int):
-    """From logits [B, V], settings and steps: which tokens are kept, are the candidates enough, and a token [B, ...]."""
+    """From logits [B, V], settings and steps: which tokens are kept, and surely; are the candidates enough, and a token [B, ...]."""
 
     def both(logits_BV, rows, step_B):
         logits_BNL = in_blocks(logits_BV)
+        highest_BN = logits_BNL.max(axis=-1)
         weigh = filters.Weigh(logits_BV.max(axis=-1), rows.temperature_B)
         sums_BN = block_sums(logits_BNL, lambda x, _: weigh(x))
         total_B = filters._before_top_p(logits_BNL, sums_BN, jnp.ones(len(step_B), bool), weigh, rows)
 
         def one(token):
-            return filters.judged(logits_BNL, jnp.full(len(step_B), token), total_B, weigh, rows)[0]
+            token_B = jnp.full(len(step_B), token)
+            kept_B, _ = filters.judged(logits_BNL, token_B, total_B, weigh, rows)
+            return kept_B, filters.surely_kept(logits_BNL, highest_BN, token_B, sums_BN, weigh, rows)
 
         shares_BU = jnp.full((len(step_B), SHARES), 0.5)
-        few = filters.among_candidates(logits_BNL, logits_BNL.max(axis=-1), weigh, rows, sums_BN.sum(axis=-1), shares_BU)
-        kept_VB = jax.lax.map(one, jnp.arange(logits_BV.shape[1], dtype=jnp.int32))
-        return kept_VB.T, few.certain_B, sample(logits_BV, rows, step_B).token_B
+        few = filters.among_candidates(logits_BNL, highest_BN, weigh, rows, sums_BN.sum(axis=-1), shares_BU)
+        kept_VB, sure_VB = jax.lax.map(one, jnp.arange(logits_BV.shape[1], dtype=jnp.int32))
+        return kept_VB.T, sure_VB.T, few.certain_B, sample(logits_BV, rows, step_B).token_B
 
     return jax.jit(both)
 
@@ -75,13 +78,26 @@ def test_what_is_kept(candidates, asked, seed, step):
     logits = (rng.normal(size=(8, V)) * rng.choice([0.01, 1, 4, 20], size=(8, 1))).astype(np.float32)
     if step:
         logits = np.round(logits / np.float32(step)) * np.float32(step)
-    found, certain, tokens = map(np.asarray, compiled(candidates)(logits, stacked(asked), np.zeros(8, np.int32)))
+    found, sure, certain, tokens = map(np.asarray, compiled(candidates)(logits, stacked(asked), np.zeros(8, np.int32)))
+    assert not (sure & ~found).any()
     for row, one in enumerate(asked):
         must, may = kept(logits[row], **{name: value for name, value in one.items() if name != "seed"})
         assert set(must) <= set(np.flatnonzero(found[row])) <= set(may), one
         assert tokens[row] in may
         if step == 0 and (one["top_k"] or V) <= candidates:
             assert certain[row], "of different logits so many are always enough"
+
+
+def test_surely_kept(candidates):
+    """By its blocks alone most of what top-p keeps can be told, never what top-k cuts."""
+    logits = np.random.default_rng(3).normal(size=(3, V)).astype(np.float32) * 3
+    settings = [dict(temperature=1.0, top_p=0.9), dict(temperature=1.0, min_p=0.1), dict(temperature=1.0, top_p=0.9, top_k=100)]
+    found, sure, _, _ = map(np.asarray, compiled(candidates)(logits, stacked(settings), np.zeros(3, np.int32)))
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    share = (p * sure).sum(axis=-1) / (p * found).sum(axis=-1)
+    assert share[0] > 0.5
+    assert share[1] == 1
+    assert share[2] == 0
 
 
 @pytest.mark.parametrize(
