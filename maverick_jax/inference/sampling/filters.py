@@ -180,12 +180,7 @@ def _before_top_p(logits_BNL, sums_BN, asked_B, weigh, rows):
     """[B]: the weights of all tokens, or of as many as top-k keeps where top-p is asked for too."""
     both_B = asked_B & (jnp.asarray(rows.top_k_B) < logits_BNL[0].size) & jnp.isfinite(rows.top_p_B)
     all_B = sums_BN.sum(axis=-1)
-
-    def of_first():
-        one_by_one = jax.tree.map(lambda x: jnp.asarray(x)[:, None], (logits_BNL, both_B, rows.top_k_B, weigh))
-        return lax.map(lambda row: _of_first(*row), one_by_one)[:, 0]
-
-    return jnp.where(both_B, lax.cond(both_B.any(), of_first, lambda: all_B), all_B)
+    return jnp.where(both_B, lax.cond(both_B.any(), lambda: _of_first(logits_BNL, both_B, rows.top_k_B, weigh), lambda: all_B), all_B)
 
 
 def _of_first(logits_BNL, asked_B, count_B, weigh):
@@ -209,8 +204,8 @@ def _of_first(logits_BNL, asked_B, count_B, weigh):
 
 
 def _count(of_BNL):
-    """[B] int32: how many are true. By blocks: at once, XLA:CPU counts one after the other."""
-    return of_BNL.sum(axis=2, dtype=jnp.int32).sum(axis=1)
+    """[B] int32: how many are true."""
+    return of_BNL.sum(axis=(1, 2), dtype=jnp.int32)
 
 
 def _before(x, ids, logit_B, token_B):
