@@ -313,6 +313,7 @@ class Engine:
         if self._leader:
             self._leader.note(cancel=number)
         self._serving.cancel(number)
+        self._news.notify_all()
 
     def _fail(self, error: Exception, why: Finish) -> None:
         """End everyone, and begin with an empty cache."""

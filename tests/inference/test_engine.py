@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import threading
+import time
 import weakref
 
 import jax
@@ -154,6 +155,20 @@ def test_from_many_threads(model, requests, alone):
         all_run(threads)
         assert [found[place] for place in range(len(requests))] == alone
         assert is_empty(serving)
+
+
+def test_who_waits_is_told_that_somebody_else_has_cancelled(model, requests, monkeypatch):
+    """Between two turns, and no other comes that could tell."""
+    monkeypatch.setattr(Serving, "busy", False)
+    with engine(model) as serving:
+        handle = serving.submit(requests[0])
+        waiting = threading.Thread(target=handle.result)
+        waiting.start()
+        while len(serving._news._waiters) < 2:  # the loop is the other
+            time.sleep(0.01)
+        handle.cancel()
+        waiting.join(30)
+        assert not waiting.is_alive()
 
 
 def test_from_many_threads_without_one_of_its_own(model, requests, alone):

@@ -21,7 +21,7 @@ def meet_as_process_1(answers: list[bytes], **more) -> str:
 
     def serve():
         for answer in answers:
-            with server.accept()[0] as caller, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), server.accept()[0] as caller:
                 caller.sendall(answer)
                 if answer:
                     while caller.recv(1000):
@@ -29,10 +29,11 @@ def meet_as_process_1(answers: list[bytes], **more) -> str:
         server.close()
 
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(HARD_LIMIT_S)  # process 1 may give up before it has heard all answers
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(UserError) as error:
-            roll_call.meet(member(1, port=server.getsockname()[1], **more), 0.5)
+            roll_call.meet(member(1, port=server.getsockname()[1], **more), 3)
         thread.join()
     return str(error.value)
 
