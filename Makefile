@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/maverick demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 2
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -196,7 +196,8 @@ def _of_first(logits_BNL, asked_B, count_B, weigh):
     largest_B = jnp.full(len(count_B), jnp.finfo(jnp.float32).max)
     low_B = _place_of(-largest_B)
     high_B = jnp.where(asked_B, _place_of(largest_B), low_B) + 1
-    low_B, _ = lax.while_loop(lambda between: jnp.any(between[1] != between[0] + 1), narrower, (low_B, high_B))
+    # A row that has found its bound stays there; where fewer tokens than `count_B` may come its `high_B` even falls to `low_B`.
+    low_B, _ = lax.while_loop(lambda between: jnp.any(between[1] > between[0] + 1), narrower, (low_B, high_B))
     last_B = _float_at(low_B)
     above = logits_BNL > per_row(last_B, logits_BNL)
     of_above_B = block_sums(jnp.where(above, logits_BNL, -jnp.inf), lambda logits, _: weigh(logits)).sum(axis=-1)
