@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from maverick_jax.ops.product import einsum
+
 MASKED = -1e30  # finite, so that a padding query which sees no key stays finite too
 BLOCKS = 8  # of queries: seven sixteenths of the scores are never made
 SHORTEST_BLOCK = 64
@@ -65,12 +67,12 @@ def attention(query_BTHd: jax.Array, key_BKSd: jax.Array, value_BKSd: jax.Array,
     """
     B, T, H, d = query_BTHd.shape
     query = query_BTHd.reshape(B, T, key_BKSd.shape[1], -1, d)
-    scores_BKGTS = jnp.einsum("BTKGd,BKSd->BKGTS", query, key_BKSd, preferred_element_type=jnp.float32) * d**-0.5
+    scores_BKGTS = einsum("BTKGd,BKSd->BKGTS", query, key_BKSd) * d**-0.5
     if mask_BTS is not None:
         scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     weights = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BKSd.dtype)
     # Asked for BTKGd at once, einsum swaps the operands, and XLA:CPU has no such bfloat16 product.
-    out_BKGTd = jnp.einsum("BKGTS,BKSd->BKGTd", weights, value_BKSd, preferred_element_type=jnp.float32)
+    out_BKGTd = einsum("BKGTS,BKSd->BKGTd", weights, value_BKSd)
     return jnp.moveaxis(out_BKGTd, 3, 1).reshape(B, T, H, d).astype(query_BTHd.dtype)
 
 
@@ -113,12 +115,12 @@ def partial_attention(query_BTHd: jax.Array, query_positions_BT: jax.Array, keys
 def _partial(query_BTHd, query_positions_BT, keys, chunk):
     B, T, _, d = query_BTHd.shape
     query = query_BTHd.reshape(B, T, keys.key_BKSd.shape[1], -1, d)
-    scores = jnp.einsum("BTKGd,BKSd->BKGTS", query, keys.key_BKSd, preferred_element_type=jnp.float32) * d**-0.5
+    scores = einsum("BTKGd,BKSd->BKGTS", query, keys.key_BKSd) * d**-0.5
     scores = jnp.where(visible(query_positions_BT, keys.positions_BS, chunk)[:, None, None], scores, MASKED)
     most = scores.max(axis=-1)
     weights = jnp.exp(scores - most[..., None])
     value_BKSd = keys.value_BKSd
-    out = jnp.einsum("BKGTS,BKSd->BKGTd", weights.astype(value_BKSd.dtype), value_BKSd, preferred_element_type=jnp.float32)
+    out = einsum("BKGTS,BKSd->BKGTd", weights.astype(value_BKSd.dtype), value_BKSd)
     return Partial(out, weights.sum(axis=-1), most)
 
 
@@ -158,7 +160,7 @@ def _causal_tpu(query_BTHd, key_BKTd, value_BKTd):
     # Importing Pallas takes a while, and short prompts do without.
     from maverick_jax.ops.attention_tpu import causal_attention_tpu, suits
 
-    form = causal_attention_tpu if suits(query_BTHd.shape[1], query_BTHd.shape[3]) else _causal
+    form = causal_attention_tpu if suits(query_BTHd.shape[1], query_BTHd.shape[3], query_BTHd.dtype) else _causal
     return form(query_BTHd, key_BKTd, value_BKTd)
 
 

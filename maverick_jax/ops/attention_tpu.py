@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.typing import DTypeLike
 
 BLOCK = 1024
 LANES = 128
 LONGEST = 2**16  # the kernel's table of blocks is made before compiling and grows with the square
 
 
-def suits(T: int, d: int) -> bool:
-    """Whether the kernel takes this shape, and quickly enough."""
-    return d % LANES == 0 and T % BLOCK == 0 and T <= LONGEST
+def suits(T: int, d: int, dtype: DTypeLike) -> bool:
+    """Whether the kernel takes this shape, and quickly enough. float32 it would multiply as bfloat16."""
+    return d % LANES == 0 and T % BLOCK == 0 and T <= LONGEST and dtype != jnp.float32
 
 
 def causal_attention_tpu(query_BTHd: jax.Array, key_BKTd: jax.Array, value_BKTd: jax.Array, *, interpret: bool = False) -> jax.Array:

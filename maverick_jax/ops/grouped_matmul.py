@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from maverick_jax.ops.linear import LEAST_BFLOAT16_ROWS
+from maverick_jax.ops.product import precision, product
 from maverick_jax.ops.quantize import QuantizedArray, Weight, dequantize, matrix_shape
 
 FEWEST_ROWS = 8
@@ -42,7 +43,9 @@ def _ragged_dot(x_RK, weight_EKN, group_sizes_E):
     # The TPU compiler has a kernel that skips empty groups, but multiplies a handful of rows by every matrix.
     padded = jnp.pad(x_RK, ((0, max(0, FEWEST_ROWS - rows)), (0, 0)))
     weight_EKN = _dequantized(weight_EKN, x_RK.dtype)
-    return lax.ragged_dot(padded, weight_EKN, group_sizes_E, preferred_element_type=jnp.float32).astype(x_RK.dtype)[:rows]
+    exact = precision(x_RK.dtype)
+    y_RN = lax.ragged_dot(padded, weight_EKN, group_sizes_E, precision=exact, preferred_element_type=jnp.float32)
+    return y_RN.astype(x_RK.dtype)[:rows]
 
 
 # Importing Pallas takes a while, and much that imports this module never multiplies anything.
@@ -134,7 +137,7 @@ def _product(x_RK, weight_EKN, group_sizes_E, *, contract_axis):
         def per_block(j, out):
             start = groups.start_E[expert] + j * block
             x = lax.dynamic_slice_in_dim(padded, start, block)
-            y = lax.dot_general(x, matrix, (((1,), (contract_axis,)), ((), ())), preferred_element_type=jnp.float32)
+            y = product(x, matrix, ((1,), (contract_axis,)))
             # Blocks come in order, so what a block writes past its group's end is overwritten by the next.
             return lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
 
@@ -178,7 +181,7 @@ def _outer_products(x_RK, dy_RN, weight_EKN, group_sizes_E):
             inside = jnp.arange(block) + j * block < group_sizes_E[expert]
             x = jnp.where(inside[:, None], lax.dynamic_slice_in_dim(x_padded, start, block), 0)
             dy = lax.dynamic_slice_in_dim(dy_padded, start, block)
-            return total + lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            return total + product(x, dy, ((0,), (0,)))
 
         total = lax.fori_loop(0, groups.blocks_E[expert], per_block, jnp.zeros(weight_EKN.shape[1:], jnp.float32))
         return lax.dynamic_update_index_in_dim(stack, lax.bitcast_convert_type(total.astype(dtype), stored), expert, axis=0)

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from maverick_jax.ops.product import product
 from maverick_jax.ops.quantize import QuantizedArray, Weight, matrix_shape
 from maverick_jax.ops.tiles import Tiles, bounds, most_tiles
 
@@ -39,7 +40,6 @@ def grouped_matmul_gpu(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.A
     """As `grouped_matmul`, for x and weight of one of `DTYPES` or a quantized weight that `suits`, with float32 sums.
 
     Args:
-      x_RK, weight_EKN: float32 is multiplied as TF32 unless `jax_default_matmul_precision` asks for more, as in XLA's own products.
       interpret: run the kernels as ordinary JAX operations, on any platform (for tests).
     """
     return _product(x_RK, weight_EKN, group_sizes_E, transposed=False, interpret=interpret)
@@ -166,7 +166,7 @@ class _Block(NamedTuple):
 
 
 def _dot(a, b, axes: tuple[int, int]):
-    return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+    return product(a, b, ((axes[0],), (axes[1],)))
 
 
 def _inside(first, size: int, total: int):

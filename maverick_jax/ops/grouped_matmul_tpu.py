@@ -13,10 +13,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from maverick_jax.ops.product import product
 from maverick_jax.ops.quantize import QuantizedArray, matrix_shape
 from maverick_jax.ops.tiles import Tiles, most_tiles
 
@@ -136,8 +136,7 @@ def _transposed_kernel(_, used_ref, dy_ref, values_ref, scales_ref, dx_ref, *, s
 
 
 def _dot(x, matrix, contract: int):
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(x, matrix, (((1,), (contract,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return product(x, matrix, ((1,), (contract,)))
 
 
 def _values(ref, inputs: slice):

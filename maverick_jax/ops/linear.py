@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from maverick_jax.ops.product import product
 from maverick_jax.ops.quantize import QuantizedArray, Weight, halves, scale
 
 FEW_ROWS, WIDE = 32, 2048  # measured: with more rows, or fewer columns, the usual form is quicker
@@ -59,9 +60,7 @@ def _quantized(x, weight, contract):
 
 
 def _product(x, weight, contract):
-    dimensions = (((*range(x.ndim - contract, x.ndim),), (*range(contract),)), ((), ()))
-    # On CPU `preferred_element_type` is also what selects XLA's native bfloat16 path.
-    return lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.float32)
+    return product(x, weight, (range(x.ndim - contract, x.ndim), range(contract)))
 
 
 def _padded(x, weight, contract):
@@ -77,7 +76,7 @@ def _in_parts(x, weight, contract):
     """A single float32 row: the products of some parts of its inputs run at once, where one of a small matrix has a core to itself."""
     leading, inputs = x.shape[: x.ndim - contract], math.prod(weight.shape[:contract])
     weight_PKN = weight.reshape(PARTS, inputs // PARTS, -1)
-    y_PN = lax.dot_general(x.reshape(PARTS, -1), weight_PKN, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    y_PN = product(x.reshape(PARTS, -1), weight_PKN, ((1,), (1,)), ((0,), (0,)))
     return sum(y_PN[1:], start=y_PN[0]).reshape(*leading, *weight.shape[contract:])  # not a reduction, which a slower library takes over
 
 
@@ -85,5 +84,5 @@ def _rows_last(x, weight, contract):
     """Written as [K, rows] times [K, N], few float32 rows run another kernel, mostly 1.3 to 1.9 times as fast (docs/performance.md)."""
     leading, inner = x.shape[: x.ndim - contract], x.shape[x.ndim - contract :]
     x_KR = lax.optimization_barrier(x.reshape(-1, math.prod(inner)).T)  # or the transposition is folded into the product
-    y = lax.dot_general(x_KR, weight.reshape(x_KR.shape[0], -1), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    y = product(x_KR, weight.reshape(x_KR.shape[0], -1), ((0,), (0,)))
     return y.reshape(*leading, *weight.shape[contract:])

@@ -17,6 +17,7 @@ from jax import lax
 
 from maverick_jax.ops.attention import MASKED, MOST_SCORES, Keys, Partial, of_query_blocks
 from maverick_jax.ops.pages import Pages, as_floats, as_held, quantize_keys
+from maverick_jax.ops.product import einsum
 
 FEW = 8  # tokens of a row, up to which a platform's own kernel is used: decoding, and drafts
 
@@ -84,11 +85,11 @@ def _over_stretches(query_BTHd, pages, table_BJ, limit_BT, page, first):
         slot_P = j * page + first + jnp.arange(P, dtype=jnp.int32)
         seen_BP = slot_P[None, :] <= limit_BT.max(axis=1)[:, None]
         value_BKPd = jnp.where(seen_BP[:, None, :, None], value_BKPd, 0)  # of no weight, and others' NaN times that is NaN
-        scores = jnp.einsum("BTKGd,BKPd->BKGTP", query, key_BKPd, preferred_element_type=jnp.float32) * d**-0.5
+        scores = einsum("BTKGd,BKPd->BKGTP", query, key_BKPd) * d**-0.5
         scores = jnp.where((slot_P[None, None, :] <= limit_BT[:, :, None])[:, None, None], scores, MASKED)
         most = scores.max(axis=-1)
         weights = jnp.exp(scores - most[..., None])
-        out = jnp.einsum("BKGTP,BKPd->BKGTd", weights.astype(value_BKPd.dtype), value_BKPd, preferred_element_type=jnp.float32)
+        out = einsum("BKGTP,BKPd->BKGTd", weights.astype(value_BKPd.dtype), value_BKPd)
         return done.merge(Partial(out, weights.sum(axis=-1), most))
 
     zeros = jnp.zeros((B, K, H // K, T), jnp.float32)

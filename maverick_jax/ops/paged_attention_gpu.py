@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from maverick_jax.ops.attention import MASKED, Partial
 from maverick_jax.ops.pages import Pages
+from maverick_jax.ops.product import product
 
 DTYPES = ("bfloat16", "float16", "float32")
 SLOTS = 64  # of a block
@@ -41,10 +42,7 @@ def suits(query_BTHd: jax.Array, pages: Pages) -> bool:
 def paged_attention_gpu(
     query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array, limit_BT: jax.Array, *, page: int, first: jax.Array, interpret: bool = False
 ) -> Partial:
-    """As `over_pages`, where `suits` says yes. `interpret` runs it on any platform (for tests).
-
-    float32 is multiplied as TF32 unless `jax_default_matmul_precision` asks for more, as in XLA's own products.
-    """
+    """As `over_pages`, where `suits` says yes. `interpret` runs it on any platform (for tests)."""
     B, T, H, d = query_BTHd.shape
     _, K, P, _ = pages.key_NKPd.shape
     R, J = T * H // K, table_BJ.shape[1]
@@ -119,4 +117,4 @@ def _kernel(slots_ref, limit_ref, query_ref, table_ref, key_ref, value_ref, *ref
 
 
 def _dot(a, b, axes: tuple[int, int]):
-    return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+    return product(a, b, ((axes[0],), (axes[1],)))

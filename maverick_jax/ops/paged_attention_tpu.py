@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from maverick_jax.ops.attention import MASKED, Partial
 from maverick_jax.ops.pages import Pages
+from maverick_jax.ops.product import product
 
 LANES, SUBLANE_BYTES = 128, 32  # of a register; rows of narrow dtypes share a sublane
 MOST_SLOTS = 2048  # of a block
@@ -164,5 +165,4 @@ def _split(refs):
 
 def _dot(a, b, contract: int):
     """[K, R, S]: a product per head."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((2,), (contract,)), ((0,), (0,))), precision=precision, preferred_element_type=jnp.float32)
+    return product(a, b, ((2,), (contract,)), ((0,), (0,)))

@@ -149,8 +149,9 @@ def test_long_prompts_have_a_form_for_each_platform(dtype, tolerance):
 
 @pytest.mark.parametrize("T, d, good", [(1024, 128, True), (8192, 128, True), (1000, 128, False), (1024, 64, False), (2**17, 128, False)])
 def test_shapes_for_the_kernel(T, d, good):
-    """What the kernel refuses, or would prepare for minutes, goes by blocks."""
-    assert suits(T, d) is good
+    """What the kernel refuses, would prepare for minutes, or multiplies in fewer bits goes by blocks."""
+    assert suits(T, d, jnp.bfloat16) is good
+    assert not suits(T, d, jnp.float32)
 
 
 def test_a_query_that_sees_nothing_stays_finite():

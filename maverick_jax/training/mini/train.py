@@ -24,6 +24,7 @@ from maverick_jax.checkpoint import load, save
 from maverick_jax.config import Config
 from maverick_jax.convert import export
 from maverick_jax.model import Llama4
+from maverick_jax.ops.linear import linear
 from maverick_jax.prompt import Tokenizer, render, tile_image
 from maverick_jax.training.mini.definition import CHAT_TEMPLATE, mini_config, mini_tokenizer
 from maverick_jax.training.mini.evaluate import accuracy
@@ -102,7 +103,7 @@ def loss(model: Llama4, probe_DC: jax.Array, batch: Batch) -> tuple[jax.Array, j
     The probe gives the vision tower a signal before the decoder has learned to look at pictures.
     """
     features = model.encode_tiles(batch.tiles_N3SS)
-    digit_NC = features.reshape(len(batch.digit_N), -1, features.shape[-1]).mean(axis=1) @ probe_DC
+    digit_NC = linear(features.reshape(len(batch.digit_N), -1, features.shape[-1]).mean(axis=1), probe_DC)
     seeing = optax.softmax_cross_entropy_with_integer_labels(digit_NC, batch.digit_N).mean()
     is_patch = batch.ids_BT == model.config.image_token_index
     index_BT = jnp.cumsum(is_patch.reshape(-1)).reshape(batch.ids_BT.shape) - 1
