@@ -2,7 +2,7 @@
 
 `lax.ragged_dot` on GPU multiplies every row by every matrix. Here a program multiplies one tile of rows, all of one group (`tiles`),
 by some columns of its matrix; a matrix is read once per tile of its group. Rows without a group give zero. Quantized matrices are
-read as they are stored and dequantized in the kernel.
+read as they are stored and dequantized in the kernel; where Pallas-Triton could not count their bytes, two at a time.
 
 Shape suffixes: R rows, K inputs, N outputs, E experts, G groups (the experts, and the rows without one), P parts of the inputs.
 """
@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from maverick_jax.ops.product import product
 from maverick_jax.ops.quantize import QuantizedArray, Weight, matrix_shape
 from maverick_jax.ops.tiles import Tiles, bounds, most_tiles
+from maverick_jax.ops.triton import is_counted
 
 DTYPES = ("bfloat16", "float16", "float32")
 TILES_AT_ONCE = 8  # sweep the columns together: tiles of one group share its matrix in the L2 cache, and all columns share the rows
@@ -28,11 +29,24 @@ MOST_SIDE = 128  # of a tile of a matrix
 
 
 def suits(weight_EKN: Weight) -> bool:
-    """Whether any tile of a matrix has one row of scales, as in real models."""
+    """Whether any tile of a matrix has one row of scales, as in real models, and offsets reach the whole stack."""
     if not isinstance(weight_EKN, QuantizedArray):
         return True
-    groups = weight_EKN.scales.shape[1]
-    return groups == 1 or matrix_shape(weight_EKN)[1] % (MOST_SIDE * groups) == 0
+    values_EKN, groups = weight_EKN.values, weight_EKN.scales.shape[1]
+    return (groups == 1 or matrix_shape(weight_EKN)[1] % (MOST_SIDE * groups) == 0) and (is_counted(values_EKN) or in_pairs(values_EKN))
+
+
+def in_pairs(values_EKN: jax.Array) -> bool:
+    """Whether the kernel takes two neighbouring columns for one element, because it could not index all of them."""
+    return not is_counted(values_EKN) and values_EKN.shape[2] % 2 == 0
+
+
+def _countable(values_EKN: jax.Array) -> jax.Array:
+    """A stack that the kernel can index. XLA:GPU makes no copy for it."""
+    if not in_pairs(values_EKN):
+        return values_EKN
+    E, K, N = values_EKN.shape
+    return lax.bitcast_convert_type(values_EKN.reshape(E, K, N // 2, 2), jnp.uint16)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -74,10 +88,12 @@ def _product(x_RK, weight_EKN, group_sizes_E, *, transposed: bool, interpret: bo
     sweeps, columns, steps = pl.cdiv(most, at_once), pl.cdiv(outputs, block.columns), pl.cdiv(inputs, block.inputs)
     wanted = min(MOST_PARTS, pl.cdiv(PROGRAMS, most * columns))
     parts = max(p for p in range(1, wanted + 1) if steps % p == 0)
-    stored = jax.tree.leaves(weight_EKN)
+    stored, narrow = [weight_EKN], None
+    if isinstance(weight_EKN, QuantizedArray):
+        stored, narrow = [_countable(weight_EKN.values), weight_EKN.scales], weight_EKN.values.dtype
     tile = pl.BlockSpec((None,), lambda i, _, sweep: (sweep * at_once + i,))
     y_PRN = pl.pallas_call(
-        functools.partial(_product_kernel, block=block, parts=parts, transposed=transposed),
+        functools.partial(_product_kernel, block=block, parts=parts, transposed=transposed, narrow=narrow),
         grid=(at_once, columns * parts, sweeps),  # the first axis runs fastest
         in_specs=[tile, tile, tile, pl.no_block_spec, *[pl.no_block_spec] * len(stored)],
         out_shape=jax.ShapeDtypeStruct((parts, rows, outputs), x_RK.dtype if parts == 1 else jnp.float32),
@@ -87,8 +103,8 @@ def _product(x_RK, weight_EKN, group_sizes_E, *, transposed: bool, interpret: bo
     return y_PRN[0] if parts == 1 else y_PRN.sum(axis=0).astype(x_RK.dtype)
 
 
-def _product_kernel(group_ref, start_ref, end_ref, x_ref, *refs, block: "_Block", parts: int, transposed: bool):
-    """A tile of rows times some columns, summed over a part of the inputs."""
+def _product_kernel(group_ref, start_ref, end_ref, x_ref, *refs, block: "_Block", parts: int, transposed: bool, narrow: jnp.dtype | None):
+    """A tile of rows times some columns, summed over a part of the inputs; `narrow` is the dtype of quantized values."""
     *weight_refs, y_ref = refs
     experts, inputs, outputs = weight_refs[0].shape[0], x_ref.shape[1], y_ref.shape[2]
     group, start, end = group_ref[...], start_ref[...], end_ref[...]
@@ -101,8 +117,8 @@ def _product_kernel(group_ref, start_ref, end_ref, x_ref, *refs, block: "_Block"
         x = _load(x_ref.at[row_slice, input_slice], rows_inside, inputs_inside)
         k, n = (input_slice, inputs_inside), (column_slice, columns_inside)
         if transposed:
-            return sums + _dot(x, _load_matrix(weight_refs, group, n, k, x.dtype), (1, 1))
-        return sums + _dot(x, _load_matrix(weight_refs, group, k, n, x.dtype), (1, 0))
+            return sums + _dot(x, _load_matrix(weight_refs, group, n, k, x.dtype, narrow), (1, 1))
+        return sums + _dot(x, _load_matrix(weight_refs, group, k, n, x.dtype, narrow), (1, 0))
 
     steps = pl.cdiv(inputs, block.inputs) // parts
     first = part * steps
@@ -185,23 +201,35 @@ def _load(ref, *inside):
     return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 
 
-def _load_matrix(refs, group, k, n, dtype):
+def _load_matrix(refs, group, k, n, dtype, narrow):
     """A tile of a group's matrix; `k` and `n` are slices, each with what of it is inside."""
     (k_slice, k_inside), (n_slice, n_inside) = k, n
-    if len(refs) == 1:
+    if narrow is None:
         return _load(refs[0].at[group, k_slice, n_slice], k_inside, n_inside)
     values_ref, scales_ref = refs
     size = values_ref.shape[1] // scales_ref.shape[1]  # stored rows of a group
-    if values_ref.dtype == jnp.uint8:
+    if narrow == jnp.uint8:
         size, half = 2 * size, k_slice.size // 2
         first = k_slice.start // 2
-        byte = _load(values_ref.at[group, pl.ds(first, half), n_slice], _inside(first, half, values_ref.shape[1]), n_inside)
+        byte = _load_bytes(values_ref, group, (pl.ds(first, half), _inside(first, half, values_ref.shape[1])), n, narrow)
         twice = jnp.broadcast_to(byte.astype(jnp.int32)[:, None, :], (half, 2, n_slice.size)).reshape(k_slice.size, n_slice.size)
         values = (((twice >> (jnp.arange(k_slice.size) % 2 * 4)[:, None]) & 15) ^ 8) - 8
     else:
-        values = _load(values_ref.at[group, k_slice, n_slice], k_inside, n_inside)
+        values = _load_bytes(values_ref, group, k, n, narrow)
     scales = plgpu.load(scales_ref.at[group, k_slice.start // size, n_slice], mask=n_inside, other=None if n_inside is None else 0)
     return (values.astype(jnp.float32) * scales.astype(jnp.float32)[None, :]).astype(scales.dtype).astype(dtype)
+
+
+def _load_bytes(ref, group, k, n, dtype):
+    """A tile of values of one byte, which may lie in pairs of columns (`_countable`)."""
+    (k_slice, k_inside), (n_slice, n_inside) = k, n
+    if ref.dtype == dtype:
+        return _load(ref.at[group, k_slice, n_slice], k_inside, n_inside)
+    first, half = n_slice.start // 2, n_slice.size // 2
+    pair = _load(ref.at[group, k_slice, pl.ds(first, half)], k_inside, _inside(first, half, ref.shape[2])).astype(jnp.int32)
+    twice = jnp.broadcast_to(pair[:, :, None], (k_slice.size, half, 2)).reshape(k_slice.size, n_slice.size)
+    byte = (twice >> (jnp.arange(n_slice.size) % 2 * 8)[None, :]).astype(jnp.uint8)
+    return byte if dtype == jnp.uint8 else lax.bitcast_convert_type(byte, dtype)
 
 
 def _store(ref, value, *inside):

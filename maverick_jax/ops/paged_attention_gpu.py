@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from maverick_jax.ops.attention import MASKED, Partial
 from maverick_jax.ops.pages import Pages
 from maverick_jax.ops.product import product
+from maverick_jax.ops.triton import is_counted
 
 DTYPES = ("bfloat16", "float16", "float32")
 SLOTS = 64  # of a block
@@ -29,12 +30,11 @@ HEADS = (16, 32, 64, 128)
 
 
 def suits(query_BTHd: jax.Array, pages: Pages) -> bool:
-    """Whether a tensor core takes blocks of slots and heads, registers the queries, and 32 bits the offsets where Pallas counts so."""
+    """Whether a tensor core takes blocks of slots and heads, registers the queries, and offsets reach all pages."""
     (_, T, H, d), values = query_BTHd.shape, pages.key_NKPd
     S = min(pages.slots, SLOTS)
     whole = d in HEADS and S == pl.next_power_of_2(S) >= LEAST and pages.slots % S == 0
-    overflows = values.dtype.itemsize == 1 and 2**31 < values.size <= 2**32
-    return query_BTHd.dtype.name in DTYPES and whole and T * H // values.shape[1] <= MOST_QUERIES and not overflows
+    return query_BTHd.dtype.name in DTYPES and whole and T * H // values.shape[1] <= MOST_QUERIES and is_counted(values)
 
 
 # Under `jit` the kernel is traced and lowered once for all layers of a model.

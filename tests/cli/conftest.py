@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from interrupting import heed_the_signal
 
 from maverick_jax.assets import digits
 from maverick_jax.cli.main import main
@@ -15,6 +16,12 @@ class Result:
     status: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard():
+    """Also where the tests run as a job in the background."""
+    heed_the_signal()
 
 
 @pytest.fixture

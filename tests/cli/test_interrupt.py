@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from interrupting import INTERRUPT, LATEST_S, LINE, heed_the_signal, interrupt, interrupt_process
+from interrupting import INTERRUPT, LATEST_S, LINE, interrupt, interrupt_process
 
 from maverick_jax.cli.main import main
 
@@ -61,11 +61,6 @@ def python(code: str) -> Iterator[subprocess.Popen]:
             yield process
         finally:
             process.kill()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def heed():
-    heed_the_signal()
 
 
 @pytest.mark.parametrize("name", list(LATEST_S))

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose
 
 from maverick_jax.errors import UserError
-from maverick_jax.ops import grouped_matmul_gpu, grouped_matmul_tpu
+from maverick_jax.ops import grouped_matmul_gpu, grouped_matmul_tpu, triton
 from maverick_jax.ops.grouped_matmul import grouped_matmul
 from maverick_jax.ops.linear import linear, linear_float32
 from maverick_jax.ops.quantize import FORMATS, QuantizedArray, dequantize, quantize, quantized_shapes
@@ -75,6 +75,15 @@ def test_rows_meet_the_weights_that_are_stood_for(platform, name, dtype):
         assert_allclose(np.asarray(ours, np.float32), expected, atol=TOLERANCE[dtype] * np.abs(expected).max(), rtol=0)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_gpu_takes_what_triton_cannot_count_in_pairs(monkeypatch, name):
+    """Two neighbouring columns are one element; the last block is not full, and of both halves of a byte each is one input's."""
+    monkeypatch.setattr(triton, "MOST_COUNTED", 1)
+    grouped_matmul_gpu._product.clear_cache()
+    test_rows_meet_the_weights_that_are_stood_for("gpu", name, "float32")
+    grouped_matmul_gpu._product.clear_cache()
+
+
 @pytest.mark.parametrize("name", ["fp8", "int4"])
 def test_a_tpu_takes_a_large_matrix_in_parts(monkeypatch, name):
     """Columns, inputs and, transposed, rows one part after the other: the last of each is smaller."""
@@ -129,9 +138,9 @@ def test_dense_products(rows, name, dtype):
     assert_allclose(np.asarray(dx, np.float32), np.broadcast_to(whole.sum(axis=1), dx.shape), atol=2 * TOLERANCE[dtype] * 4, rtol=0)
 
 
-def decode_with_gradient(name, device):
+def decode_with_gradient(name, device, E=16):
     """Maverick's decode on one device of eight that divide the experts: program and arguments, and the bytes of the stack."""
-    rows, E, K, N = 64, 16, 5120, 8192
+    rows, K, N = 64, 5120, 8192
 
     def function(x, weight, sizes, dy):
         y, pull = jax.vjp(lambda x: grouped_matmul(x, weight, sizes), x)
@@ -164,14 +173,14 @@ def test_a_v6e_fuses_a_dense_product(name):
     assert count_traffic(compiled.as_text()).hbm < 1.05 * 5120 * 8192
 
 
-@pytest.mark.parametrize("name", ["fp8", "int4"])
-def test_an_h200_reads_what_is_stored(name):
-    """One kernel each for the product and the gradient of x, no other product, no copy."""
+@pytest.mark.parametrize("name, experts", [("fp8", 16), ("int4", 16), ("fp8", 64), ("int4", 128)])
+def test_an_h200_reads_what_is_stored(name, experts):
+    """One kernel each for the product and the gradient of x, no other product, no copy; nor where columns are taken in pairs."""
     try:
         device = devices_of(Topology.parse("h200:8"))[0]
     except UserError as error:
         pytest.skip(str(error))
-    compiled = decode_with_gradient(name, device)[0].compile(compiler_options=OPTIONS["cuda"])
+    compiled = decode_with_gradient(name, device, experts)[0].compile(compiler_options=OPTIONS["cuda"])
     assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2
     assert " dot(" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 1e6
