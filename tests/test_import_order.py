@@ -18,6 +18,7 @@ ORDER = [  # lowest first; neighbours on one line do not know each other
     {"inference"},
     {"serving", "training", "plan"},
     {"bench"},
+    {"check"},
     {"cli"},
     {"__main__"},
 ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from maverick_jax.model import Llama4
 from maverick_jax.plan.chips import CHIPS, Chip
 from maverick_jax.plan.topology import Topology
 
@@ -53,34 +53,35 @@ class Machine:
     said: str
 
 
-def machine_of(model: Llama4) -> Machine:
-    """The devices of a model, which are measured where nobody has published their figures."""
-    devices = list(model.text.embedding[...].devices())
+def machine_of(devices: Collection[Any], dtype: DTypeLike) -> Machine:
+    """What these devices can do, measured where nobody has published their figures: one of this process, products in `dtype`."""
+    devices = list(devices)
     kind, platform = devices[0].device_kind, devices[0].platform
     hosts = len({device.process_index for device in devices})
     many = f"{len(devices)} devices, each" if len(devices) > 1 else "1 device"
     if kind in KINDS:
         chip, source = dataclasses.replace(CHIPS[KINDS[kind]], devices_per_chip=1), "by its data sheet"
     else:
-        dtype, width = model.text.embedding.dtype, WIDTH.get(platform, WIDTH_ELSEWHERE)
-        here = next(iter(model.text.embedding[...].sharding.addressable_devices))
-        chip = _measured(here, dtype, width, 1 / len(devices) if platform == "cpu" else 1.0)
+        width = WIDTH.get(platform, WIDTH_ELSEWHERE)
+        here = next(device for device in devices if device.process_index == jax.process_index())
+        chip = measured(here, dtype, width, 1 / len(devices) if platform == "cpu" else 1.0)
         source = f"measured: a sum over {READ_BYTES / 1e6:,.0f} MB, and a product of {width:,} x {width:,} matrices in {jnp.dtype(dtype)}"
     rates = f"reads {chip.bandwidth / 1e9:,.1f} GB/s, multiplies {chip.flops / 1e9:,.0f} GFLOP/s"
     shape = f"{len(devices) // hosts}x{hosts}" if hosts > 1 else str(len(devices))
     return Machine(Topology(chip, shape), f"{many} of {kind}: {rates} ({source})")
 
 
-def _measured(device: Any, dtype: Any, width: int, share: float) -> Chip:
+def measured(device: Any, dtype: Any, width: int, share: float) -> Chip:
+    """A device as it is found: `share` of what it reaches alone, where several are simulated by one processor."""
     numbers = jax.device_put(jnp.ones(READ_BYTES // 4, jnp.float32), device)
     matrix = jax.device_put(jnp.ones((width, width), dtype), device)
-    bandwidth = share * READ_BYTES / _quickest(jax.jit(jnp.sum), numbers)
-    flops = share * 2 * width**3 / _quickest(jax.jit(jnp.matmul), matrix, matrix)
+    bandwidth = share * READ_BYTES / quickest(jax.jit(jnp.sum), numbers)
+    flops = share * 2 * width**3 / quickest(jax.jit(jnp.matmul), matrix, matrix)
     memory = int((device.memory_stats() or {}).get("bytes_limit", 0))
     return Chip(device.device_kind, memory, bandwidth, flops, flops, link=math.inf)
 
 
-def _quickest(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+def quickest(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
     """Seconds of a call, the best of several."""
     jax.block_until_ready(function(*arguments))
     best = math.inf

@@ -60,7 +60,7 @@ def measure(
     engine = _engine(model, sizes[-1], prompt, new, queue=max(requests, sizes[-1]))
     if rate is not None:
         engine.warm_up(extras=False)  # what comes at random may need any program
-    machine = machine_of(model)
+    machine = machine_of(model.text.embedding[...].devices(), model.text.embedding.dtype)
     if not multihost.is_first():
         return engine.follow()
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "batch": "answer a file of requests",
     "tokens": "how many tokens a prompt has, and which",
     "plan": "will it fit, how fast can it be, on devices that need not be there",
+    "check": "is this machine fit: versions, kernels against float64, speeds, links, what is missing",
     "bench": "how fast a model is served here, and what share of the machine that is",
     "completion": "the Tab key completes commands, options and files",
 }

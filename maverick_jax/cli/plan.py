@@ -22,10 +22,14 @@ from maverick_jax.cli import options
 PRESETS = ("maverick", "scout")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m", "--model", default="maverick", metavar="MODEL", help="maverick, scout, or a directory such as ./maverick (default: maverick)"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_argument(parser)
     parser.add_argument("--topology", required=True, help="TPU slice or GPUs, such as v6e:8x8, v5p:4x4x4, h100:8 or, two hosts, h100:8x2")
     parser.add_argument("--mesh", metavar="AXES", help="such as expert=8,tensor=8 (default: the fastest that fits)")
     parser.add_argument("--layout", help="throughput or latency (default: throughput; with --search: all)")
@@ -54,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     if args.compile:
         _check_compiler(args.topology)
-    config = _config(args.model)
+    config = model_config(args.model)
     question = {"topology": args.topology, "layout": args.layout, "dtype": args.dtype, "batch": args.batch, "context": args.context}
     if args.search:
         plans = search(config, **question)
@@ -95,7 +99,7 @@ def _compile(plan):
     return compile_decode(plan.case)
 
 
-def _config(model: str):
+def model_config(model: str):
     """A preset by its name; anything else is a directory."""
     from maverick_jax.config import Config
     from maverick_jax.convert import MANIFEST
@@ -105,7 +109,7 @@ def _config(model: str):
     if model in PRESETS:
         return getattr(Config, model)()
     if not os.path.exists(model):
-        raise UserError(f"model {model!r} is neither {' nor '.join(PRESETS)} nor a directory, of which a plan reads config.json alone.")
+        raise UserError(f"model {model!r} is neither {' nor '.join(PRESETS)} nor a directory, of which config.json alone is read.")
     if not (Path(model) / MANIFEST).is_file():  # else it is one of ours
         refuse_foreign(Path(model))
     return Config.from_directory(model)

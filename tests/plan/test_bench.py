@@ -17,7 +17,6 @@ from maverick_jax.cli.main import main
 from maverick_jax.inference.engine import Engine
 from maverick_jax.plan.chips import CHIPS
 from maverick_jax.plan.topology import Topology
-from maverick_jax.sharding import make_mesh
 from oracle.plain import plain_model
 
 
@@ -124,8 +123,8 @@ def test_the_machine(monkeypatch):
     """Eight simulated devices share one processor; a chip that we know is not measured."""
     monkeypatch.setattr(machine, "READ_BYTES", 2**12)
     monkeypatch.setitem(machine.WIDTH, "cpu", 8)
-    monkeypatch.setattr(machine, "_quickest", lambda function, *arguments: 1e-6)
-    whole, shared = (machine.machine_of(mj.load(mesh=mesh)) for mesh in (None, make_mesh(expert=8)))
+    monkeypatch.setattr(machine, "quickest", lambda function, *arguments: 1e-6)
+    whole, shared = (machine.machine_of(jax.devices()[:count], "bfloat16") for count in (1, 8))
     assert (whole.topology.devices, shared.topology.devices) == (1, 8)
     assert whole.topology.chip.bandwidth == 2**12 / 1e-6
     assert whole.topology.chip.flops == 2 * 8**3 / 1e-6
@@ -133,7 +132,7 @@ def test_the_machine(monkeypatch):
     assert "8 devices, each of cpu" in shared.said
     assert "measured" in shared.said
     monkeypatch.setitem(machine.KINDS, jax.devices()[0].device_kind, "v7x")
-    known = machine.machine_of(mj.load(mesh=make_mesh(expert=8)))
+    known = machine.machine_of(jax.devices(), "bfloat16")
     assert (known.topology.devices, known.topology.chip.bandwidth) == (8, 3690e9)  # jax counts halves of a chip
     assert "data sheet" in known.said
 
