@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maverick_jax import __version__
 from maverick_jax.errors import first_line
 
-SHOWN = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
+SHOWN = ("maverick-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 EXTRAS = {  # what they bring, and what that is for
     "torch": ("torch", "reads .pth checkpoints"),
     "hub": ("huggingface_hub", "fetches checkpoints by their Hub id"),
@@ -38,7 +37,7 @@ BFLOAT16, FP8 = 8.0, 8.9  # the compute capabilities from which there is hardwar
 def versions() -> str:
     """One line."""
     found = ", ".join(f"{name} {version}" for name in SHOWN if (version := _version(name)))
-    return f"maverick-jax {__version__}, {found}, Python {sys.version.split()[0]}, {platform.platform()}"
+    return f"{found}, Python {sys.version.split()[0]}, {platform.platform()}"
 
 
 def notes(devices: Sequence[Any]) -> Iterator[str]:
