@@ -62,14 +62,16 @@ def commands_of(text: str) -> list[tuple[str, str | None]]:
 
 
 def run(command: str) -> tuple[int, str]:
-    """Status and output of a `maverick` command, run in this process; a pipe behind it is the shell's."""
-    name, *arguments = shlex.split(command.partition(" | ")[0], comments=True)
+    """Status and output of a `maverick` command, run in this process; a pipe behind it is the shell's, unless it picks lines."""
+    command, _, pipe = command.partition(" | ")
+    name, *arguments = shlex.split(command, comments=True)
     assert name == "maverick", f"{command!r} is no command of ours: put it into a block of its own"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdin", io.StringIO(TYPED))
         status = main(arguments)
-    return status, printed.getvalue()
+    pattern = shlex.split(pipe)[2] if pipe.startswith("grep -E ") else ""
+    return status, "".join(line for line in printed.getvalue().splitlines(keepends=True) if re.search(pattern, line))
 
 
 def shows(printed: str, shown: str) -> bool:
