@@ -56,6 +56,10 @@ class Piece:
         """True for tokens, False for padding."""
         return jnp.arange(self.positions_BT.shape[1])[None, :] < self.lengths_B[:, None]
 
+    def begins_chunks(self, chunk: int) -> jax.Array:
+        """[] bool: every row that has tokens begins with the first of a chunk."""
+        return ((self.start_B % chunk == 0) | (self.lengths_B == 0)).all()
+
     @property
     def last(self) -> "Piece":
         """The last token of every row, a piece of its own; a row without tokens has none there either."""
@@ -118,10 +122,17 @@ class Attention(nnx.Module):
     def _behind(self, query, asking, new, piece, cache):
         """The piece comes after what the cache holds.
 
-        A piece over a border overwrites what its own first tokens still see: those read first. So do a few tokens on a TPU, which
-        stages on the chip what is read after it is written, and copies all of it back. The others do not keep a read
-        ahead of a write, and copy the whole buffer to be safe.
+        At the beginning of a chunk that is nothing which a layer with chunks sees: its tokens attend among themselves, by the kernels
+        for that. A piece over a border overwrites what its own first tokens still see: those read first. So do a few tokens on a TPU,
+        which stages on the chip what is read after it is written, and copies all of it back. The others do not keep a read ahead of a
+        write, and copy the whole buffer to be safe.
         """
+
+        def read(query, new, cache):
+            return self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_after(asking)).finish(query.dtype)
+
+        def among_themselves(query, new, cache):
+            return self.attend.in_order(query, new.key_BKSd, new.value_BKSd, self.chunk)
 
         def read_then_write(query, new, cache):
             before = self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_before(asking, piece.start_B))
@@ -130,7 +141,9 @@ class Attention(nnx.Module):
 
         def write_then_read(query, new, cache):
             cache = self._written(cache, new, piece)
-            return self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_after(asking)).finish(query.dtype), cache
+            if self.chunk is None or query.shape[1] <= FEW:
+                return read(query, new, cache), cache
+            return lax.cond(piece.begins_chunks(self.chunk), among_themselves, read, query, new, cache), cache
 
         if not piece.within_chunk:
             return read_then_write(query, new, cache)
