@@ -44,7 +44,7 @@ class Compiled:
     def __str__(self) -> str:
         gb = 1e9
         own = (
-            ""
+            f", {self.traffic.launches:,} launches"
             if self.bytes_accessed is None
             else f", cost_analysis {self.bytes_accessed / gb:.2f} GB and {(self.flops or 0) / 1e12:.3f} TFLOP"
         )
@@ -64,7 +64,7 @@ class Compiled:
         collectives = {kind: {"count": c.count, "bytes": c.payload} for kind, c in self.traffic.collectives.items()}
         own = {name: getattr(self, name) for name in ("name", "arguments", "temporaries", "flops", "bytes_accessed", "seconds")}
         traffic = {"read": self.traffic.read, "written": self.traffic.written, "loops_counted_once": self.traffic.loops_counted_once}
-        return own | {"hbm": traffic, "collectives": collectives}
+        return own | {"hbm": traffic, "collectives": collectives, "launches": self.traffic.launches}
 
 
 def target_mesh(topology: Topology, shape: tuple[int, ...]) -> Mesh:

@@ -62,6 +62,8 @@ class Traffic:
       loops_counted_once: those among them whose trip count the text does not say. TPU texts do not say it even for a scan
         (libtpu 0.0.42): with layers in a loop the program moves more than this count.
       custom_calls: how often each target runs.
+      launches: instructions that run: what a GPU's host has to launch, kernels, copies and collectives, each of which takes its time
+        however little it does.
     """
 
     read: int
@@ -71,6 +73,7 @@ class Traffic:
     loops: int
     loops_counted_once: int
     custom_calls: dict[str, int]
+    launches: int
 
     @property
     def hbm(self) -> int:
@@ -88,7 +91,7 @@ def count_traffic(hlo_text: str) -> Traffic:
       UserError: the text is not that of a compiled program.
     """
     program = parse_program(hlo_text)
-    read = written = loops = loops_counted_once = 0
+    read = written = loops = loops_counted_once = launches = 0
     collectives: dict[str, Counter[str]] = defaultdict(Counter)
     rows: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     custom_calls: Counter[str] = Counter()
@@ -98,6 +101,7 @@ def count_traffic(hlo_text: str) -> Traffic:
             loops += 1
             loops_counted_once += _known_trips(instruction) is None
             continue
+        launches += step.times
         reads, writes = (step.times * moved for moved in bytes_moved(instruction, step.operands, program))
         read += reads
         written += writes
@@ -114,6 +118,7 @@ def count_traffic(hlo_text: str) -> Traffic:
         loops=loops,
         loops_counted_once=loops_counted_once,
         custom_calls=dict(custom_calls),
+        launches=launches,
     )
 
 

@@ -211,6 +211,7 @@ def test_a_loop_counts_by_its_trips(attributes, runs, loops, once):
     assert (traffic.read, traffic.written) == (runs * F32, runs * F32)
     assert (traffic.loops, traffic.loops_counted_once) == (loops, once)
     assert [row.count for row in traffic.rows] == [runs]
+    assert traffic.launches == runs
 
 
 def test_a_call_counts_where_it_is_called():
@@ -232,7 +233,7 @@ def test_names_for_the_same_memory_cost_nothing():
         "%g = f32[1024] get-tuple-element(%t), index=1",
         "ROOT %o = f32[1024] opt-barrier(%g)",
     )
-    assert traffic == Traffic(0, 0, {}, (), 0, 0, {})
+    assert traffic == Traffic(0, 0, {}, (), 0, 0, {}, 0)
 
 
 # ---- collectives --------------------------------------------------------------------------------------------------
