@@ -45,6 +45,12 @@ LONGEST = (  # files that take minutes: begun first, so that at the end no proce
 ).split()
 
 
+def pytest_configure(config):
+    """`pytest -m gpu` is for a GPU; everything else is for simulated devices, also where there is one."""
+    if config.getoption("markexpr") == "gpu":
+        jax.config.update("jax_platforms", "cuda,cpu")
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
@@ -56,6 +62,13 @@ def pytest_make_collect_report(collector):
     if report.failed and "No module named 'torch'" in str(report.longrepr):
         report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {NEEDS_TORCH}")
     return report
+
+
+def _on_gpu() -> bool:
+    try:
+        return jax.default_backend() == "gpu"
+    except RuntimeError:  # there is no plug-in, or it finds no card
+        return False
 
 
 def _skip_without_torch():
@@ -70,6 +83,8 @@ def _skip_without_torch():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not _on_gpu():
+        pytest.skip("needs a GPU: pytest -m gpu")
     return (yield from _skip_without_torch())
 
 
