@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from maverick_jax.checkpoint import load
-from maverick_jax.cli.plan import _config as plan_config
+from maverick_jax.cli.plan import model_config as plan_config
 from maverick_jax.convert import convert, export, inspect, open_model_directory, open_source
 from maverick_jax.convert.build.estimate import estimate
 from maverick_jax.convert.proof.verify import verify
