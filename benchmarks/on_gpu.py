@@ -182,10 +182,10 @@ def torch_products(sizes: Sizes, dtype: str, per_expert: float, ceilings: Ceilin
                 torch.cuda.synchronize()
                 began = time.perf_counter()
                 if dtype == "bfloat16":
-                    torch._grouped_mm(x, weight_EKN, offs=ends)  # type: ignore
+                    torch._grouped_mm(x, weight_EKN, offs=ends)  # type: ignore - private in torch 2.11 and 2.13
                 else:
                     like = {"offs": ends, "out_dtype": torch.bfloat16, "use_fast_accum": True}
-                    torch._scaled_grouped_mm(x, weight_EKN, *scales, **like)  # type: ignore
+                    torch._scaled_grouped_mm(x, weight_EKN, *scales, **like)  # type: ignore - so is this
                 torch.cuda.synchronize()
                 best = min(best, time.perf_counter() - began)
             return best

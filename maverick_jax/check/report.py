@@ -131,8 +131,7 @@ def check(config: Config, axes: dict[str, int], layout: Layout, dtype: str, *, m
     layout.check(config, mesh)
     devices = list(mesh.devices.flat)
     here = next(device for device in devices if device.process_index == jax.process_index())
-    stats = here.memory_stats() or {}
-    memory = stats.get("bytes_limit", 0)
+    memory = (here.memory_stats() or {}).get("bytes_limit", 0)
     simulated = len(devices) if here.platform == "cpu" else 1
     sizes = Sizes.of(config, mesh, layout, dtype)
     chip = measured(here, sizes.dtype, WIDTH.get(here.platform, WIDTH_ELSEWHERE), 1 / simulated)
