@@ -19,7 +19,7 @@ from maverick_jax.ops.attention import MASKED, MOST_SCORES, Keys, Partial, of_qu
 from maverick_jax.ops.pages import Pages, as_floats, as_held, quantize_keys
 from maverick_jax.ops.product import einsum
 
-FEW = 8  # tokens of a row, up to which a platform's own kernel is used: decoding, and drafts
+FEW = 8  # tokens of a row at most: decoding, and drafts
 
 
 def over_pages(query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array, limit_BT: jax.Array, *, page: int, first: jax.Array) -> Partial:
@@ -32,8 +32,6 @@ def over_pages(query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array, limit_B
       page: slots of a whole page.
       first: [] int32.
     """
-    if query_BTHd.shape[1] > FEW:
-        return _in_blocks(query_BTHd, pages, table_BJ, limit_BT, first, page=page)
     branches = {"tpu": _on_tpu, "cuda": _on_gpu, "default": _in_blocks}
     branches = {platform: functools.partial(form, page=page) for platform, form in branches.items()}
     return lax.platform_dependent(query_BTHd, pages, table_BJ, limit_BT, first, **branches)

@@ -1,18 +1,21 @@
-"""Attention over pages on GPU: a Pallas-Triton kernel in which many programs share a row's slots, so that one row fills the card.
+"""Attention over pages on GPU: a Pallas-Triton kernel in which one program takes a tile of a row's queries, and a part of its slots.
 
-What the programs of a row find is merged by its highest scores. Slots that no query of a row sees are not read.
+Few queries leave most of a card without work: many programs share a row's slots, and what they find is merged by its highest scores.
+Slots that no query of a tile sees are not read.
 
 Shape suffixes: B rows, T query tokens, J stretches of a row (a page each), P slots of a page, K key/value heads, R queries per key/value
-head (all tokens of its query heads), M the same, padded to what a tensor core takes, S slots of a block, d head size.
+head (all tokens of its query heads), M queries of a tile, S slots of a block, d head size.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from maverick_jax.ops.attention import MASKED, Partial
 from maverick_jax.ops.pages import Pages
@@ -23,18 +26,19 @@ DTYPES = ("bfloat16", "float16", "float32")
 SLOTS = 64  # of a block
 LEAST_SLOTS = 256  # of a part
 PROGRAMS = 2048  # several for each place on a large GPU, since rows differ in length; more cost more to merge
+ENOUGH = 256  # programs, where there are so many queries that to merge costs more than places without work
 MOST_PARTS = 256
 LEAST = 16  # queries, slots or head size that a tensor core takes
-MOST_QUERIES = 64
 HEADS = (16, 32, 64, 128)
+LOG2_E = math.log2(math.e)
 
 
 def suits(query_BTHd: jax.Array, pages: Pages) -> bool:
-    """Whether a tensor core takes blocks of slots and heads, registers the queries, and offsets reach all pages."""
-    (_, T, H, d), values = query_BTHd.shape, pages.key_NKPd
+    """Whether a tensor core takes blocks of slots and heads, and offsets reach all pages."""
+    d, values = query_BTHd.shape[3], pages.key_NKPd
     S = min(pages.slots, SLOTS)
     whole = d in HEADS and S == pl.next_power_of_2(S) >= LEAST and pages.slots % S == 0
-    return query_BTHd.dtype.name in DTYPES and whole and T * H // values.shape[1] <= MOST_QUERIES and is_counted(values)
+    return query_BTHd.dtype.name in DTYPES and whole and is_counted(values)
 
 
 # Under `jit` the kernel is traced and lowered once for all layers of a model.
@@ -44,76 +48,90 @@ def paged_attention_gpu(
 ) -> Partial:
     """As `over_pages`, where `suits` says yes. `interpret` runs it on any platform (for tests)."""
     B, T, H, d = query_BTHd.shape
-    _, K, P, _ = pages.key_NKPd.shape
+    K, P = pages.key_NKPd.shape[1:3]
     R, J = T * H // K, table_BJ.shape[1]
-    M = max(LEAST, pl.next_power_of_2(R))
-    parts = max(1, min(PROGRAMS // (B * K * T), MOST_PARTS, pl.cdiv(J * P, LEAST_SLOTS)))
+    M = min(_most_queries(query_BTHd.dtype), max(LEAST, pl.next_power_of_2(R)))
+    tiles, missing = pl.cdiv(R, M), -R % M
+    wanted = max(PROGRAMS // (B * K * T), ENOUGH // (B * K * tiles), 1)
+    parts = min(wanted, MOST_PARTS, pl.cdiv(J * P, LEAST_SLOTS))
     limit_BT = limit_BT - first  # counted from the first slot that lies here
-    last_B = limit_BT.max(axis=1)
-    slots_B = jnp.where(last_B < 0, 0, jnp.minimum(last_B // page * P + jnp.minimum(last_B % page, P - 1) + 1, J * P))
+    seen_BT = jnp.where(limit_BT < 0, 0, jnp.minimum(limit_BT // page * P + jnp.minimum(limit_BT % page, P - 1) + 1, J * P))
+    seen_BR = jnp.pad(jnp.tile(seen_BT, (1, H // K)), ((0, 0), (0, missing)))
     query_BKRd = query_BTHd.reshape(B, T, K, H // K, d).transpose(0, 2, 3, 1, 4).reshape(B, K, R, d)
-    query_BKMd = jnp.pad(query_BKRd, ((0, 0), (0, 0), (0, M - R), (0, 0)))
-    limit_BM = jnp.pad(jnp.tile(limit_BT, (1, H // K)), ((0, 0), (0, M - R)), constant_values=-1)
+    query_BKRd = jnp.pad(query_BKRd, ((0, 0), (0, 0), (0, missing), (0, 0)))
     stored = [x for x in pages if x is not None]
-    sums = [(parts, B, K * R, d), (parts, B, K * R), (parts, B, K * R)]
+    sums = [(parts, B, K, R, d), (parts, B, K, R), (parts, B, K, R)]
     out, total, most = pl.pallas_call(
-        functools.partial(_kernel, page=page, queries=R),
-        grid=(parts, K, B),  # the first axis runs fastest
+        functools.partial(_kernel, parts=parts, queries=R),
+        grid=(parts * tiles, K, B),  # the first axis runs fastest
         in_specs=[
-            pl.BlockSpec((None,), lambda _, __, b: (b,)),
-            pl.BlockSpec((None, M), lambda _, __, b: (b, 0)),
-            pl.BlockSpec((None, None, M, d), lambda _, k, b: (b, k, 0, 0)),
+            pl.BlockSpec((None, M), lambda i, _, b: (b, i // parts)),
+            pl.BlockSpec((None, None, M, d), lambda i, k, b: (b, k, i // parts, 0)),
             *[pl.no_block_spec] * (1 + len(stored)),
         ],
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sums],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if M > 64 else 4, num_stages=3),
         interpret=interpret,
-    )(slots_B, limit_BM, query_BKMd, table_BJ, *stored)
-    highest = most.max(axis=0)
-    kept = jnp.exp(most - highest[None])
-    out, total = (out * kept[..., None]).sum(axis=0), (total * kept).sum(axis=0)
+    )(seen_BR, query_BKRd, table_BJ, *stored)
+    if parts == 1:
+        out, total, most = out[0], total[0], most[0]
+    else:
+        highest = most.max(axis=0)
+        kept = jnp.exp(most - highest[None])
+        out, total, most = (out * kept[..., None]).sum(axis=0), (total * kept).sum(axis=0), highest
     by_head = (B, K, H // K, T)
-    return Partial(out.reshape(*by_head, d), total.reshape(by_head), highest.reshape(by_head))
+    return Partial(out.reshape(*by_head, d), total.reshape(by_head), most.reshape(by_head))
 
 
-def _kernel(slots_ref, limit_ref, query_ref, table_ref, key_ref, value_ref, *refs, page: int, queries: int):
-    """One part of a row's slots, one key/value head."""
+def _most_queries(dtype: DTypeLike) -> int:
+    """Of a tile: what registers hold."""
+    return 64 if dtype == jnp.float32 else 128
+
+
+def _kernel(seen_ref, query_ref, table_ref, key_ref, value_ref, *refs, parts: int, queries: int):
+    """One part of the slots that a tile of queries sees, one key/value head. Scores are in units of log 2 until they are stored."""
     *scale_refs, out_ref, total_ref, most_ref = refs
-    part, parts, k, b = pl.program_id(0), pl.num_programs(0), pl.program_id(1), pl.program_id(2)
+    tile, part, k, b = pl.program_id(0) // parts, pl.program_id(0) % parts, pl.program_id(1), pl.program_id(2)
     (M, d), P = query_ref.shape, key_ref.shape[2]
     S = min(P, SLOTS)
-    limit_M, query_Md = limit_ref[...], query_ref[...]
-    blocks = pl.cdiv(slots_ref[...], S)
+    seen_M, query_Md = seen_ref[...], query_ref[...]
+    blocks = pl.cdiv(seen_M.max(), S)
     size = jnp.maximum(LEAST_SLOTS // S, pl.cdiv(blocks, parts))
 
-    def step(i, done):
+    def step(i, done, *, masked: bool):
         out_Md, total_M, most_M = done
-        stretch, place = i // (P // S), i % (P // S) * S
-        at = (plgpu.load(table_ref.at[b, stretch]), k, pl.ds(place, S))
+        at = (plgpu.load(table_ref.at[b, i // (P // S)]), k, pl.ds(i % (P // S) * S, S))
         key_Sd, value_Sd = (plgpu.load(ref.at[*at, pl.ds(0, d)]).astype(query_Md.dtype) for ref in (key_ref, value_ref))
         scales = [plgpu.load(ref.at[*at])[None, :] for ref in scale_refs]
-        score_MS = _dot(query_Md, key_Sd, (1, 1)) * d**-0.5
+        slot_S = i * S + jnp.arange(S, dtype=jnp.int32)
+        seen_MS = slot_S[None, :] < seen_M[:, None]
+        seen_S = slot_S < seen_M.max()  # what no query sees has no weight, and others' NaN times that is NaN
+        score_MS = _dot(query_Md, key_Sd, (1, 1)) * (d**-0.5 * LOG2_E)
         if scales:
             score_MS *= scales[0]
-        slot_S = stretch * page + place + jnp.arange(S, dtype=jnp.int32)
-        seen_MS = slot_S[None, :] <= limit_M[:, None]
-        seen_S = slot_S <= limit_M.max()
-        value_Sd = jnp.where(seen_S[:, None], value_Sd, 0)  # of no weight, and others' NaN times that is NaN
-        score_MS = jnp.where(seen_MS, score_MS, MASKED)
+        if masked:
+            score_MS = jnp.where(seen_MS, score_MS, MASKED * LOG2_E)
+            value_Sd = jnp.where(seen_S[:, None], value_Sd, 0)
         higher_M = jnp.maximum(most_M, score_MS.max(axis=1))
-        weight_MS = jnp.where(seen_MS, jnp.exp(score_MS - higher_M[:, None]), 0)
-        kept_M = jnp.exp(most_M - higher_M)
+        weight_MS = jnp.exp2(score_MS - higher_M[:, None])
+        if masked:
+            weight_MS = jnp.where(seen_MS, weight_MS, 0)
+        kept_M = jnp.exp2(most_M - higher_M)
         total_M = total_M * kept_M + weight_MS.sum(axis=1)
         if scales:
             weight_MS *= jnp.where(seen_S[None, :], scales[1], 0)
         return out_Md * kept_M[:, None] + _dot(weight_MS.astype(query_Md.dtype), value_Sd, (1, 0)), total_M, higher_M
 
-    nothing = jnp.zeros((M, d), jnp.float32), jnp.zeros(M, jnp.float32), jnp.full(M, MASKED, jnp.float32)
-    out_Md, total_M, most_M = lax.fori_loop(part * size, jnp.minimum((part + 1) * size, blocks), step, nothing)
-    wanted_M, at = jnp.arange(M) < queries, (part, b, pl.ds(k * queries, M))
+    first, last = part * size, jnp.minimum((part + 1) * size, blocks)
+    by_all = jnp.clip(seen_M.min() // S, first, jnp.maximum(first, last))  # until here every query sees every slot
+    nothing = jnp.zeros((M, d), jnp.float32), jnp.zeros(M, jnp.float32), jnp.full(M, MASKED * LOG2_E, jnp.float32)
+    done = lax.fori_loop(first, by_all, functools.partial(step, masked=False), nothing)
+    out_Md, total_M, most_M = lax.fori_loop(by_all, last, functools.partial(step, masked=True), done)
+    query = tile * M + jnp.arange(M)
+    wanted_M, at = query < queries, (part, b, k, pl.ds(tile * M, M))
     plgpu.store(out_ref.at[*at], out_Md, mask=jnp.broadcast_to(wanted_M[:, None], (M, d)))
     plgpu.store(total_ref.at[*at], total_M, mask=wanted_M)
-    plgpu.store(most_ref.at[*at], most_M, mask=wanted_M)
+    plgpu.store(most_ref.at[*at], most_M / LOG2_E, mask=wanted_M)
 
 
 def _dot(a, b, axes: tuple[int, int]):
