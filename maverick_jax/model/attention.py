@@ -123,9 +123,9 @@ class Attention(nnx.Module):
         """The piece comes after what the cache holds.
 
         At the beginning of a chunk that is nothing which a layer with chunks sees: its tokens attend among themselves, by the kernels
-        for that. A piece over a border overwrites what its own first tokens still see: those read first. So do a few tokens on a TPU,
-        which stages on the chip what is read after it is written, and copies all of it back. The others do not keep a read ahead of a
-        write, and copy the whole buffer to be safe.
+        for that. A piece over a border overwrites what its own first tokens still see there: those read first. So do a few tokens on a
+        TPU, which stages on the chip what is read after it is written, and copies all of it back. The others do not keep a read ahead
+        of a write, and copy the whole buffer to be safe.
         """
 
         def read(query, new, cache):
@@ -145,7 +145,7 @@ class Attention(nnx.Module):
                 return read(query, new, cache), cache
             return lax.cond(piece.begins_chunks(self.chunk), among_themselves, read, query, new, cache), cache
 
-        if not piece.within_chunk:
+        if self.chunk is not None and not piece.within_chunk:
             return read_then_write(query, new, cache)
         if query.shape[1] > FEW:
             return write_then_read(query, new, cache)

@@ -35,7 +35,7 @@ DTYPES = ("bfloat16", "float32")
 
 def suits(query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array) -> bool:
     """Whether pages fill whole registers, blocks of them fit the chip's memory and the table that for scalars."""
-    d, (_, K, P, _) = query_BTHd.shape[3], pages.key_NKPd.shape
+    d, P = query_BTHd.shape[3], pages.slots
     itemsize, shares = pages.key_NKPd.dtype.itemsize, _Shares.of(query_BTHd, pages, table_BJ)
     scalars = table_BJ.size + shares.count * (shares.most_steps + 2)
     fits = shares.heads * P * d * max(itemsize, 2) <= MOST_PAGE_BYTES and 4 * scalars <= SCALAR_BYTES
@@ -158,8 +158,6 @@ def _kernel(share_ref, begin_ref, pages_ref, table_ref, limit_ref, query_ref, *r
 
     @pl.when(w == 0)
     def begin():
-        for buffer in buffers:  # what is not fetched has no weight, and must be a number
-            buffer[...] = jnp.zeros_like(buffer)
         each_page(0, lambda copy: copy.start())
 
     @pl.when(w + 1 < steps)
@@ -179,7 +177,7 @@ def _kernel(share_ref, begin_ref, pages_ref, table_ref, limit_ref, query_ref, *r
     start, last = block * (at_once * page), limit_ref[...].max()
     slot_1S, slot_S1 = (start + _slots(shape, axis, P, page) for shape, axis in (((1, S), 1), ((S, 1), 0)))
     key_kSd = key_kSd.astype(dtype)
-    # What no query sees has no weight, and others' NaN times that is NaN.
+    # What no query sees has no weight, and NaN times that is NaN, be it others' or what lies where nothing was fetched.
     value_kSd = jnp.where((slot_S1 <= last)[None], value_kSd.astype(dtype), 0)
 
     def add(at):

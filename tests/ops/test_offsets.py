@@ -3,7 +3,6 @@
 An int4 stack of a whole layer of Maverick and an fp8 stack divided by two lie between both, and ended in CUDA_ERROR_ILLEGAL_ADDRESS.
 """
 
-import dataclasses
 import math
 import re
 
@@ -11,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from maverick_jax.config import Config
 from maverick_jax.ops import paged_attention_gpu
 from maverick_jax.ops.grouped_matmul_gpu import DTYPES, grouped_matmul_gpu, suits
 from maverick_jax.ops.pages import Pages
 from maverick_jax.ops.quantize import FORMATS, QuantizedArray, quantized_shapes
+from oracle.compiling import on_an_h200
 
 TEXTS = {name: getattr(Config, name)().text for name in ("maverick", "scout")}
 DIVISIONS = [2**n for n in range(8)]
@@ -83,9 +82,7 @@ def test_every_stack_of_every_division(model, twice, name):
 @pytest.mark.parametrize("name, shape", [("int4", (128, 5120, 8192)), ("fp8", (64, 5120, 8192)), ("int8", (128, 5120, 4096))])
 def test_what_an_h200_is_given(name, shape):
     """The two sizes that crashed, and the same bytes of int8, in the lowered text: pairs of columns."""
-    about = {"device_kind": "NVIDIA H200", "num_cores": None, "platform": "gpu"}  # the last since jax 0.12, which wants to know the card
-    card = AbstractDevice(**{field.name: about[field.name] for field in dataclasses.fields(AbstractDevice)})
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=card)):
+    with on_an_h200():
         traced = jax.jit(product_and_gradients).trace(*arguments(name, shape, 64))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @__gpu\$xla\.gpu\.triton.* : \((.*)\) -> ", text)

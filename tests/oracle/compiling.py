@@ -1,11 +1,13 @@
-"""Count what jax compiles."""
+"""Count what jax compiles, and lower for a card that is not there."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh
 
 
 @contextlib.contextmanager
@@ -22,3 +24,10 @@ def no_compilation() -> Iterator[None]:
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled
+
+
+def on_an_h200() -> contextlib.AbstractContextManager:
+    """A context in which `lower(lowering_platforms=("cuda",))` is for that card, which jax wants to know since 0.12."""
+    about = {"device_kind": "NVIDIA H200", "num_cores": None, "platform": "gpu"}  # the last since jax 0.12
+    card = AbstractDevice(**{field.name: about[field.name] for field in dataclasses.fields(AbstractDevice)})
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=card))

@@ -84,6 +84,20 @@ def test_a_decode_step_on_gpus_joins_no_matrices():
     assert done.traffic.hbm < 1.05 * done.arguments
 
 
+def test_a_later_piece_on_a_gpu_has_one_attention_per_layer():
+    """8,192 tokens behind as many: a kernel over the pages, or, where a chunk begins, cuDNN's among themselves; no loop of operations."""
+    try:
+        mesh = target_mesh(Topology.parse("h200:1"), (1, 1, 1))
+    except UserError as error:
+        pytest.skip(str(error))
+    text = dataclasses.replace(small().text, num_local_experts=8, intermediate_size=1024, intermediate_size_mlp=1024)
+    done = compile_program(Programs(Config(text=text), mesh, THROUGHPUT).prefill(1, 2**13, 2**14, first=False), mesh)
+    assert done.traffic.loops == 0
+    assert done.traffic.launches < 120
+    # Where chunks begin the device decides, and what it decides between is not counted.
+    assert done.traffic.custom_calls["__gpu$xla.gpu.triton"] == len(text.nope_layers) + 3 * len(text.moe_layers)
+
+
 def test_a_missing_compiler_is_named(monkeypatch):
     """Which extra to install, instead of a plug-in's traceback."""
     from maverick_jax.plan import targets
