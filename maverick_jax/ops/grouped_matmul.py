@@ -1,8 +1,8 @@
 """Rows sorted by expert, each multiplied by its own expert's matrix.
 
 Backends: CPU loops over the experts that have rows, and over blocks of their rows, or over few rows; NVIDIA GPUs have kernels of their own
-(`grouped_matmul_gpu`); elsewhere `lax.ragged_dot`, and for quantized matrices a kernel (`grouped_matmul_tpu`). On CPU and GPU
-`ragged_dot` multiplies every row by every expert: at 128 experts that is 700 times the work of a gather for one row on CPU.
+(`grouped_matmul_gpu`, `quantized_matmul_gpu`); elsewhere `lax.ragged_dot`, and for quantized matrices a kernel (`grouped_matmul_tpu`).
+On CPU and GPU `ragged_dot` multiplies every row by every expert: at 128 experts that is 700 times the work of a gather for one row on CPU.
 
 Shape suffixes: R rows, K inputs, N outputs, E experts.
 """
@@ -58,7 +58,8 @@ def _grouped_matmul_tpu(x_RK, weight_EKN, group_sizes_E):
 
 
 def _grouped_matmul_cuda(x_RK, weight_EKN, group_sizes_E):
-    from maverick_jax.ops.grouped_matmul_gpu import DTYPES, grouped_matmul_gpu, suits
+    from maverick_jax.ops.grouped_matmul_gpu import DTYPES, grouped_matmul_gpu
+    from maverick_jax.ops.quantized_matmul_gpu import suits
 
     if x_RK.dtype.name not in DTYPES:
         return _ragged_dot(x_RK, weight_EKN, group_sizes_E)

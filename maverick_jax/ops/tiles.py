@@ -11,6 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+TILES_AT_ONCE = 8
+PROGRAMS = 256  # keep the memory of a large GPU busy; fewer are given parts of the sums
+MOST_PARTS = 8
+
 
 class Tiles(NamedTuple):
     """Tiles of rows, and behind them some without rows.
@@ -35,6 +39,34 @@ class Tiles(NamedTuple):
         group_S = (tile_S[:, None] >= behind_G[None, :-1]).sum(axis=1, dtype=jnp.int32)
         start_S = start_G[group_S] + (tile_S - (behind_G - tiles_G)[group_S]) * block
         return cls(group_S, start_S, end_G[group_S])
+
+
+class Grid(NamedTuple):
+    """The programs of a kernel on GPU, each of which multiplies a tile of rows by some columns, over a part of the inputs.
+
+    Attributes:
+      at_once: tiles that sweep the columns together: those of one group share its matrix in the L2 cache, and all columns the rows.
+      columns: blocks of columns.
+      sweeps: as many times `at_once` as there may be tiles.
+      parts: of the inputs' blocks.
+    """
+
+    at_once: int
+    columns: int
+    sweeps: int
+    parts: int
+
+    @classmethod
+    def of(cls, tiles: int, columns: int, steps: int) -> "Grid":
+        """`tiles` of rows at most, blocks of columns, and blocks of inputs."""
+        at_once = min(TILES_AT_ONCE, tiles)
+        wanted = min(MOST_PARTS, -(-PROGRAMS // (tiles * columns)))
+        return cls(at_once, columns, -(-tiles // at_once), max(p for p in range(1, wanted + 1) if steps % p == 0))
+
+    @property
+    def programs(self) -> tuple[int, int, int]:
+        """The first axis runs fastest."""
+        return self.at_once, self.columns * self.parts, self.sweeps
 
 
 def most_tiles(rows: int, experts: int, block: int) -> int:

@@ -13,9 +13,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from maverick_jax.config import Config
 from maverick_jax.ops import paged_attention_gpu
-from maverick_jax.ops.grouped_matmul_gpu import DTYPES, grouped_matmul_gpu, suits
+from maverick_jax.ops.grouped_matmul_gpu import DTYPES, grouped_matmul_gpu
 from maverick_jax.ops.pages import Pages
 from maverick_jax.ops.quantize import FORMATS, QuantizedArray, quantized_shapes
+from maverick_jax.ops.quantized_matmul_gpu import suits
 from oracle.compiling import on_an_h200
 
 TEXTS = {name: getattr(Config, name)().text for name in ("maverick", "scout")}
@@ -81,7 +82,7 @@ def test_every_stack_of_every_division(model, twice, name):
 
 @pytest.mark.parametrize("name, shape", [("int4", (128, 5120, 8192)), ("fp8", (64, 5120, 8192)), ("int8", (128, 5120, 4096))])
 def test_what_an_h200_is_given(name, shape):
-    """The two sizes that crashed, and the same bytes of int8, in the lowered text: pairs of columns."""
+    """The two sizes that crashed, and the same bytes of int8, in the lowered text: four columns are one element."""
     with on_an_h200():
         traced = jax.jit(product_and_gradients).trace(*arguments(name, shape, 64))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -90,7 +91,7 @@ def test_what_an_h200_is_given(name, shape):
     for call in calls:
         arrays = [(math.prod(map(int, shape.split("x")[:-1])), shape.split("x")[-1]) for shape in re.findall(r"tensor<([^>]*)>", call)]
         assert all(is_counted(size, int(re.sub(r"\D", "", dtype.partition("E")[0])) // 8) for size, dtype in arrays)
-        assert max(arrays)[1] == "ui16"
+        assert max(arrays)[1] == "ui32"
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])

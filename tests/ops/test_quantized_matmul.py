@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose
 
 from maverick_jax.errors import UserError
-from maverick_jax.ops import grouped_matmul_gpu, grouped_matmul_tpu, triton
+from maverick_jax.ops import grouped_matmul_gpu, grouped_matmul_tpu, quantized_matmul_gpu
 from maverick_jax.ops.grouped_matmul import grouped_matmul
 from maverick_jax.ops.linear import linear, linear_float32
 from maverick_jax.ops.quantize import FORMATS, QuantizedArray, dequantize, quantize, quantized_shapes
@@ -22,7 +22,7 @@ from maverick_jax.plan.hlo import count_traffic
 from maverick_jax.plan.targets import OPTIONS, devices_of
 from maverick_jax.plan.topology import Topology
 
-# Of the largest result. float32: sums in another order. bfloat16: weights and results are rounded to 8 bits once each.
+# Of the largest result. float32: sums in another order. bfloat16: results are rounded to 8 bits once, weights once or not at all.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-7}
 SIZES = [3, 0, 5, 0, 33]
 ROWS = sum(SIZES) + 4
@@ -76,12 +76,16 @@ def test_rows_meet_the_weights_that_are_stood_for(platform, name, dtype):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_gpu_takes_what_triton_cannot_count_in_pairs(monkeypatch, name):
-    """Two neighbouring columns are one element; the last block is not full, and of both halves of a byte each is one input's."""
-    monkeypatch.setattr(triton, "MOST_COUNTED", 1)
-    grouped_matmul_gpu._product.clear_cache()
-    test_rows_meet_the_weights_that_are_stood_for("gpu", name, "float32")
-    grouped_matmul_gpu._product.clear_cache()
+@pytest.mark.parametrize("size", [2.0**-40, 1.0, 2.0**40])
+def test_a_gpu_makes_activations_of_any_size_float16(size, name):
+    """By a power of two per row, of which nothing is to be seen; next to a row of zeros, and one that is no number."""
+    random, sizes = np.random.default_rng(1), jnp.asarray([5], jnp.int32)
+    weight, x = stack(name, 1, 128, 16), size * random.standard_normal((5, 128), np.float32)
+    x[1], x[2, 3] = 0, np.nan
+    x = jnp.asarray(x, jnp.bfloat16)
+    y = np.asarray(FORMS["gpu"](x, weight, sizes), np.float32)
+    expected = np.asarray(x, np.float32) @ np.asarray(dequantize(weight, lead=1, dtype=jnp.float32))[0]
+    assert_allclose(y, expected, atol=TOLERANCE["bfloat16"] * np.nanmax(np.abs(expected)), rtol=0)
 
 
 @pytest.mark.parametrize("name", ["fp8", "int4"])
@@ -100,7 +104,7 @@ def test_a_tpu_takes_a_large_matrix_in_parts(monkeypatch, name):
     grouped_matmul_tpu._product.clear_cache()
 
 
-@pytest.mark.parametrize("kernels", [grouped_matmul_gpu, grouped_matmul_tpu])
+@pytest.mark.parametrize("kernels", [quantized_matmul_gpu, grouped_matmul_tpu])
 def test_kernels_refuse_odd_groups(kernels):
     """Groups of 96 inputs, as in a tiny model: the stack is dequantized instead."""
     assert kernels.suits(abstract_stack("int4", 8, 5120, 64))
@@ -175,7 +179,7 @@ def test_a_v6e_fuses_a_dense_product(name):
 
 @pytest.mark.parametrize("name, experts", [("fp8", 16), ("int4", 16), ("fp8", 64), ("int4", 128)])
 def test_an_h200_reads_what_is_stored(name, experts):
-    """One kernel each for the product and the gradient of x, no other product, no copy; nor where columns are taken in pairs."""
+    """One kernel each for the product and the gradient of x, no other product, no copy, although four columns are read as one word."""
     try:
         device = devices_of(Topology.parse("h200:8"))[0]
     except UserError as error:
@@ -183,4 +187,4 @@ def test_an_h200_reads_what_is_stored(name, experts):
     compiled = decode_with_gradient(name, device, experts)[0].compile(compiler_options=OPTIONS["cuda"])
     assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2
     assert " dot(" not in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < 1e6
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e6  # activations in another order
