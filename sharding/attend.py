@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from maverick_jax.ops.attention import Keys, Partial, attend, attend_in_order, partial_attention
-from maverick_jax.ops.paged_attention import over_pages, write_tokens
+from maverick_jax.ops.paged_attention import attend_pages, over_pages, write_tokens
 from maverick_jax.ops.pages import Pages
 from maverick_jax.sharding.layout import Layout, check_placed
 
@@ -36,6 +36,8 @@ class Attend(Protocol):
 
     def over_pages(self, query_BTHd, pages: Pages, table_BJ, limit_BT) -> Partial: ...
 
+    def in_pages(self, query_BTHd, pages: Pages, table_BJ, limit_BT) -> jax.Array: ...
+
     def write(self, pages: Pages, new: Keys, page_BT, slot_BT) -> Pages: ...
 
 
@@ -51,6 +53,9 @@ class AttendHere:
 
     def over_pages(self, query_BTHd, pages, table_BJ, limit_BT):
         return over_pages(query_BTHd, pages, table_BJ, limit_BT, page=pages.slots, first=jnp.int32(0))
+
+    def in_pages(self, query_BTHd, pages, table_BJ, limit_BT):
+        return attend_pages(query_BTHd, pages, table_BJ, limit_BT, page=pages.slots, first=jnp.int32(0))
 
     def write(self, pages, new, page_BT, slot_BT):
         return write_tokens(pages, new, page_BT, slot_BT, jnp.int32(0))
@@ -109,6 +114,14 @@ class AttendOnMesh:
         page, sums, whole = pages.slots, PartitionSpec(None, heads), PartitionSpec()
         local = self._shard_map(part, (PartitionSpec(None, None, heads), of_pages, whole, whole), Partial(sums, sums, sums))
         return local(query_BTHd, pages, table_BJ, limit_BT)
+
+    def in_pages(self, query_BTHd, pages, table_BJ, limit_BT):
+        heads, sequence, of_pages = self._pages(pages)
+        if sequence:
+            return self.over_pages(query_BTHd, pages, table_BJ, limit_BT).finish(query_BTHd.dtype)
+        queries, whole = PartitionSpec(None, None, heads), PartitionSpec()
+        here = functools.partial(attend_pages, page=pages.slots, first=jnp.int32(0))
+        return self._shard_map(here, (queries, of_pages, whole, whole))(query_BTHd, pages, table_BJ, limit_BT)
 
     def write(self, pages, new, page_BT, slot_BT):
         """The partitioner would gather the pages: each device takes what falls into its part."""

@@ -27,7 +27,7 @@ from maverick_jax.model.parameter import parameter_name
 from maverick_jax.ops.attention import attend_in_order, attention
 from maverick_jax.ops.grouped_matmul import grouped_matmul
 from maverick_jax.ops.linear import linear
-from maverick_jax.ops.paged_attention import over_pages
+from maverick_jax.ops.paged_attention import attend_pages
 from maverick_jax.ops.pages import Pages, held
 from maverick_jax.ops.quantize import QuantizedArray, Weight, dequantize, matrix_shape
 from maverick_jax.plan.weights import DTYPES, abstract_model
@@ -192,7 +192,7 @@ def _cached(random, sizes, T, platform):
 
     @jax.jit
     def over(query, pages, table_BJ, limit_B1):
-        return over_pages(query, pages, table_BJ, limit_B1, page=P, first=jnp.int32(0)).finish(query.dtype)
+        return attend_pages(query, pages, table_BJ, limit_B1, page=P, first=jnp.int32(0))
 
     def both(out_B1Hd):
         expected = []

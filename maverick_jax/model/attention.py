@@ -129,7 +129,7 @@ class Attention(nnx.Module):
         """
 
         def read(query, new, cache):
-            return self.attend.over_pages(query, cache.pages, cache.table_BJ, cache.seen_after(asking)).finish(query.dtype)
+            return self.attend.in_pages(query, cache.pages, cache.table_BJ, cache.seen_after(asking))
 
         def among_themselves(query, new, cache):
             return self.attend.in_order(query, new.key_BKSd, new.value_BKSd, self.chunk)

@@ -10,6 +10,8 @@ heads, G query heads per key/value head, d head size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +34,22 @@ def over_pages(query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array, limit_B
       page: slots of a whole page.
       first: [] int32.
     """
-    branches = {"tpu": _on_tpu, "cuda": _on_gpu, "default": _in_blocks}
-    branches = {platform: functools.partial(form, page=page) for platform, form in branches.items()}
-    return lax.platform_dependent(query_BTHd, pages, table_BJ, limit_BT, first, **branches)
+    return _by_platform(lambda found: found, jnp.float32, query_BTHd, pages, table_BJ, limit_BT, first, page=page)
+
+
+def attend_pages(
+    query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array, limit_BT: jax.Array, *, page: int, first: jax.Array
+) -> jax.Array:
+    """As `over_pages`, of all that there is: [B, T, H, d] in the query's dtype."""
+    dtype = query_BTHd.dtype
+    return _by_platform(lambda found: found.finish(dtype), dtype, query_BTHd, pages, table_BJ, limit_BT, first, page=page)
+
+
+def _by_platform(finish: Callable[[Partial], Any], dtype, *arguments, page):
+    """`dtype` of the values that a kernel may finish itself."""
+    forms = {"tpu": _on_tpu, "cuda": functools.partial(_on_gpu, dtype=dtype), "default": _in_blocks}
+    branches = {platform: lambda *arguments, form=form: finish(form(*arguments, page=page)) for platform, form in forms.items()}
+    return lax.platform_dependent(*arguments, **branches)
 
 
 # Importing Pallas takes a while, and much that imports this module never attends to anything.
@@ -46,12 +61,12 @@ def _on_tpu(query_BTHd, pages, table_BJ, limit_BT, first, *, page):
     return paged_attention_tpu(query_BTHd, pages, table_BJ, limit_BT, page=page, first=first)
 
 
-def _on_gpu(query_BTHd, pages, table_BJ, limit_BT, first, *, page):
+def _on_gpu(query_BTHd, pages, table_BJ, limit_BT, first, *, page, dtype):
     from maverick_jax.ops.paged_attention_gpu import paged_attention_gpu, suits
 
     if not suits(query_BTHd, pages):
         return _in_blocks(query_BTHd, pages, table_BJ, limit_BT, first, page=page)
-    return paged_attention_gpu(query_BTHd, pages, table_BJ, limit_BT, page=page, first=first)
+    return paged_attention_gpu(query_BTHd, pages, table_BJ, limit_BT, page=page, first=first, dtype=dtype)
 
 
 def _in_blocks(query_BTHd, pages, table_BJ, limit_BT, first, *, page):
