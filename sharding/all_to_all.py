@@ -16,8 +16,8 @@ import math
 import jax.numpy as jnp
 
 from maverick_jax.errors import UserError
-from maverick_jax.ops.permute import sort_rows, take_rows
-from maverick_jax.sharding.dispatch import ExpertParallel, count_load, run_experts, run_rounds
+from maverick_jax.ops.permute import count_rows, sort_rows, take_rows
+from maverick_jax.sharding.dispatch import ExpertParallel, run_experts, run_rounds
 from maverick_jax.sharding.wire import WIRES, all_to_all, exchange
 
 ONE_ROUND_TOKENS = 64  # up to here a device's tokens all fit one destination's buffer: no loop, as in decode
@@ -43,9 +43,9 @@ class AllToAll(ExpertParallel):
         axes = placement.expert_axes
         L, N, K = x_LD.shape[0], placement.size(axes), experts.shape[0]
         capacity = self._capacity(L, N)
-        order, place_L = sort_rows(expert_L, N * K + 1)
+        order, place_L, _ = sort_rows(expert_L, N * K + 1)
         destination_L = expert_L // K  # N for padding
-        count_N = count_load(destination_L, N)
+        count_N = count_rows(destination_L, N)
         first_N = jnp.cumsum(count_N) - count_N
         rank_L = place_L - first_N[jnp.minimum(destination_L, N - 1)]
 

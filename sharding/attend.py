@@ -137,6 +137,7 @@ class AttendOnMesh:
     def _pages(self, pages):
         """Mesh axes of the heads and of a page's slots, and the pages' partition."""
         _, heads, sequence, _ = self.layout.split(PAGES, pages.key_NKPd.shape, self.mesh)
+        sequence = tuple(axis for axis in sequence if self.mesh.shape[axis] > 1)  # where none is, no sums travel
         return heads, sequence, jax.tree.map(lambda _: PartitionSpec(None, heads, sequence), pages)
 
     def _divided(self, query_BTHd, key_BKSd):

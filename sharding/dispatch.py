@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from maverick_jax.config.checks import POSITIVE, is_whole
 from maverick_jax.errors import UserError
-from maverick_jax.ops.permute import sort_rows, take_rows
+from maverick_jax.ops.permute import count_rows, sort_rows, take_rows
 from maverick_jax.ops.swiglu import ExpertWeights, grouped_swiglu
 from maverick_jax.sharding.layout import Layout, check_placed
 from maverick_jax.sharding.placement import Placement
@@ -34,7 +34,8 @@ class Dispatcher(Protocol):
     """`dispatcher(x_TD, expert_T, experts) -> (y_TD, stats)`: each token through its expert's SwiGLU.
 
     `expert_T` is int32; the value E (one past the last expert) marks padding, whose result is zero and which travels
-    nowhere. All dispatchers give the dense sum over experts, forward and gradient.
+    nowhere. All dispatchers give the dense sum over experts, forward and gradient; in x's dtype, or, where it has been summed
+    over devices, in float32.
     """
 
     def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]: ...
@@ -60,17 +61,19 @@ class Local:
         E = experts.shape[0]
         if self.mesh is None or self.layout is None:
             y_TD = run_experts(x_TD, expert_T, experts)
-            return y_TD, Stats(jnp.zeros((), jnp.int32), count_load(expert_T, E))
+            return y_TD, Stats(jnp.zeros((), jnp.int32), count_rows(expert_T, E))
         placement = Placement.of(self.mesh, self.layout, experts)
 
         def on_device(x_LD, expert_L, experts):
             K = experts.shape[0]
-            own_L = expert_L - lax.axis_index(placement.expert_axes) * K if placement.expert_axes else expert_L
-            y_LD = run_experts(x_LD, jnp.where((own_L >= 0) & (own_L < K), own_L, K), experts)
-            return placement.sum(y_LD, placement.expert_axes + placement.width_axes), jnp.zeros((), jnp.int32)
+            if placement.expert_axes:
+                own_L = expert_L - lax.axis_index(placement.expert_axes) * K
+                expert_L = jnp.where((own_L >= 0) & (own_L < K), own_L, K)
+            y_LD = run_experts(x_LD, expert_L, experts)
+            return placement.sum(y_LD.astype(jnp.float32), placement.expert_axes + placement.width_axes), jnp.zeros((), jnp.int32)
 
         y_TD, dropped = placement.run(on_device, x_TD, expert_T, experts, token_axes=placement.gathered_token_axes)
-        return y_TD, Stats(dropped, count_load(expert_T, E))
+        return y_TD, Stats(dropped, count_rows(expert_T, E))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,7 @@ class ExpertParallel:
             return placement.sum(y_LD, placement.width_axes), dropped
 
         y_TD, dropped = placement.run(on_device, x_TD, expert_T, experts, token_axes=placement.split_token_axes)
-        return y_TD, Stats(dropped, count_load(expert_T, experts.shape[0]))
+        return y_TD, Stats(dropped, count_rows(expert_T, experts.shape[0]))
 
     def exchange(self, x_LD: jax.Array, expert_L: jax.Array, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
         """On one device: its tokens to their experts and back, and how many this device counts as dropped."""
@@ -127,14 +130,9 @@ def run_experts(x_RD: jax.Array, expert_R: jax.Array, experts: ExpertWeights) ->
       [R, D] results in the rows' order, zero without an expert.
     """
     K = experts.shape[0]
-    order, inverse = sort_rows(expert_R, K + 1)  # rows without an expert sort behind the last one
-    y_sorted = grouped_swiglu(take_rows(x_RD, order, inverse), experts, count_load(expert_R, K))
+    order, inverse, sizes = sort_rows(expert_R, K + 1)  # rows without an expert sort behind the last one
+    y_sorted = grouped_swiglu(take_rows(x_RD, order, inverse), experts, sizes)
     return take_rows(y_sorted, inverse, order)
-
-
-def count_load(expert_T: jax.Array, E: int) -> jax.Array:
-    """[E] int32 tokens per expert; padding counts for none."""
-    return (expert_T[:, None] == jnp.arange(E, dtype=expert_T.dtype)[None, :]).sum(axis=0, dtype=jnp.int32)
 
 
 def run_rounds(

@@ -18,7 +18,7 @@ from jax import lax
 
 from maverick_jax.ops.permute import sort_rows, take_rows
 from maverick_jax.sharding import all_to_all
-from maverick_jax.sharding.dispatch import ExpertParallel, count_load, run_experts, run_rounds
+from maverick_jax.sharding.dispatch import ExpertParallel, run_experts, run_rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Ragged(ExpertParallel):
         L, N, K = x_LD.shape[0], placement.size(axes), experts.shape[0]
         room = N * L if L <= all_to_all.ONE_ROUND_TOKENS else min(N * L, math.ceil(self.capacity_factor * L))
         me = lax.axis_index(axes)
-        order, place_L = sort_rows(expert_L, N * K + 1)
+        order, place_L, load = sort_rows(expert_L, N * K + 1)
         x_sorted = take_rows(x_LD, order, place_L)
-        load_SNK = lax.all_gather(count_load(expert_L, N * K), axes).reshape(N, N, K)  # the one message about the messages
+        load_SNK = lax.all_gather(load, axes).reshape(N, N, K)  # the one message about the messages
         count_SN = load_SNK.sum(axis=2)
         first_SN = jnp.cumsum(count_SN, axis=1) - count_SN  # first row for a receiver among the sender's sorted rows
         before_SN = jnp.cumsum(count_SN, axis=0) - count_SN  # first row of a sender in the receiver's stream

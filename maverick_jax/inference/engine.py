@@ -26,13 +26,13 @@ from maverick_jax.inference.checks import Range, whole
 from maverick_jax.inference.grammar import Grammars, Matcher
 from maverick_jax.inference.handle import Handle, Stopped
 from maverick_jax.inference.request import Admitted, Finish, Full, Request
-from maverick_jax.inference.room import Room, room_for
+from maverick_jax.inference.room import Room, platform_of, room_for
 from maverick_jax.inference.runner import Launched
 from maverick_jax.inference.sampling import NOT_FINITE
 from maverick_jax.inference.scheduling.pace import FIXED, Pace
 from maverick_jax.inference.scheduling.plans import Limits, shapes
 from maverick_jax.inference.serving import Serving
-from maverick_jax.inference.sizes import PIECE, call_rows, pieces
+from maverick_jax.inference.sizes import PIECE, call_rows, decode_rows, pieces
 from maverick_jax.inference.speculate import Acceptance
 from maverick_jax.model import Llama4
 from maverick_jax.prompt import Tokenizer
@@ -91,7 +91,7 @@ class Engine:
             chunk=chunk,
             max_length=geometry.max_length,
             queue=QUEUE.check("queue", queue),
-            decode_rows=call_rows(geometry.places),
+            decode_rows=decode_rows(geometry.places, platform_of(model)),
             prefill_rows=call_rows(geometry.places),
             piece_sizes=pieces(min(chunk or PIECE, geometry.max_length)),
             piece_tokens=PIECE,

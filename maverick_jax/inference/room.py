@@ -56,7 +56,7 @@ def room_for(
     if max_length is not None and max_length > text.max_position_embeddings:
         raise UserError(f"max_length is {max_length}, but the model's context holds {text.max_position_embeddings} tokens.")
     there = free_bytes(model)
-    free = int(there * (HOST_SHARE if _on_cpu(model) else SHARE))
+    free = int(there * (HOST_SHARE if platform_of(model) == "cpu" else SHARE))
     length = max_length or text.max_position_embeddings
     if max_length is None:
         while length > SHORTEST and _room(model, eight_bits, slots or 1, length, _row(model, length)).bytes > free:
@@ -82,7 +82,7 @@ def _row(model: Llama4, max_length: int) -> int:
 
 
 def _room(model: Llama4, eight_bits: bool, slots: int, max_length: int, pages: int) -> Room:
-    text, dtype = model.config.text, "int8" if eight_bits else held(model.text.embedding.dtype, cpu=_on_cpu(model)).name
+    text, dtype = model.config.text, "int8" if eight_bits else held(model.text.embedding.dtype, cpu=platform_of(model) == "cpu").name
     geometry = Geometry.of(text, slots, max_length, pages)
     layers = jax.eval_shape(lambda: make_pages(text, slots, geometry.pages, max_length, geometry.page, dtype))
     return Room(geometry, dtype, sum(_local_bytes(model, x) for x in jax.tree.leaves(layers)))
@@ -110,7 +110,8 @@ def free_bytes(model: Llama4) -> int:
     return min(multihost.exchange(int(free)))
 
 
-def _on_cpu(model: Llama4) -> bool:
+def platform_of(model: Llama4) -> str:
+    """Of the devices that hold a model."""
     sharding = model.text.embedding[...].sharding
     devices = jax.devices() if sharding is None else sharding.device_set  # None: a model of shapes alone
-    return next(iter(devices)).platform == "cpu"
+    return next(iter(devices)).platform

@@ -23,6 +23,12 @@ def call_rows(slots: int) -> tuple[int, ...]:
     return (*(1 << i for i in range(0, slots.bit_length(), 2) if 1 << i < slots), slots)
 
 
+def decode_rows(slots: int, platform: str) -> tuple[int, ...]:
+    """Rows of a decode call. A single one has one beside it on a GPU, that is none: for vectors XLA launches a quarter more."""
+    least = 2 if platform in ("gpu", "cuda") else 1
+    return tuple(sorted({max(rows, least) for rows in call_rows(slots)}))
+
+
 def round_up_context(tokens: int) -> int:
     """Cache length: at most an eighth more than asked for, from a list that grows with the logarithm."""
     step = max(64, next_power_of_two(tokens) // 16)

@@ -23,4 +23,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, real: Any = None) -> tuple[jax.Array, None]:
         """x: [..., D] -> ([..., D], None): a dense layer routes nothing."""
-        return swiglu(x, self.gate[...], self.up[...], self.down[...]), None
+        return self.sums(x).astype(x.dtype), None
+
+    def sums(self, x: jax.Array) -> jax.Array:
+        """[..., D] float32: what it gives before that is rounded to x's dtype."""
+        return swiglu(x, self.gate[...], self.up[...], self.down[...])

@@ -48,23 +48,26 @@ class MoE(nnx.Module):
         """[B, T, D] -> ([B, T, D], stats); padding (`real_BT` False) is routed to no expert."""
         x_TD = self.constrain(x_BTD.reshape(-1, x_BTD.shape[-1]), ("tokens", None))
         # XLA:GPU would make one product of the router's and the shared expert's, and join their matrices first, in every step.
-        score_T, expert_T = route(linear_float32(lax.optimization_barrier(x_TD), self.router[...]))
-        expert_T = jnp.where(real_BT.reshape(-1), expert_T, self.experts.gate.shape[0])
+        score_T, expert_T = route(linear_float32(lax.optimization_barrier(x_TD), self.router[...]), real_BT.reshape(-1))
         # The score scales the expert's *input*; behind the non-linear SwiGLU it would be another function.
         scaled_TD = x_TD * score_T.astype(x_TD.dtype)[:, None]
         routed_TD, stats = self.dispatcher(scaled_TD, expert_T, self.experts.weights)
-        shared_BTD, _ = self.shared(x_BTD)
-        return shared_BTD + routed_TD.reshape(x_BTD.shape), stats
+        # Both in float32: where several devices have parts of them, XLA adds the parts before one exchange, instead of two.
+        sum_TD = self.shared.sums(x_TD) + routed_TD.astype(jnp.float32)
+        return sum_TD.reshape(x_BTD.shape).astype(x_BTD.dtype), stats
 
 
-def route(scores_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
+def route(scores_TE: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Top-1 routing: the sigmoid of the highest score (not a softmax) and its expert, the lowest index on ties.
 
     Args:
       scores_TE: float32.
+      real_T: False for padding.
 
     Returns:
-      [T] float32 and [T] int32.
+      [T] float32 and [T] int32; of padding 1 and E.
     """
-    expert_T = jnp.argmax(scores_TE, axis=-1).astype(jnp.int32)
-    return jax.nn.sigmoid(scores_TE.max(axis=-1)), expert_T
+    # Padding wins one more column: a choice of its own behind the maximum would be one more launch on a GPU.
+    nowhere_T1 = jnp.where(real_T, -jnp.inf, jnp.inf)[:, None]
+    scores_TE = jnp.concatenate([scores_TE, nowhere_T1], axis=1)
+    return jax.nn.sigmoid(scores_TE.max(axis=-1)), jnp.argmax(scores_TE, axis=-1).astype(jnp.int32)

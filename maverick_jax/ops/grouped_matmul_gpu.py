@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 
 from maverick_jax.ops.quantize import QuantizedArray, Weight
 from maverick_jax.ops.quantized_matmul_gpu import quantized_matmul_gpu
-from maverick_jax.ops.tiles import Grid, Tiles, bounds, most_tiles
+from maverick_jax.ops.tiles import Grid, bounds, most_tiles
+from maverick_jax.ops.tiles_gpu import tiles_gpu
 from maverick_jax.ops.triton import dot, inside, load, store
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -73,7 +74,7 @@ def _dense(x_RK, weight_EKN, group_sizes_E, *, transposed: bool, interpret: bool
         out_shape=jax.ShapeDtypeStruct((grid.parts, rows, outputs), x_RK.dtype if grid.parts == 1 else jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
         interpret=interpret,
-    )(*Tiles.of(group_sizes_E, rows, block.rows, grid.at_once * grid.sweeps), x_RK, weight_EKN)
+    )(*tiles_gpu(group_sizes_E, rows, block.rows, grid.at_once * grid.sweeps, interpret=interpret), x_RK, weight_EKN)
     return y_PRN[0] if grid.parts == 1 else y_PRN.sum(axis=0).astype(x_RK.dtype)
 
 

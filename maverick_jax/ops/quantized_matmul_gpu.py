@@ -23,7 +23,8 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from maverick_jax.ops.quantize import QuantizedArray, Weight, matrix_shape
-from maverick_jax.ops.tiles import Grid, Tiles, most_tiles
+from maverick_jax.ops.tiles import Grid, most_tiles
+from maverick_jax.ops.tiles_gpu import tiles_gpu
 from maverick_jax.ops.triton import dot, inside, load, store
 
 COLUMNS = 4  # of a word
@@ -55,21 +56,20 @@ def quantized_matmul_gpu(
     block = _Block.of(rows, experts, x_RK.dtype, form)
     grid = Grid.of(most_tiles(rows, experts, block.rows), pl.cdiv(outputs, block.columns), pl.cdiv(inputs, block.inputs))
     tile = pl.BlockSpec((None,), lambda i, _, sweep: (sweep * grid.at_once + i,))
-    dtype, (x, row_scale_R) = x_RK.dtype, (x_RK, jnp.ones(rows, jnp.float32)) if form.exact else _as_float16(x_RK)
-    x_RSK = x.reshape(rows, -1, form.sources).swapaxes(1, 2)  # what meets a matrix of a word lies together
-    if not form.exact and form.packed == 2:
-        x_RSK /= jnp.array([1, UPPER], x.dtype)[None, :, None]
-    x_RK = x_RSK.reshape(rows, inputs)
+    if form.exact:
+        operands = [x_RK.reshape(rows, -1, form.sources).swapaxes(1, 2).reshape(rows, inputs), jnp.ones(rows, jnp.float32)]
+    else:
+        operands = _as_float16(x_RK, form, interpret)
     words_EKW, scales = _words(weight_EKN.values), weight_EKN.scales.reshape(experts, -1)
     sums = pl.pallas_call(
         functools.partial(_kernel, form=form, block=block, parts=grid.parts, groups=weight_EKN.scales.shape[1]),
         grid=grid.programs,
         in_specs=[tile, tile, tile, *[pl.no_block_spec] * 4],
-        out_shape=jax.ShapeDtypeStruct((grid.parts, rows, outputs), dtype if grid.parts == 1 else jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((grid.parts, rows, outputs), x_RK.dtype if grid.parts == 1 else jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
         interpret=interpret,
-    )(*Tiles.of(group_sizes_E, rows, block.rows, grid.at_once * grid.sweeps), x_RK, row_scale_R, words_EKW, scales)
-    return sums[0] if grid.parts == 1 else sums.sum(axis=0).astype(dtype)
+    )(*tiles_gpu(group_sizes_E, rows, block.rows, grid.at_once * grid.sweeps, interpret=interpret), *operands, words_EKW, scales)
+    return sums[0] if grid.parts == 1 else sums.sum(axis=0).astype(x_RK.dtype)
 
 
 def _words(values_EKN: jax.Array) -> jax.Array:
@@ -77,14 +77,35 @@ def _words(values_EKN: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(values_EKN.reshape(*values_EKN.shape[:2], -1, COLUMNS), jnp.uint32)
 
 
-def _as_float16(x_RK):
-    """Rows in float16, and a power of two for each: their products are what was given."""
-    if x_RK.dtype == jnp.float16:
-        return x_RK, jnp.ones(x_RK.shape[0], jnp.float32)
-    largest_R = jnp.abs(x_RK.astype(jnp.float32)).max(axis=1)
-    _, exponent_R = jnp.frexp(largest_R)
-    shift_R = jnp.clip(exponent_R - LARGEST_EXPONENT, -100, 100)  # of what is no number too
-    return jnp.ldexp(x_RK.astype(jnp.float32), -shift_R[:, None]).astype(jnp.float16), jnp.ldexp(jnp.float32(1), shift_R)
+def _as_float16(x_RK, form, interpret):
+    """Rows in float16, and a power of two for each: their products are what was given, but for what meets the upper half of a byte."""
+    rows, inputs = x_RK.shape
+    return pl.pallas_call(
+        functools.partial(_float16_kernel, form=form),
+        grid=(rows,),
+        in_specs=[pl.BlockSpec((None, inputs), lambda r: (r, 0))],
+        out_specs=[pl.BlockSpec((None, inputs), lambda r: (r, 0)), pl.BlockSpec((None,), lambda r: (r,))],
+        out_shape=[jax.ShapeDtypeStruct((rows, inputs), jnp.float16), jax.ShapeDtypeStruct((rows,), jnp.float32)],
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+    )(x_RK)
+
+
+def _float16_kernel(x_ref, y_ref, scale_ref, *, form):
+    """One row. What meets a matrix of a word comes to lie together."""
+    inputs = x_ref.shape[0]
+    at = jnp.arange(pl.next_power_of_2(inputs))
+    x = load(x_ref.at[at % (inputs // form.packed) * form.packed + at // (inputs // form.packed)], at < inputs).astype(jnp.float32)
+    largest = jnp.abs(x).max()
+    exponent = (lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 126  # the largest is below this power of two
+    shift = jnp.clip(exponent - LARGEST_EXPONENT, -100, 100)  # of what is no number too
+    y = x * _power_of_two(-shift)
+    store(y_ref.at[pl.ds(0, at.size)], jnp.where(at >= inputs // form.packed, y / UPPER, y) if form.packed > 1 else y, at < inputs)
+    scale_ref[...] = _power_of_two(shift)
+
+
+def _power_of_two(exponent):
+    return lax.bitcast_convert_type(exponent + 127 << 23, jnp.float32)
 
 
 class _Form(NamedTuple):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 
 from maverick_jax.ops.grouped_matmul import grouped_matmul
-from maverick_jax.ops.linear import linear
+from maverick_jax.ops.linear import linear, linear_float32
 from maverick_jax.ops.quantize import Weight, matrix_shape
 
 
@@ -24,8 +24,8 @@ class ExpertWeights(NamedTuple):
 
 
 def swiglu(x: jax.Array, gate_DF: Weight, up_DF: Weight, down_FD: Weight) -> jax.Array:
-    """x: [..., D] -> [..., D] in x's dtype."""
-    return linear(jax.nn.silu(linear(x, gate_DF)) * linear(x, up_DF), down_FD)
+    """x: [..., D] -> [..., D] float32."""
+    return linear_float32(jax.nn.silu(linear(x, gate_DF)) * linear(x, up_DF), down_FD)
 
 
 def grouped_swiglu(x_RD: jax.Array, experts: ExpertWeights, group_sizes_E: jax.Array) -> jax.Array:

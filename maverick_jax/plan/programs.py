@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.inference import steps
+from maverick_jax.inference.sizes import decode_rows
 from maverick_jax.model.compiled import Structure, take_apart
 from maverick_jax.model.llama4 import identity
 from maverick_jax.model.text import RESIDUAL
@@ -57,7 +58,8 @@ class Programs:
         """One token of every row, over a cache for `context` tokens each: the new cache and the next tokens' logits."""
         structure, leaves = self._model(vision=False)
         geometry, state, table_SJ = self._cache(batch, context)
-        token_S, draft_BD, rows_BC = (self._whole(shape) for shape in ((batch,), (batch, 0), (batch, len(steps.Call._fields))))
+        rows = decode_rows(batch, self.mesh.devices.flat[0].platform)[-1]
+        token_S, draft_BD, rows_BC = (self._whole(shape) for shape in ((batch,), (rows, 0), (rows, len(steps.Call._fields))))
         return Program("decode", steps.decode, (structure, geometry, leaves, state, table_SJ, token_S, draft_BD, rows_BC))
 
     def prefill(self, batch: int, tokens: int, context: int | None = None, *, first: bool = True) -> Program:

@@ -73,6 +73,15 @@ def test_pieces_of_any_size(case, monkeypatch, sizes):
     assert [handle.tokens for handle in engine.run(requests)] == expected
 
 
+def test_a_single_row_has_one_beside_it_on_a_gpu(case, monkeypatch):
+    """That is none, and of which nothing is to be seen."""
+    model, requests, expected = case
+    monkeypatch.setattr(engine_module, "platform_of", lambda model: "gpu")
+    engine = Engine(model, slots=1, max_length=LONGEST)
+    assert engine.limits.decode_rows == (2,)
+    assert [handle.tokens for handle in engine.run(requests)] == expected
+
+
 def test_preempted_and_computed_again(tiny, prompts):
     """Answers that outgrow the pages, a picture among them: the younger rows give theirs away, and come back."""
     asked, new, trace = [prompts[4], *prompts[1:3]], 30, io.StringIO()

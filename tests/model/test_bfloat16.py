@@ -52,7 +52,7 @@ def our_states(model, ids, experts_MT):
     """As theirs, with these experts."""
     given = iter(experts_MT)
 
-    def route(scores_TE):
+    def route(scores_TE, real_T):
         expert_T = next(given)
         return jax.nn.sigmoid(jnp.take_along_axis(scores_TE, expert_T[:, None], axis=1)[:, 0]), expert_T
 
