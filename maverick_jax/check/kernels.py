@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from maverick_jax.config import Config
 from maverick_jax.inference.cache import page_size
 from maverick_jax.model.parameter import parameter_name
-from maverick_jax.ops.attention import attend_in_order, attention
+from maverick_jax.ops.attention import attend_in_order, attend_to_all
 from maverick_jax.ops.grouped_matmul import grouped_matmul
 from maverick_jax.ops.linear import linear
 from maverick_jax.ops.paged_attention import attend_pages
@@ -210,14 +210,14 @@ def _cached(random, sizes, T, platform):
 def _vision(random, sizes):
     _, H, d = sizes.shapes["vision.attention.query"]
     P = sizes.config.vision.grid**2 + 1
-    query, key, value = random(1, P, H, d), random(1, H, P, d), random(1, H, P, d)
+    query, key, value = random(1, P, H, d), random(1, P, H, d), random(1, P, H, d)
     asking = np.array([0, P // 2, P - 1])
 
     def both(out_1PHd):
-        return out_1PHd[0, asking], _attention(query[0, asking], key[0], value[0], np.ones((3, P), bool))
+        return out_1PHd[0, asking], _attention(query[0, asking], key[0].swapaxes(0, 1), value[0].swapaxes(0, 1), np.ones((3, P), bool))
 
     shapes = f"{P} patches, {H} heads of {d}"
-    return Case(shapes, jax.jit(lambda q, k, v: attention(q, k, v, None)), (query, key, value), both, query.nbytes * 4, 4.0 * P * P * H * d)
+    return Case(shapes, jax.jit(attend_to_all), (query, key, value), both, query.nbytes * 4, 4.0 * P * P * H * d)
 
 
 def _attention(query_QHd, key_KSd, value_KSd, seen_QS):

@@ -42,14 +42,14 @@ class Features:
         self._kept: collections.OrderedDict[bytes, jax.Array] = collections.OrderedDict()
         self.encoded = 0
 
-    def of(self, wanted: Sequence[bytes], tiles_N3SS: np.ndarray) -> list[jax.Array]:
-        """[P, D] of each tile."""
+    def of(self, wanted: Sequence[bytes], tiles: Sequence[np.ndarray]) -> list[jax.Array]:
+        """[P, D] of each tile, of whatever requests: [3, S, S] pixels and their digest."""
         missing = [i for i, digest in enumerate(wanted) if digest not in self._kept and digest not in wanted[:i]]
         made = {}
         for start in range(0, len(missing), TILES_AT_ONCE):
             group = missing[start : start + TILES_AT_ONCE]
-            padded = np.zeros((next_power_of_two(len(group)), *tiles_N3SS.shape[1:]), np.float32)
-            padded[: len(group)] = tiles_N3SS[group]
+            padded = np.zeros((next_power_of_two(len(group)), *tiles[0].shape), np.float32)
+            padded[: len(group)] = [tiles[i] for i in group]
             features_NPD = self._encode(padded)
             made |= {wanted[i]: self._pick(features_NPD, place) for place, i in enumerate(group)}
         self.encoded += len(missing)

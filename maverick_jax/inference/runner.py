@@ -190,10 +190,10 @@ class Runner:
             *(functools.partial(picture, call, vision) for call in with_pictures if vision is not None),
         ]
 
-    def features_of(self, content: Content, tiles: Sequence[int]) -> list[jax.Array]:
-        """[P, D] of some of a row's tiles."""
-        assert content.request.tiles is not None
-        return self.features.of([content.tiles[tile] for tile in tiles], content.request.tiles[tiles]) if tiles else []
+    def features_of(self, shown: Sequence[tuple[Content, int]]) -> list[jax.Array]:
+        """[P, D] of tiles, each of some row. Those of several rows go through the vision tower together."""
+        pixels = [content.request.tiles[tile] for content, tile in shown if content.request.tiles is not None]
+        return self.features.of([content.tiles[tile] for content, tile in shown], pixels)
 
     def _upload(self, values: Any) -> Any:
         return steps.upload(self._constrain, values)
@@ -226,19 +226,22 @@ class Runner:
         for i, part in enumerate(call.parts):
             ids_BT[i, : part.length] = contents[part.row].tokens[part.start : part.start + part.length]
         x_BTD = steps.embed(*self._decoder, ids_BT)
-        for i, part in enumerate(call.parts):
-            content = contents[part.row]
-            if content.feature_T is None:
-                continue
-            assert self._model.config.vision is not None
-            per_tile = self._model.config.vision.tokens_per_tile
-            feature_t = content.feature_T[part.start : part.start + part.length]
-            wanted = np.unique(feature_t[feature_t >= 0] // per_tile).tolist()
-            for tile, features_PD in zip(wanted, self.features_of(content, wanted), strict=True):
-                index_BT = np.full(ids_BT.shape, -1, np.int32)
-                index_BT[i, : len(feature_t)] = np.where(feature_t // per_tile == tile, feature_t - tile * per_tile, -1)
-                x_BTD = steps.place(self._constrain, x_BTD, features_PD, index_BT)
+        shown = [shown for i, part in enumerate(call.parts) for shown in self._shown(i, part, contents[part.row], ids_BT.shape)]
+        for (_, _, index_BT), features_PD in zip(shown, self.features_of([(content, tile) for content, tile, _ in shown]), strict=True):
+            x_BTD = steps.place(self._constrain, x_BTD, features_PD, index_BT)
         return x_BTD
+
+    def _shown(self, row: int, part: Part, content: Content, shape: tuple[int, int]) -> Iterator[tuple[Content, int, np.ndarray]]:
+        """The tiles that a part of a call shows: each with [B, T] which feature of it every token is, or -1."""
+        if content.feature_T is None:
+            return
+        assert self._model.config.vision is not None
+        per_tile = self._model.config.vision.tokens_per_tile
+        feature_t = content.feature_T[part.start : part.start + part.length]
+        for tile in np.unique(feature_t[feature_t >= 0] // per_tile).tolist():
+            index_BT = np.full(shape, -1, np.int32)
+            index_BT[row, : len(feature_t)] = np.where(feature_t // per_tile == tile, feature_t - tile * per_tile, -1)
+            yield content, tile, index_BT
 
     def _draw(self, forwarded: Forwarded, contents: Mapping[int, Content], *, greedy: bool, extras: bool) -> steps.Drawn:
         _, logits_BTV, draft_BD, rows_BC = forwarded

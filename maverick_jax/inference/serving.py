@@ -181,7 +181,11 @@ class Serving:
 
     def _explain(self, served: Served) -> str:
         request, tokens = served.request, np.array(served.tokens, np.int32)
-        features = None if request.tiles is None else jnp.concatenate(self.runner.features_of(served, range(len(request.tiles))))
+        features = (
+            None
+            if request.tiles is None
+            else jnp.concatenate(self.runner.features_of([(served, tile) for tile in range(len(request.tiles))]))
+        )
         index_T = np.zeros_like(tokens)
         if served.feature_T is not None:
             index_T[: len(request.ids)] = np.maximum(served.feature_T, 0)

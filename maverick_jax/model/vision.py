@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from maverick_jax.config import VisionConfig
 from maverick_jax.model.parameter import ones, weight, zeros
-from maverick_jax.ops.attention import attention
+from maverick_jax.ops.attention import attend_to_all
 from maverick_jax.ops.linear import linear
 from maverick_jax.ops.norm import layer_norm, over_last_axis
 from maverick_jax.ops.rope import rotate, vision_angles
@@ -54,7 +54,7 @@ class VisionAttention(nnx.Module):
             self.constrain(linear(x_NPD, w[...]) + b[...][None, None], ("tiles", None, "vision_heads", None))
             for w, b in ((self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias))
         )
-        out = attention(rotate(query, angles), rotate(key, angles).swapaxes(1, 2), value.swapaxes(1, 2), None)
+        out = attend_to_all(rotate(query, angles), rotate(key, angles), value)
         return linear(out, self.output[...], contract=2) + over_last_axis(self.output_bias[...], 3)
 
 

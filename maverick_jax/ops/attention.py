@@ -22,6 +22,8 @@ MOST_SCORES = 2**25  # held at once: 128 MiB
 KEY_BLOCK = 1024
 LONG = 1024  # tokens from which an accelerator's own kernel is worth it
 CUDNN_DTYPES = ("bfloat16", "float16")
+CUDNN_HEAD = 8  # divides the sizes of heads
+LEAST_CUDNN = 256  # tokens that all see each other
 QUERY_BLOCKS = (16, 512)  # shortest and longest
 
 
@@ -76,11 +78,29 @@ def attention(query_BTHd: jax.Array, key_BKSd: jax.Array, value_BKSd: jax.Array,
     return jnp.moveaxis(out_BKGTd, 3, 1).reshape(B, T, H, d).astype(query_BTHd.dtype)
 
 
+def attend_to_all(query_BTHd: jax.Array, key_BTHd: jax.Array, value_BTHd: jax.Array) -> jax.Array:
+    """Every token sees every token (vision).
+
+    Returns:
+      [B, T, H, d] in the query's dtype.
+    """
+    return lax.platform_dependent(query_BTHd, key_BTHd, value_BTHd, cuda=_to_all_cuda, default=_to_all)
+
+
+def _to_all(query_BTHd, key_BTHd, value_BTHd):
+    return attention(query_BTHd, key_BTHd.swapaxes(1, 2), value_BTHd.swapaxes(1, 2), None)
+
+
+def _to_all_cuda(query_BTHd, key_BTHd, value_BTHd):
+    out = _cudnn(query_BTHd, key_BTHd, value_BTHd, is_causal=False) if query_BTHd.shape[1] >= LEAST_CUDNN else None
+    return _to_all(query_BTHd, key_BTHd, value_BTHd) if out is None else out
+
+
 class Partial(NamedTuple):
     """Attention over some of the keys, to be merged to that over all (flash decoding).
 
     Attributes:
-      out_BKGTd: float32 sum of values by `exp(score - most)`.
+      out_BKGTd: float32 sum of values by `exp(score - most)`; already in the model's dtype where it is the mean and all there is.
       total_BKGT: float32 sum of these weights.
       most_BKGT: the highest score.
     """
@@ -98,7 +118,7 @@ class Partial(NamedTuple):
     def finish(self, dtype: DTypeLike) -> jax.Array:
         """[B, T, H, d]."""
         B, _, _, T, d = self.out_BKGTd.shape
-        out_BKGTd = self.out_BKGTd / jnp.maximum(self.total_BKGT, 1e-30)[..., None]
+        out_BKGTd = self.out_BKGTd / jnp.maximum(self.total_BKGT, 1e-30).astype(self.out_BKGTd.dtype)[..., None]
         return jnp.moveaxis(out_BKGTd, 3, 1).reshape(B, T, -1, d).astype(dtype)
 
 
@@ -165,12 +185,17 @@ def _causal_tpu(query_BTHd, key_BKTd, value_BKTd):
 
 
 def _causal_cuda(query_BTHd, key_BKTd, value_BKTd):
-    if query_BTHd.dtype.name in CUDNN_DTYPES:
-        key, value = key_BKTd.swapaxes(1, 2), value_BKTd.swapaxes(1, 2)
-        # Every platform's form is traced on all: where there is no cuDNN no GPU will run this one.
-        with contextlib.suppress(RuntimeError):
-            return jax.nn.dot_product_attention(query_BTHd, key, value, is_causal=True, implementation="cudnn")
-    return _causal(query_BTHd, key_BKTd, value_BKTd)
+    out = _cudnn(query_BTHd, key_BKTd.swapaxes(1, 2), value_BKTd.swapaxes(1, 2), is_causal=True)
+    return _causal(query_BTHd, key_BKTd, value_BKTd) if out is None else out
+
+
+def _cudnn(query_BTHd, key_BTKd, value_BTKd, *, is_causal):
+    """By cuDNN's flash attention; None where it takes no such operands, or is not there."""
+    if query_BTHd.dtype.name not in CUDNN_DTYPES or query_BTHd.shape[3] % CUDNN_HEAD:
+        return None
+    # Every platform's form is traced on all: where there is no cuDNN no GPU will run this one.
+    with contextlib.suppress(RuntimeError):
+        return jax.nn.dot_product_attention(query_BTHd, key_BTKd, value_BTKd, is_causal=is_causal, implementation="cudnn")
 
 
 def _causal(query_BTHd, key_BKTd, value_BKTd):

@@ -37,7 +37,7 @@ def suits(query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array) -> bool:
     """Whether pages fill whole registers, blocks of them fit the chip's memory and the table that for scalars."""
     d, P = query_BTHd.shape[3], pages.slots
     itemsize, shares = pages.key_NKPd.dtype.itemsize, _Shares.of(query_BTHd, pages, table_BJ)
-    scalars = table_BJ.size + shares.count * (shares.most_steps + 2)
+    scalars = table_BJ.size + shares.total * (shares.most_steps + 2)
     fits = shares.heads * P * d * max(itemsize, 2) <= MOST_PAGE_BYTES and 4 * scalars <= SCALAR_BYTES
     return query_BTHd.dtype.name in DTYPES and d % LANES == 0 and P * itemsize % SUBLANE_BYTES == 0 and fits
 
@@ -61,8 +61,8 @@ def paged_attention_tpu(
     pages_of = jnp.broadcast_to(jnp.clip(last // page + 1, 0, shares.stretches), (B, shares.of_heads, shares.of_queries)).reshape(-1)
     steps_of = jnp.maximum(pl.cdiv(pages_of, shares.pages), 1)  # a share that sees nothing has its sums written, too
     behind = jnp.cumsum(steps_of, dtype=jnp.int32)
-    share_W = jnp.searchsorted(behind, jnp.arange(shares.count * shares.most_steps, dtype=jnp.int32), side="right", method="compare_all")
-    share_W = jnp.minimum(share_W, shares.count - 1).astype(jnp.int32)
+    share_W = jnp.searchsorted(behind, jnp.arange(shares.total * shares.most_steps, dtype=jnp.int32), side="right", method="compare_all")
+    share_W = jnp.minimum(share_W, shares.total - 1).astype(jnp.int32)
 
     def of_share(k, last):
         """What a share has of [B, K, R, last], or, without heads, of [B, R, last]."""
@@ -97,7 +97,7 @@ class _Shares(NamedTuple):
     """How the work is divided.
 
     Attributes:
-      count: shares of all rows.
+      total: shares of all rows.
       of_heads, of_queries: among how many the heads of a row, and the queries of a head, are divided.
       heads, queries: of a share; `queries` of each head.
       pages: of a step.
@@ -105,7 +105,7 @@ class _Shares(NamedTuple):
       stretches: of a row.
     """
 
-    count: int
+    total: int
     of_heads: int
     of_queries: int
     heads: int

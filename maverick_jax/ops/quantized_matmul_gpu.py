@@ -237,9 +237,9 @@ def _kernel(
     store(y_ref.at[part, row_slice, columns], y, rows_inside, _within(columns, outputs))
 
 
-def _slice(index, size: int, by: int):
+def _slice(index, size: int, by: int) -> pl.Slice:
     """Block `index` of blocks of `size`, in units of `by`; as a product, of which the compiler sees what divides it."""
-    return pl.ds(index * (size // by), size // by)
+    return pl.Slice(index * (size // by), size // by)
 
 
 def _within(some, total: int):

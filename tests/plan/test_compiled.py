@@ -98,6 +98,19 @@ def test_a_later_piece_on_a_gpu_has_one_attention_per_layer():
     assert done.traffic.custom_calls["__gpu$xla.gpu.triton"] == len(text.nope_layers) + 3 * len(text.moe_layers)
 
 
+def test_the_vision_tower_on_a_gpu_takes_cudnn():
+    """577 tokens of a tile, heads of 88: per layer one call, in place of products, a softmax and their scores in memory."""
+    try:
+        mesh = target_mesh(Topology.parse("h200:1"), (1, 1, 1))
+    except UserError as error:
+        pytest.skip(str(error))
+    maverick = Config.maverick()
+    assert maverick.vision is not None
+    config = dataclasses.replace(small(layers=1), vision=dataclasses.replace(maverick.vision, num_hidden_layers=2))
+    done = compile_program(Programs(config, mesh, THROUGHPUT).vision(16), mesh)
+    assert done.traffic.custom_calls["__cudnn$fmhaSoftmax"] == 2
+
+
 def test_a_missing_compiler_is_named(monkeypatch):
     """Which extra to install, instead of a plug-in's traceback."""
     from maverick_jax.plan import targets
