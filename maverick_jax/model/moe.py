@@ -53,8 +53,8 @@ class MoE(nnx.Module):
         scaled_TD = x_TD * score_T.astype(x_TD.dtype)[:, None]
         routed_TD, stats = self.dispatcher(scaled_TD, expert_T, self.experts.weights)
         # Both in float32: where several devices have parts of them, XLA adds the parts before one exchange, instead of two.
-        sum_TD = self.shared.sums(x_TD) + routed_TD.astype(jnp.float32)
-        return sum_TD.reshape(x_BTD.shape).astype(x_BTD.dtype), stats
+        sum_BTD = self.shared.sums(x_BTD) + routed_TD.astype(jnp.float32).reshape(x_BTD.shape)
+        return sum_BTD.astype(x_BTD.dtype), stats
 
 
 def route(scores_TE: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -65,9 +65,18 @@ def route(scores_TE: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array
       real_T: False for padding.
 
     Returns:
-      [T] float32 and [T] int32; of padding 1 and E.
+      [T] float32, of padding any, and [T] int32, of padding E.
     """
-    # Padding wins one more column: a choice of its own behind the maximum would be one more launch on a GPU.
+    return lax.platform_dependent(scores_TE, real_T, cuda=_route_in_one, default=_route)
+
+
+def _route(scores_TE, real_T):
+    expert_T = jnp.argmax(scores_TE, axis=-1).astype(jnp.int32)
+    return jax.nn.sigmoid(scores_TE.max(axis=-1)), jnp.where(real_T, expert_T, scores_TE.shape[1])
+
+
+def _route_in_one(scores_TE, real_T):
+    """Padding wins one more column: a choice behind the maximum is one more launch on a GPU. On TPUs this made more exchanges."""
     nowhere_T1 = jnp.where(real_T, -jnp.inf, jnp.inf)[:, None]
     scores_TE = jnp.concatenate([scores_TE, nowhere_T1], axis=1)
     return jax.nn.sigmoid(scores_TE.max(axis=-1)), jnp.argmax(scores_TE, axis=-1).astype(jnp.int32)
