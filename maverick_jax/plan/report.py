@@ -9,7 +9,7 @@ from typing import Any
 from maverick_jax.plan.case import Case
 from maverick_jax.plan.chips import GIB
 from maverick_jax.plan.memory import RESERVE, Memory
-from maverick_jax.plan.roofline import Cost, Prefill, token_bytes
+from maverick_jax.plan.roofline import LAUNCH_SECONDS, Cost, Prefill, token_bytes
 from maverick_jax.plan.room import refusal
 
 GPU_DEFAULT_SHARE = 0.75  # of a GPU's memory, jax's XLA_CLIENT_MEM_FRACTION
@@ -124,7 +124,13 @@ def _decode(plan: Plan) -> list[str]:
         f"  at most {1 / cost.step:,.0f} tokens/s per user, {case.batch / cost.step:,.0f} in total, "
         f"{case.batch / cost.step / case.topology.devices:,.0f} per device",
         *([f"  {_experts(plan)}"] if cost.distinct else []),
+        *([f"  {_launches(cost)}"] if cost.launches else []),
     ]
+
+
+def _launches(cost: Cost) -> str:
+    each = f"{_seconds(LAUNCH_SECONDS)} each, as on an H200"
+    return f"not counted in it: about {cost.launches:,} launches, {_seconds(cost.launches * LAUNCH_SECONDS)} ({each})"
 
 
 def _sent(cost: Cost) -> str:
@@ -238,6 +244,7 @@ def _cost(cost: Cost, batch: int, devices: int) -> dict[str, Any]:
         "sent_bytes": cost.sent,
         "crossed_bytes": cost.crossed,
         "collectives": cost.collectives,
+        "launches": cost.launches,
         "seconds": cost.seconds,
         "step": cost.step,
         "serial": cost.serial,

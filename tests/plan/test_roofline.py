@@ -8,7 +8,7 @@ from maverick_jax.errors import UserError
 from maverick_jax.plan import make_plan, search
 from maverick_jax.plan.case import Ways
 from maverick_jax.plan.roofline import all_gather, all_reduce, all_to_all, decode, distinct_experts, prefill, step, token_bytes
-from maverick_jax.sharding.layout import Layout
+from maverick_jax.sharding.layout import LATENCY, Layout
 
 # Experts undivided by number, every width over all devices.
 WIDE = Layout.from_table(
@@ -70,6 +70,16 @@ def test_all_reduces(case):
     parts = 48 * 2 * 7 / 8 * 64 * 5 * 128 * 4
     assert list(sums.values()) == [once, 48 * once, 24 * once, 24 * once, 24 * once, parts]
     assert cost.collectives == 1 + 48 + 24 + 24 + 24 + 24 + 24 + 48
+
+
+def test_launches(case):
+    """As many as the text for eight H200s has: 7, 24 dense layers with 15 and 24 mixtures with 26. Where no token travels one sum of the
+    shared and the routed expert goes round, with those of 48 attentions, of 24 dense layers and of the embedding."""
+    cost = decode(case("h200:8", tensor=8, layout=LATENCY, batch=1))
+    assert cost.launches == 991
+    assert cost.collectives == 1 + 48 + 24 + 24
+    assert decode(case("h200:8", expert=8)).launches == 7 + 24 * 15 + 24 * 57
+    assert decode(case("v6e:8x8", expert=8, tensor=8)).launches == 0
 
 
 def test_bytes_of_a_decode_step(case):
@@ -136,11 +146,12 @@ def test_groups_of_data_have_their_own_tokens(case):
 
 
 def test_a_layout_without_expert_parallelism(case):
-    """Widths over (expert, tensor): no all-to-all, all-reduces over 64 devices, and every token on every device."""
+    """Widths over (expert, tensor): no all-to-all, one all-reduce of both experts over 64 devices, and every token on every device."""
     found = case("v6e:8x8", expert=8, tensor=8, batch=4, layout=WIDE)
     cost = decode(found)
     assert not [name for name in cost.sent if "all-to-all" in name]
-    assert cost.sent["routed expert all-reduce"] == 24 * 2 * 63 / 64 * 4 * 10_240
+    assert cost.sent["shared expert all-reduce"] == 24 * 2 * 63 / 64 * 4 * 10_240  # with the routed one's part
+    assert "routed expert all-reduce" not in cost.sent
     assert cost.read["routed experts"] == pytest.approx(2 * 386_547_056_640 / 64 * (1 - (127 / 128) ** 4))
     assert cost.products["routed experts"] == 2 * 24 * 4 * 3 * 5120 * 8192 / 64
 
@@ -170,7 +181,8 @@ def test_two_hosts(case):
     assert cost.crossed == {**tokens, "attention parts all-reduce": parts}
     assert not [name for name in cost.sent if "all-to-all" in name]
     assert cost.seconds["network"] == pytest.approx((24 * 16 * 10_240 + parts) / 50e9)
-    assert cost.sent == decode(case("h100:8", tensor=8, batch=16)).sent
+    inside = decode(case("h100:8", tensor=8, batch=16)).sent  # where no token travels one sum serves the shared and the routed expert
+    assert cost.sent == {**inside, "routed expert all-reduce": inside["shared expert all-reduce"]}
 
 
 def test_a_network_that_binds(case):
