@@ -67,16 +67,17 @@ def route(scores_TE: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array
     Returns:
       [T] float32, of padding any, and [T] int32, of padding E.
     """
-    return lax.platform_dependent(scores_TE, real_T, cuda=_route_in_one, default=_route)
+    highest_T, expert_T = lax.platform_dependent(scores_TE, real_T, cuda=_highest_in_one, default=_highest)
+    return jax.nn.sigmoid(highest_T), expert_T
 
 
-def _route(scores_TE, real_T):
+def _highest(scores_TE, real_T):
     expert_T = jnp.argmax(scores_TE, axis=-1).astype(jnp.int32)
-    return jax.nn.sigmoid(scores_TE.max(axis=-1)), jnp.where(real_T, expert_T, scores_TE.shape[1])
+    return scores_TE.max(axis=-1), jnp.where(real_T, expert_T, scores_TE.shape[1])
 
 
-def _route_in_one(scores_TE, real_T):
+def _highest_in_one(scores_TE, real_T):
     """Padding wins one more column: a choice behind the maximum is one more launch on a GPU. On TPUs this made more exchanges."""
     nowhere_T1 = jnp.where(real_T, -jnp.inf, jnp.inf)[:, None]
     scores_TE = jnp.concatenate([scores_TE, nowhere_T1], axis=1)
-    return jax.nn.sigmoid(scores_TE.max(axis=-1)), jnp.argmax(scores_TE, axis=-1).astype(jnp.int32)
+    return scores_TE.max(axis=-1), jnp.argmax(scores_TE, axis=-1).astype(jnp.int32)
