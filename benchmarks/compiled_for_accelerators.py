@@ -2,7 +2,7 @@
 
 HBM traffic is counted from the compiled text (rule: maverick_jax/plan/hlo.py): operands and results outside on-chip memory,
 asynchronous copies once, loop bodies times their trips, in-place updates and gathers by their slice, grouped matmuls with all
-local experts. Beside it stands the compiler's own `cost_analysis`, which counts staging copies too and is empty for GPUs.
+local experts. Beside it stands the compiler's own `cost_analysis`, which counts staging copies too, or, for GPUs, what a call launches.
 
 examples:
   JAX_PLATFORMS=cpu python benchmarks/compiled_for_accelerators.py                      # every row of the tables
@@ -41,7 +41,7 @@ def row(topology: str, model: str, layout: str, done: Compiled, note: str) -> st
     """One line of the table, sizes in GB."""
     traffic, gb = done.traffic, 1e9
     collectives = ", ".join(f"{c.count} {kind} {c.payload / 1e6:.1f} MB" for kind, c in sorted(traffic.collectives.items()))
-    own = "" if done.bytes_accessed is None else f"{done.bytes_accessed / gb:.2f}"
+    own = f"{traffic.launches:,} launches" if done.bytes_accessed is None else f"{done.bytes_accessed / gb:.2f}"
     # A text that leaves out how often its loops run bounds the traffic from below.
     least = "≥ " if traffic.loops_counted_once else ""
     cells = [topology, model, layout, f"{done.name}{note}", f"{done.arguments / gb:.2f}", f"{done.temporaries / gb:.3f}"]

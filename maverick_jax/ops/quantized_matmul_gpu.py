@@ -25,11 +25,12 @@ from jax.typing import DTypeLike
 from maverick_jax.ops.quantize import QuantizedArray, Weight, matrix_shape
 from maverick_jax.ops.tiles import Grid, most_tiles
 from maverick_jax.ops.tiles_gpu import tiles_gpu
-from maverick_jax.ops.triton import dot, inside, load, store
+from maverick_jax.ops.triton import converts_float8, dot, inside, load, store
 
 COLUMNS = 4  # of a word
 MOST_SIDE = 128  # of a tile of a matrix, along its inputs
 LEAST_FLOAT16 = 2.0**-24
+FLOAT8_AS_FLOAT16 = 2.0**8  # what a float8 is, divided by the float16 with its bits
 UPPER = 16
 LARGEST_EXPONENT = 15  # of an activation as float16: that of the largest float16
 
@@ -52,7 +53,7 @@ def quantized_matmul_gpu(
     outputs = sides[not transposed]
     if rows == 0:
         return jnp.zeros((0, outputs), x_RK.dtype)
-    form = _Form(weight_EKN.values.dtype, transposed, exact=transposed or x_RK.dtype == jnp.float32)
+    form = _Form(weight_EKN.values.dtype, transposed, transposed or x_RK.dtype == jnp.float32, converts_float8())
     block = _Block.of(rows, experts, x_RK.dtype, form)
     grid = Grid.of(most_tiles(rows, experts, block.rows), pl.cdiv(outputs, block.columns), pl.cdiv(inputs, block.inputs))
     tile = pl.BlockSpec((None,), lambda i, _, sweep: (sweep * grid.at_once + i,))
@@ -114,11 +115,13 @@ class _Form(NamedTuple):
     Attributes:
       values: dtype of the stored values.
       exact: by the weights that are stood for; else by the stored values, in float16.
+      converts: by the card's own instruction for float8; else its bits are put where those of a float16 are.
     """
 
     values: DTypeLike
     transposed: bool
     exact: bool
+    converts: bool = True
 
     @property
     def packed(self) -> int:
@@ -133,13 +136,23 @@ class _Form(NamedTuple):
     @property
     def unit(self) -> float:
         """What a stored value is, divided by what `matrices` gives."""
-        return 1.0 if self.values == jnp.float8_e4m3fn else 1 / LEAST_FLOAT16
+        if self.values == jnp.float8_e4m3fn:
+            return 1.0 if self.converts else FLOAT8_AS_FLOAT16
+        return 1 / LEAST_FLOAT16
 
     def matrices(self, words):
         """[P][C] matrices of words, in float16: the stored values, integers in units of the least float16.
 
         The upper half of a byte is taken where it lies, as `UPPER` times its value.
         """
+        if self.values == jnp.float8_e4m3fn and not self.converts:
+
+            def moved(c):
+                """A sign, and seven bits of exponent and mantissa, of a larger exponent."""
+                bits = (words >> 8 * c << 8 & 0x8000) | (words >> 8 * c << 7 & 0x3F80)
+                return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
+
+            return [[moved(c) for c in range(COLUMNS)]]
         if self.values == jnp.float8_e4m3fn:
             bytes_C = [(words >> 8 * c).astype(jnp.uint8) for c in range(COLUMNS)]
             return [[lax.bitcast_convert_type(byte, self.values).astype(jnp.float16) for byte in bytes_C]]

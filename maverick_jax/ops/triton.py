@@ -19,6 +19,15 @@ MOST_COUNTED, COUNTED_IN_64_BITS = 2**31, 2**32
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 
+CONVERTS_FLOAT8 = 8.9  # compute capability
+
+
+def converts_float8() -> bool:
+    """Whether the cards here have an instruction from float8 to float16; those that a program is only compiled for have."""
+    here = [float(device.compute_capability) for device in jax.local_devices() if device.platform == "gpu"]
+    return min(here, default=CONVERTS_FLOAT8) >= CONVERTS_FLOAT8
+
+
 def is_counted(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether offsets reach all of an array."""
     return x.size <= MOST_COUNTED or x.size * x.dtype.itemsize > COUNTED_IN_64_BITS

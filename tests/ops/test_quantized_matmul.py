@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from maverick_jax.errors import UserError
 from maverick_jax.ops import grouped_matmul_gpu, grouped_matmul_tpu, quantized_matmul_gpu
@@ -86,6 +86,20 @@ def test_a_gpu_makes_activations_of_any_size_float16(size, name):
     y = np.asarray(FORMS["gpu"](x, weight, sizes), np.float32)
     expected = np.asarray(x, np.float32) @ np.asarray(dequantize(weight, lead=1, dtype=jnp.float32))[0]
     assert_allclose(y, expected, atol=TOLERANCE["bfloat16"] * np.nanmax(np.abs(expected)), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_cards_without_an_instruction_for_float8(monkeypatch, dtype):
+    """As on an A100: its bits are a float16's with another exponent, those of the least values too."""
+    monkeypatch.setattr(quantized_matmul_gpu, "converts_float8", lambda: False)
+    quantized_matmul_gpu.quantized_matmul_gpu.clear_cache()
+    test_rows_meet_the_weights_that_are_stood_for("gpu", "fp8", dtype)
+    quantized_matmul_gpu.quantized_matmul_gpu.clear_cache()
+    every = jnp.arange(256, dtype=jnp.uint8).reshape(1, 1, 64, 4)
+    words, form = jax.lax.bitcast_convert_type(every, jnp.uint32), quantized_matmul_gpu._Form(jnp.float8_e4m3fn, False, False, False)
+    found = np.stack([np.asarray(matrix, np.float32) * form.unit for matrix in form.matrices(words[0])[0]], axis=-1)
+    values = np.asarray(jax.lax.bitcast_convert_type(every[0], jnp.float8_e4m3fn).astype(jnp.float32))
+    assert_array_equal(found[np.isfinite(values)], values[np.isfinite(values)])
 
 
 @pytest.mark.parametrize("name", ["fp8", "int4"])
