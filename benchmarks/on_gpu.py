@@ -1,8 +1,8 @@
 """What a GPU makes of the real shapes: one run under eight minutes, in which the card's own ceilings are measured first.
 
 The grouped products of a layer of Maverick beside those of torch, tokamax (where they are installed) and `lax.ragged_dot`; decoding and
-reading prompts through the engine, with a few layers of Maverick at full width and random weights; the vision tower. What fails is said
-in its row, and the others go on.
+reading prompts through the engine, with a few layers of Maverick at full width and random weights, and through transformers where that is
+installed; the vision tower. What fails is said in its row, and the others go on.
 
 examples:
   python benchmarks/on_gpu.py --json on_gpu.json > on_gpu.md
@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from gpu_peers import transformers_rows
 from jax import lax
 from random_models import cut, random_array, random_model, random_weight
 
@@ -42,7 +43,7 @@ from maverick_jax.model.compiled import take_apart
 from maverick_jax.ops.grouped_matmul import grouped_matmul
 from maverick_jax.ops.quantize import FORMATS, Weight, matrix_shape
 
-PARTS = ("products", "decode", "prefill", "vision")
+PARTS = ("products", "decode", "prefill", "vision", "transformers")
 REPEATS = 10
 
 
@@ -280,6 +281,8 @@ def main() -> None:
         if "vision" in parts and "vision" not in found:
             note("vision", vision(model, sizes, ceilings))
         del model
+    if "transformers" in parts:
+        note("transformers", transformers_rows(sizes.config, tiny=args.tiny))
     for part, rows in found.items():
         print(f"\n{part}\n\n{table(rows)}")
     print(f"\n{time.perf_counter() - began:.0f} s")
