@@ -50,8 +50,10 @@ def _random_model(config: Config, device: str) -> Any:
     import torch
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-    values = dataclasses.replace(config, vision=None).to_huggingface()
-    theirs = Llama4TextConfig(**{name: value for name, value in values.items() if name != "architectures"} | {"pad_token_id": None})
+    values: dict[str, Any] = dataclasses.replace(config, vision=None).to_huggingface()
+    del values["architectures"]
+    values["pad_token_id"] = None  # or it has to be one of the vocabulary
+    theirs = Llama4TextConfig(**values)
     with torch.device(device):
         return Llama4ForCausalLM._from_config(theirs, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
 
