@@ -104,7 +104,8 @@ def cases(sizes: Sizes, platform: str, most_bytes: float) -> dict[str, Callable[
         if leaves:
             found[f"experts, {name}"] = functools.partial(_experts, random, sizes, leaves, most_bytes)
     found["a prompt"] = lambda: _prompt(random, sizes, tokens)
-    found["over the cache"] = lambda: _cached(random, sizes, tokens, platform)
+    found["over the cache"] = lambda: _cached(random, sizes, tokens, 1, platform)
+    found["a piece behind"] = lambda: _cached(random, sizes, tokens, tokens // 4, platform)
     if sizes.config.vision is not None:
         found["a tile"] = lambda: _vision(random, sizes)
     return found
@@ -179,7 +180,7 @@ def _prompt(random, sizes, T):
     return Case(shapes, jax.jit(lambda q, k, v: attend_in_order(q, k, v, None)), (query, key, value), both, moved, 2.0 * T * T * H * d)
 
 
-def _cached(random, sizes, T, platform):
+def _cached(random, sizes, T, asking, platform):
     H, K, d = sizes.heads
     P = page_size(sizes.config.text, T)
     J = -(-T // P)
@@ -187,24 +188,26 @@ def _cached(random, sizes, T, platform):
     key_NKPd, value_NKPd = random(BATCH * J, K, P, d), random(BATCH * J, K, P, d)
     in_cache = held(sizes.dtype, cpu=platform == "cpu")
     pages = Pages(*(x if x.dtype == in_cache else lax.bitcast_convert_type(x, in_cache) for x in (key_NKPd, value_NKPd)))
-    query = random(BATCH, 1, H, d)
-    limit_B1 = jnp.asarray(np.linspace(0, T - 1, BATCH)[:, None], jnp.int32)
+    query = random(BATCH, asking, H, d)
+    last_B1 = np.linspace(asking - 1, T - 1, BATCH).astype(np.int32)[:, None]
+    limit_BQ = last_B1 - np.arange(asking, dtype=np.int32)[None, ::-1]
 
     @jax.jit
-    def over(query, pages, table_BJ, limit_B1):
-        return attend_pages(query, pages, table_BJ, limit_B1, page=P, first=jnp.int32(0))
+    def over(query, pages, table_BJ, limit_BQ):
+        return attend_pages(query, pages, table_BJ, limit_BQ, page=P, first=jnp.int32(0))
 
-    def both(out_B1Hd):
-        expected = []
+    def both(out_BQHd):
+        some, expected = np.unique([0, asking // 2, asking - 1]), []
         for row in range(BATCH):
-            seen = np.arange(J * P) <= int(limit_B1[row, 0])
+            seen = np.arange(J * P)[None, :] <= limit_BQ[row, some][:, None]
             key, value = (x[table_BJ[row]].swapaxes(0, 1).reshape(K, J * P, d) for x in (key_NKPd, value_NKPd))
-            expected.append(_attention(query[row], key, value, seen[None]))
-        return out_B1Hd, np.stack(expected)
+            expected.append(_attention(query[row, some], key, value, seen))
+        return out_BQHd[:, some], np.stack(expected)
 
-    moved = 2 * K * d * sizes.dtype.itemsize * float(limit_B1.sum() + BATCH)
-    shapes = f"{BATCH} rows of up to {T:,} tokens in pages of {P}"
-    return Case(shapes, over, (query, pages, table_BJ, limit_B1), both, moved, 2 * moved * H / K / sizes.dtype.itemsize)
+    moved = 2.0 * K * d * sizes.dtype.itemsize * (last_B1 + 1).sum()
+    shapes = f"{BATCH} x {asking:,} tokens, up to {T:,} in pages of {P}"
+    operands = query, pages, table_BJ, jnp.asarray(limit_BQ)
+    return Case(shapes, over, operands, both, moved, 4.0 * H * d * (limit_BQ + 1.0).sum())
 
 
 def _vision(random, sizes):

@@ -14,7 +14,7 @@ from maverick_jax.config import Config
 from maverick_jax.ops.linear import linear
 from maverick_jax.sharding import THROUGHPUT
 
-KERNELS = ["dense product", "experts, gate", "experts, down", "a prompt", "over the cache", "a tile"]
+KERNELS = ["dense product", "experts, gate", "experts, down", "a prompt", "over the cache", "a piece behind", "a tile"]
 
 
 @pytest.fixture(autouse=True)
