@@ -87,11 +87,12 @@ def test_what_an_h200_is_given(name, shape):
         traced = jax.jit(product_and_gradients).trace(*arguments(name, shape, 64))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @__gpu\$xla\.gpu\.triton.* : \((.*)\) -> ", text)
-    assert len(calls) == 2
+    largest = []
     for call in calls:
         arrays = [(math.prod(map(int, shape.split("x")[:-1])), shape.split("x")[-1]) for shape in re.findall(r"tensor<([^>]*)>", call)]
         assert all(is_counted(size, int(re.sub(r"\D", "", dtype.partition("E")[0])) // 8) for size, dtype in arrays)
-        assert max(arrays)[1] == "ui32"
+        largest.append(max(arrays)[1])
+    assert largest.count("ui32") == 2  # the product and its gradient; the others plan the work, or make activations float16
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])

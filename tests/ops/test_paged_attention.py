@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 
 from maverick_jax.ops import paged_attention
 from maverick_jax.ops.attention import Keys, Partial, attention
-from maverick_jax.ops.paged_attention import FEW, attend_pages, over_pages, write_tokens
+from maverick_jax.ops.paged_attention import attend_pages, over_pages, write_tokens
 from maverick_jax.ops.pages import Pages
 from oracle.compiling import on_an_h200
 
@@ -80,6 +80,6 @@ def test_an_accelerator_is_given_a_kernel(platform, kernel, tokens):
     look = jax.jit(functools.partial(attend_pages, page=512, first=jnp.int32(0)))
     with on_an_h200() if platform == "cuda" else contextlib.nullcontext():
         text = look.trace(query, pages, table, limit).lower(lowering_platforms=(platform,)).as_text()
-    merged = platform == "cuda" and tokens <= FEW  # many programs share a row's slots
+    merged = platform == "cuda" and tokens < 100  # many programs share a row's slots
     assert text.count(f"custom_call @{kernel}") == 1 + merged
     assert "stablehlo.while" not in text
