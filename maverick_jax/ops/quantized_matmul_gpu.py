@@ -101,7 +101,7 @@ def _float16_kernel(x_ref, y_ref, scale_ref, *, form):
     exponent = (lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 126  # the largest is below this power of two
     shift = jnp.clip(exponent - LARGEST_EXPONENT, -100, 100)  # of what is no number too
     y = x * _power_of_two(-shift)
-    store(y_ref.at[pl.ds(0, at.size)], jnp.where(at >= inputs // form.packed, y / UPPER, y) if form.packed > 1 else y, at < inputs)
+    store(y_ref.at[at], jnp.where(at >= inputs // form.packed, y / UPPER, y) if form.packed > 1 else y, at < inputs)
     scale_ref[...] = _power_of_two(shift)
 
 

@@ -37,7 +37,7 @@ def _kernel(group_ref, order_ref, place_ref, sizes_ref, *, groups: int):
     rows = group_ref.shape[0]
     L = pl.next_power_of_2(rows)
     row_L = jnp.arange(L, dtype=jnp.int32)
-    group_L = jnp.where(row_L < rows, load(group_ref.at[pl.ds(0, L)], row_L < rows), groups)
+    group_L = jnp.where(row_L < rows, load(group_ref.at[row_L], row_L < rows), groups)
     at = pl.ds(pl.program_id(0) * AT_ONCE, AT_ONCE)
     own_M = at.start + jnp.arange(AT_ONCE, dtype=jnp.int32)
     group_M = load(group_ref.at[at], own_M < rows)

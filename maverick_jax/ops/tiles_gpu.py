@@ -36,7 +36,7 @@ def _kernel(sizes_ref, group_ref, start_ref, end_ref, *, rows: int, block: int):
     E = sizes_ref.shape[0]
     G = pl.next_power_of_2(E + 1)
     group_G = jnp.arange(G, dtype=jnp.int32)
-    size_G = load(sizes_ref.at[pl.ds(0, G)], group_G < E)
+    size_G = load(sizes_ref.at[group_G], group_G < E)
     until_G = jnp.cumsum(size_G)
     start_G = jnp.minimum(until_G - size_G, rows)
     end_G = jnp.where(group_G < E, jnp.minimum(until_G, rows), rows)
