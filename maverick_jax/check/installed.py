@@ -88,7 +88,7 @@ def _about_gpu(device: Any) -> Iterator[str]:
     if 0 < capability < BFLOAT16:
         yield f"{card} has no bfloat16: give float16 or float32 as dtype"
     if 0 < capability < FP8:
-        yield f"{card} has no instruction for FP8 weights, which integer ones take the place of: int8 is read faster"
+        yield f"{card} has no instruction for FP8 weights, and takes several: `maverick convert --format int8` makes faster ones"
     try:
         x = jnp.zeros((1, 128, 8, 64), jnp.bfloat16)
         jax.block_until_ready(jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn"))

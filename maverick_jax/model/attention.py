@@ -18,9 +18,10 @@ from maverick_jax.model.parameter import weight
 from maverick_jax.ops.attention import Keys, temperature_scale
 from maverick_jax.ops.linear import linear
 from maverick_jax.ops.norm import rms_norm
-from maverick_jax.ops.paged_attention import FEW
 from maverick_jax.ops.rope import inverse_frequencies, rotate, text_angles
 from maverick_jax.sharding.attend import KEYS, QUERIES, Attend
+
+FEW = 8  # tokens of a row at most: decoding, and drafts
 
 
 @jax.tree_util.register_dataclass

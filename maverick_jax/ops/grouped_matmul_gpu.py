@@ -8,7 +8,6 @@ Shape suffixes: R rows, K inputs, N outputs, E experts, G groups (the experts, a
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jax.typing import DTypeLike
 
 from maverick_jax.ops.quantize import QuantizedArray, Weight
 from maverick_jax.ops.quantized_matmul_gpu import quantized_matmul_gpu
-from maverick_jax.ops.tiles import Grid, bounds, most_tiles
+from maverick_jax.ops.tiles import Block, Grid, bounds, most_tiles, rows_of_tile
 from maverick_jax.ops.tiles_gpu import tiles_gpu
 from maverick_jax.ops.triton import dot, inside, load, store
 
@@ -64,7 +63,7 @@ def _dense(x_RK, weight_EKN, group_sizes_E, *, transposed: bool, interpret: bool
     outputs = sides[not transposed]
     if rows == 0:
         return jnp.zeros((0, outputs), x_RK.dtype)
-    block = _Block.of(rows, experts, x_RK.dtype)
+    block = _block(rows, experts, x_RK.dtype)
     grid = Grid.of(most_tiles(rows, experts, block.rows), pl.cdiv(outputs, block.columns), pl.cdiv(inputs, block.inputs))
     tile = pl.BlockSpec((None,), lambda i, _, sweep: (sweep * grid.at_once + i,))
     y_PRN = pl.pallas_call(
@@ -78,7 +77,7 @@ def _dense(x_RK, weight_EKN, group_sizes_E, *, transposed: bool, interpret: bool
     return y_PRN[0] if grid.parts == 1 else y_PRN.sum(axis=0).astype(x_RK.dtype)
 
 
-def _dense_kernel(group_ref, start_ref, end_ref, x_ref, weight_ref, y_ref, *, block: "_Block", parts: int, transposed: bool):
+def _dense_kernel(group_ref, start_ref, end_ref, x_ref, weight_ref, y_ref, *, block: Block, parts: int, transposed: bool):
     """A tile of rows times some columns, summed over a part of the inputs."""
     inputs, outputs = x_ref.shape[1], y_ref.shape[2]
     group, start, end = group_ref[...], start_ref[...], end_ref[...]
@@ -136,19 +135,10 @@ def _outer_products_kernel(start_ref, end_ref, x_ref, dy_ref, dw_ref, *, side: i
     store(dw_ref.at[pl.program_id(2), k_slice, n_slice], sums, k_inside, n_inside)
 
 
-class _Block(NamedTuple):
-    """What a program multiplies at a time. Sizes chosen for Hopper: they compile there without spilling registers, none was timed."""
-
-    rows: int
-    columns: int
-    inputs: int
-    warps: int
-    stages: int
-
-    @classmethod
-    def of(cls, rows: int, experts: int, dtype: DTypeLike) -> "_Block":
-        tile = min(128, max(16, pl.next_power_of_2(pl.cdiv(rows, experts))))  # 16: what a tensor core takes at least
-        if dtype == jnp.float32:
-            return cls(min(tile, 64), 64, 32, 4, 3)
-        # With few rows the time is that of reading the matrices.
-        return cls(tile, 64, 128, 4, 4) if tile <= 32 else cls(tile, 128, 64, tile // 16, 4)
+def _block(rows: int, experts: int, dtype: DTypeLike) -> Block:
+    """Sizes chosen for Hopper: they compile there without spilling registers, none was timed."""
+    tile = rows_of_tile(rows, experts)
+    if dtype == jnp.float32:
+        return Block(min(tile, 64), 64, 32, 4, 3)
+    # With few rows the time is that of reading the matrices.
+    return Block(tile, 64, 128, 4, 4) if tile <= 32 else Block(tile, 128, 64, tile // 16, 4)

@@ -21,8 +21,6 @@ from maverick_jax.ops.attention import MASKED, MOST_SCORES, Keys, Partial, of_qu
 from maverick_jax.ops.pages import Pages, as_floats, as_held, quantize_keys
 from maverick_jax.ops.product import einsum
 
-FEW = 8  # tokens of a row at most: decoding, and drafts
-
 
 def over_pages(query_BTHd: jax.Array, pages: Pages, table_BJ: jax.Array, limit_BT: jax.Array, *, page: int, first: jax.Array) -> Partial:
     """Attention over each row's pages, up to a slot that each query has for itself.

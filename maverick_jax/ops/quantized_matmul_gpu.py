@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from maverick_jax.ops.quantize import QuantizedArray, Weight, matrix_shape
-from maverick_jax.ops.tiles import Grid, most_tiles
+from maverick_jax.ops.tiles import Block, Grid, most_tiles, rows_of_tile
 from maverick_jax.ops.tiles_gpu import tiles_gpu
 from maverick_jax.ops.triton import converts_float8, dot, inside, load, store
 
@@ -54,7 +54,7 @@ def quantized_matmul_gpu(
     if rows == 0:
         return jnp.zeros((0, outputs), x_RK.dtype)
     form = _Form(weight_EKN.values.dtype, transposed, transposed or x_RK.dtype == jnp.float32, converts_float8())
-    block = _Block.of(rows, experts, x_RK.dtype, form)
+    block = _block(rows, experts, x_RK.dtype, form)
     grid = Grid.of(most_tiles(rows, experts, block.rows), pl.cdiv(outputs, block.columns), pl.cdiv(inputs, block.inputs))
     tile = pl.BlockSpec((None,), lambda i, _, sweep: (sweep * grid.at_once + i,))
     if form.exact:
@@ -145,17 +145,8 @@ class _Form(NamedTuple):
 
         The upper half of a byte is taken where it lies, as `UPPER` times its value.
         """
-        if self.values == jnp.float8_e4m3fn and not self.converts:
-
-            def moved(c):
-                """A sign, and seven bits of exponent and mantissa, of a larger exponent."""
-                bits = (words >> 8 * c << 8 & 0x8000) | (words >> 8 * c << 7 & 0x3F80)
-                return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
-
-            return [[moved(c) for c in range(COLUMNS)]]
         if self.values == jnp.float8_e4m3fn:
-            bytes_C = [(words >> 8 * c).astype(jnp.uint8) for c in range(COLUMNS)]
-            return [[lax.bitcast_convert_type(byte, self.values).astype(jnp.float16) for byte in bytes_C]]
+            return [[self._float8(words >> 8 * c) for c in range(COLUMNS)]]
         bits = 8 // self.packed
         zero = 1 << bits - 1
         words ^= jnp.uint32(sum(zero << at for at in range(0, 32, bits)))  # integers from 0 on, and what was 0 is `zero`
@@ -166,23 +157,20 @@ class _Form(NamedTuple):
 
         return [[matrix(p, c) for c in range(COLUMNS)] for p in range(self.packed)]
 
+    def _float8(self, words):
+        """The lowest byte of each, in float16."""
+        if self.converts:
+            return lax.bitcast_convert_type(words.astype(jnp.uint8), self.values).astype(jnp.float16)
+        bits = (words << 8 & 0x8000) | (words << 7 & 0x3F80)  # a sign, and seven bits of exponent and mantissa
+        return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
 
-class _Block(NamedTuple):
-    """What a program multiplies at a time."""
 
-    rows: int
-    columns: int
-    inputs: int
-    warps: int
-    stages: int
-
-    @classmethod
-    def of(cls, rows: int, experts: int, dtype: DTypeLike, form: _Form) -> "_Block":
-        tile = min(128, max(16, pl.next_power_of_2(pl.cdiv(rows, experts))))  # 16: what a tensor core takes at least
-        if form.exact:
-            return cls(min(tile, 64), 64, 64, 4, 3) if dtype == jnp.float32 else cls(tile, 64, 128, 4, 3)
-        # 256 columns by 64 bytes: with few rows no other size was as fast on an H200 for float8. What registers hold sets the others.
-        return cls(tile, 128 if tile * form.packed > 128 else 256, 64 * form.packed, 4 if tile == 16 else 8, 3)
+def _block(rows: int, experts: int, dtype: DTypeLike, form: _Form) -> Block:
+    tile = rows_of_tile(rows, experts)
+    if form.exact:
+        return Block(min(tile, 64), 64, 64, 4, 3) if dtype == jnp.float32 else Block(tile, 64, 128, 4, 3)
+    # 256 columns by 64 bytes: with few rows no other size was as fast on an H200 for float8. What registers hold sets the others.
+    return Block(tile, 128 if tile * form.packed > 128 else 256, 64 * form.packed, 4 if tile == 16 else 8, 3)
 
 
 def _kernel(
@@ -196,7 +184,7 @@ def _kernel(
     y_ref,
     *,
     form: _Form,
-    block: _Block,
+    block: Block,
     parts: int,
     groups: int,
 ):

@@ -41,6 +41,22 @@ class Tiles(NamedTuple):
         return cls(group_S, start_S, end_G[group_S])
 
 
+class Block(NamedTuple):
+    """What a program of a kernel on GPU multiplies at a time, and how it is run."""
+
+    rows: int
+    columns: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+def rows_of_tile(rows: int, experts: int) -> int:
+    """About the mean group; a tensor core takes 16 at least, and registers hold 128."""
+    mean = -(-rows // experts)
+    return min(128, max(16, 1 << (mean - 1).bit_length()))
+
+
 class Grid(NamedTuple):
     """The programs of a kernel on GPU, each of which multiplies a tile of rows by some columns, over a part of the inputs.
 

@@ -243,8 +243,7 @@ def _exchanges(case: Case, rows: int, tokens: int) -> dict[str, tuple[int, Sent]
 
     to_experts = all_to_all(among("expert", text.num_local_experts), dispatched) if mixtures else Sent(0, 0)
     shared, routed = among("mlp", text.intermediate_size), among("expert_mlp", text.intermediate_size)
-    if routed == shared and not any(to_experts):
-        dispatched = 0  # where no token travels XLA adds both experts' parts first
+    apart = any(to_experts) or routed != shared  # where no token travels XLA adds both experts' parts first
     regrouped = case.among(case.split("batch", rows) ^ case.split(KEYS[0], rows))
     found = {
         "embedding all-reduce": (1, all_reduce(among("vocab", text.vocab_size), own)),
@@ -254,7 +253,7 @@ def _exchanges(case: Case, rows: int, tokens: int) -> dict[str, tuple[int, Sent]
         "shared expert all-reduce": (mixtures, all_reduce(shared, own)),
         "all-to-all to experts": (mixtures, to_experts),
         "all-to-all from experts": (mixtures, to_experts),
-        "routed expert all-reduce": (mixtures, all_reduce(routed, dispatched)),
+        "routed expert all-reduce": (mixtures, all_reduce(routed, dispatched if apart else 0)),
     }
     return {name: (count, each) for name, (count, each) in found.items() if count and any(each)}
 

@@ -16,6 +16,7 @@ from maverick_jax.ops.grouped_matmul_gpu import grouped_matmul_gpu
 from maverick_jax.plan.compiled import target_mesh
 from maverick_jax.plan.targets import OPTIONS
 from maverick_jax.plan.topology import Topology
+from oracle.compiling import count_products
 
 # float32 sums in another order; bfloat16 results are rounded to 8 bits once.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-8}
@@ -113,6 +114,6 @@ def test_an_h200_reads_matrices_where_they_lie(rows, experts, k, n):
     for function, kernels in ((lambda x, w, sizes, _: grouped_matmul(x, w, sizes), 1), (with_gradients, 3)):
         on_device = jax.shard_map(function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
         compiled = jax.jit(on_device).lower(*arguments).compile(compiler_options=OPTIONS["cuda"])
-        assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == kernels
+        assert count_products(compiled.as_text()) == kernels
         assert " dot(" not in compiled.as_text()
         assert compiled.memory_analysis().temp_size_in_bytes < 1e6

@@ -21,6 +21,7 @@ from maverick_jax.ops.quantize import FORMATS, QuantizedArray, dequantize, quant
 from maverick_jax.plan.hlo import count_traffic
 from maverick_jax.plan.targets import OPTIONS, devices_of
 from maverick_jax.plan.topology import Topology
+from oracle.compiling import count_products
 
 # Of the largest result. float32: sums in another order. bfloat16: results are rounded to 8 bits once, weights once or not at all.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-7}
@@ -199,6 +200,6 @@ def test_an_h200_reads_what_is_stored(name, experts):
     except UserError as error:
         pytest.skip(str(error))
     compiled = decode_with_gradient(name, device, experts)[0].compile(compiler_options=OPTIONS["cuda"])
-    assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+    assert count_products(compiled.as_text()) == 2
     assert " dot(" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 2e6  # activations in another order
