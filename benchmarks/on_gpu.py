@@ -40,11 +40,14 @@ from maverick_jax.errors import first_line
 from maverick_jax.inference import steps
 from maverick_jax.model import Llama4
 from maverick_jax.model.compiled import take_apart
+from maverick_jax.ops import grouped_matmul_hopper
 from maverick_jax.ops.grouped_matmul import grouped_matmul
 from maverick_jax.ops.quantize import FORMATS, Weight, matrix_shape
+from maverick_jax.ops.toolkit import HOPPER
 
 PARTS = ("products", "decode", "prefill", "vision", "transformers")
 REPEATS = 10
+MOSAIC = "ours, MAVERICK_GPU_KERNELS=mosaic"
 
 
 class Sizes(NamedTuple):
@@ -119,6 +122,8 @@ def products(sizes: Sizes, dtypes: list[str], ceilings: Ceilings) -> Iterator[Ro
         weight = random_weight(dtype, sizes.stack)
         per_expert = sum(leaf.nbytes for leaf in jax.tree.leaves(weight)) / E
         forms: dict[str, Callable] = {"ours": jax.jit(grouped_matmul)}
+        if is_hopper():
+            forms[MOSAIC] = functools.partial(grouped_matmul_hopper.product, transposed=False)
         if dtype == "bfloat16":
             forms["lax.ragged_dot"] = jax.jit(lax.ragged_dot)
             if importlib.util.find_spec("tokamax"):
@@ -131,9 +136,33 @@ def products(sizes: Sizes, dtypes: list[str], ceilings: Ceilings) -> Iterator[Ro
                 if form != "lax.ragged_dot" or rows <= 1024:  # it multiplies every row by every matrix
                     timed = functools.partial(seconds, function, *operands)
                     yield about | {"by": form} | product_cost(timed, counts, per_expert, weight, ceilings)
+        if isinstance(weight, jax.Array):
+            yield from matrix_gradients(sizes, weight, ceilings)
         del weight
         if dtype in ("bfloat16", "fp8"):
             yield from torch_products(sizes, dtype, per_expert, ceilings)
+
+
+def matrix_gradients(sizes: Sizes, weight: jax.Array, ceilings: Ceilings) -> Iterator[Row]:
+    """Bytes of the gradient, and operations."""
+    E, K, N = weight.shape
+
+    def gradient(x, dy, counts):
+        return jax.vjp(lambda w: grouped_matmul(x, w, counts), weight)[1](dy)[0]
+
+    forms: dict[str, Callable] = {"ours": jax.jit(gradient)}
+    if is_hopper():
+        forms[MOSAIC] = grouped_matmul_hopper.outer_products
+    rows = sizes.rows[-1]
+    counts = np.bincount(np.random.default_rng(0).integers(0, E, rows), minlength=E)
+    operands = *(random_array(n, (rows, width), weight.dtype) for n, width in ((1, K), (2, N))), jnp.asarray(counts, jnp.int32)
+    for form, function in forms.items():
+        spent = cost(functools.partial(seconds, function, *operands), weight.nbytes, 2.0 * rows * K * N, ceilings)
+        yield {"dtype": "bfloat16, gradient", "rows": rows, "by": form} | spent
+
+
+def is_hopper() -> bool:
+    return getattr(jax.devices()[0], "compute_capability", None) == HOPPER
 
 
 def product_cost(timed: Callable[[], float], counts, per_expert: float, weight: Weight, ceilings: Ceilings) -> Row:

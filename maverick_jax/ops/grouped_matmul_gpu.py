@@ -2,7 +2,7 @@
 
 `lax.ragged_dot` on GPU multiplies every row by every matrix. Here a program multiplies one tile of rows, all of one group (`tiles`),
 by some columns of its matrix; a matrix is read once per tile of its group. Rows without a group give zero. Quantized matrices have a
-kernel of their own (`quantized_matmul_gpu`).
+kernel of their own (`quantized_matmul_gpu`), and Hopper has others of another toolkit (`grouped_matmul_hopper`), for those who choose it.
 
 Shape suffixes: R rows, K inputs, N outputs, E experts, G groups (the experts, and the rows without one), P parts of the inputs.
 """
@@ -20,6 +20,7 @@ from maverick_jax.ops.quantize import QuantizedArray, Weight
 from maverick_jax.ops.quantized_matmul_gpu import quantized_matmul_gpu
 from maverick_jax.ops.tiles import Block, Grid, bounds, most_tiles, rows_of_tile
 from maverick_jax.ops.tiles_gpu import tiles_gpu
+from maverick_jax.ops.toolkit import wants_mosaic
 from maverick_jax.ops.triton import dot, inside, load, store
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -44,6 +45,8 @@ def _backward(interpret, residuals, dy_RN):
     dx_RK = _product(dy_RN, weight_EKN, group_sizes_E, transposed=True, interpret=interpret)
     if isinstance(weight_EKN, QuantizedArray):
         return dx_RK, None, None
+    if mosaic := _mosaic(x_RK, weight_EKN, interpret):
+        return dx_RK, mosaic.outer_products(x_RK, dy_RN, group_sizes_E), None
     return dx_RK, _outer_products(x_RK, dy_RN, group_sizes_E, interpret=interpret), None
 
 
@@ -52,8 +55,19 @@ grouped_matmul_gpu.defvjp(_forward, _backward)
 
 def _product(x_RK, weight_EKN, group_sizes_E, *, transposed: bool, interpret: bool):
     """Every row times its group's matrix. `transposed` multiplies by the transposed matrices, without making them."""
+    if mosaic := _mosaic(x_RK, weight_EKN, interpret):
+        return mosaic.product(x_RK, weight_EKN, group_sizes_E, transposed=transposed)
     form = quantized_matmul_gpu if isinstance(weight_EKN, QuantizedArray) else _dense
     return form(x_RK, weight_EKN, group_sizes_E, transposed=transposed, interpret=interpret)
+
+
+def _mosaic(x_RK, weight_EKN, interpret: bool):
+    """The other toolkit's kernels, if they are chosen and suit; imported only then."""
+    if interpret or len(x_RK) == 0 or not wants_mosaic():
+        return None
+    from maverick_jax.ops import grouped_matmul_hopper
+
+    return grouped_matmul_hopper if grouped_matmul_hopper.suits(x_RK, weight_EKN) else None
 
 
 # Under `jit` the kernel is traced and lowered once for all layers of a model.

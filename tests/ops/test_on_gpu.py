@@ -15,6 +15,7 @@ from maverick_jax.assets import mini_directory
 from maverick_jax.check import check
 from maverick_jax.config import Config
 from maverick_jax.inference.generate import generate
+from maverick_jax.ops import toolkit
 from maverick_jax.plan.weights import DTYPES
 from maverick_jax.sharding import THROUGHPUT
 from oracle.plain import PATCH, SIDE, VISION, plain_model
@@ -40,6 +41,17 @@ def test_kernels_at_the_sizes_of_a_model(model, dtype):
     """Every expert of a layer on one card, as far as memory goes: int4 of a whole layer once ended in CUDA_ERROR_ILLEGAL_ADDRESS."""
     config = Config.from_directory(mini_directory()) if model == "mini" else getattr(Config, model)()
     found = check(config, {}, THROUGHPUT, dtype, model=model)
+    assert found.healthy, str(found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_other_toolkit_at_the_sizes_of_maverick(monkeypatch, dtype):
+    if jax.devices()[0].compute_capability != toolkit.HOPPER:
+        pytest.skip(f"Mosaic's kernels are for Hopper, this is {jax.devices()[0].device_kind}")
+    monkeypatch.setenv(toolkit.CHOICE, "mosaic")
+    jax.clear_caches()
+    found = check(Config.maverick(), {}, THROUGHPUT, dtype, model="maverick")
+    jax.clear_caches()
     assert found.healthy, str(found)
 
 
