@@ -34,6 +34,7 @@ from maverick_jax.model import Llama4, get_abstract_model, parameter_name
 from maverick_jax.model.parameter import float_dtype
 from maverick_jax.model.quantized import set_quantized
 from maverick_jax.sharding import AXES, AttendOnMesh, Constrain, Dispatcher, Layout, check_mesh, get_layout, make_dispatcher
+from maverick_jax.sharding.devices import check_room, local_devices
 
 SAMPLES, SAMPLE_BYTES = 32, 4096  # of weights, for `identity`
 
@@ -57,7 +58,8 @@ def load(
       dtype: of weights and activations; None as stored.
 
     Raises:
-      UserError: no checkpoint there, an incomplete or inconsistent one, or a mesh that does not divide the model.
+      UserError: no checkpoint there, an incomplete or inconsistent one, a mesh that does not divide the model, or devices without room
+        for it.
     """
     return read_model(open_checkpoint(resolve(path)), mesh=mesh, layout=layout, dispatcher=dispatcher, dtype=dtype)
 
@@ -84,6 +86,7 @@ def read_model(
     set_quantized(model, checkpoint.parameters)
     graphdef, state = nnx.split(model)
     abstract = {parameter_name(name): _place(leaf, table, mesh) for name, leaf in nnx.to_flat_state(state)}
+    check_room(list(abstract.values()), str(checkpoint.directory))
     arrays = _read_slices(checkpoint, abstract) if isinstance(checkpoint, Source) else _read_orbax(checkpoint, abstract)
     for name, leaf in nnx.to_flat_state(state):
         leaf.set_value(arrays[parameter_name(name)])
@@ -168,7 +171,7 @@ def identity(directory: Path) -> dict[str, str]:
 
 
 def _place(leaf: nnx.Variable, layout: Layout, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
-    sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0])
+    sharding: Sharding = SingleDeviceSharding(local_devices()[0])
     if mesh is not None:
         sharding = layout.sharding(leaf.get_metadata()["axes"], leaf.shape, mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 from maverick_jax.config.checks import show
 from maverick_jax.errors import UserError
 from maverick_jax.sharding import multihost
+from maverick_jax.sharding.devices import all_devices
 
 AXES = ("data", "expert", "tensor")
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
@@ -38,7 +39,7 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
         sizes[axis] = operator.index(size)
     wanted = math.prod(sizes.values())
     request_cpu_devices(wanted)
-    available = jax.device_count()
+    available = len(all_devices())
     shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if wanted > available:
         cure = ""
@@ -55,7 +56,7 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
 def _share(wanted: int) -> list[jax.Device]:
     """So many devices, as many from each process."""
     by_process: dict[int, list[jax.Device]] = {}
-    for device in jax.devices():
+    for device in all_devices():
         by_process.setdefault(device.process_index, []).append(device)
     return [device for process in sorted(by_process) for device in by_process[process][: wanted // len(by_process)]]
 

@@ -13,7 +13,7 @@ import sys
 from maverick_jax import __version__
 from maverick_jax.cli import interrupt, status, streams
 from maverick_jax.cli.parser import Parser, refuse_unknown
-from maverick_jax.errors import UserError
+from maverick_jax.errors import UserError, first_line
 
 COMMANDS = {
     "demo": "convert the embedded mini model, ask it about two pictures on 8 devices",
@@ -32,6 +32,8 @@ COMMANDS = {
 }
 ON_THE_HOST = ("inspect", "export")  # Orbax starts jax's backend to read a checkpoint: no accelerator is taken from others for that
 MISTAKE = 2
+NO_MEMORY = "RESOURCE_EXHAUSTED"
+CURE = "Ask for fewer --slots or a smaller --max-length; `maverick plan` says what fits; of a GPU XLA_CLIENT_MEM_FRACTION gives more."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         return _mistake(streams.reason(error))
+    except RuntimeError as error:  # jax's, which is not imported for every command
+        if debug or NO_MEMORY not in str(error):
+            raise
+        return _mistake(f"the devices have no memory left ({first_line(error)}). {CURE}")
 
 
 def _run(arguments: list[str], ours: bool) -> int:

@@ -140,8 +140,11 @@ def default_mesh(config: Any) -> dict[str, int]:
     """All devices on `expert`, or as many of them as divide the experts; with several processes the rest on `data`."""
     import jax
 
-    expert = math.gcd(jax.device_count(), config.text.num_local_experts)
-    return {"data": 1 if jax.process_count() == 1 else jax.device_count() // expert, "expert": expert}
+    from maverick_jax.sharding.devices import all_devices
+
+    count = len(all_devices())
+    expert = math.gcd(count, config.text.num_local_experts)
+    return {"data": 1 if jax.process_count() == 1 else count // expert, "expert": expert}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 
 import jax
 
@@ -13,7 +12,7 @@ from maverick_jax.inference.cache import ROOM, make_pages
 from maverick_jax.inference.steps import Geometry
 from maverick_jax.model import Llama4
 from maverick_jax.ops.pages import held
-from maverick_jax.sharding import multihost
+from maverick_jax.sharding import devices, multihost
 from maverick_jax.sharding.attend import PAGES
 
 SLOTS = (64, 32, 16, 8, 4, 2, 1)
@@ -101,17 +100,11 @@ def _local_bytes(model: Llama4, pages: jax.ShapeDtypeStruct) -> int:
 
 def free_bytes(model: Llama4) -> int:
     """Bytes that are free on each device: as many as the fullest has, on whichever host, or processes would differ."""
-    mine = model.text.embedding[...].sharding.addressable_devices
-    known = [stats for device in mine if (stats := device.memory_stats()) and "bytes_limit" in stats]
-    if known:
-        free = min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in known)
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
-    return min(multihost.exchange(int(free)))
+    return min(multihost.exchange(devices.free_bytes(model.text.embedding[...].sharding.addressable_devices)))
 
 
 def platform_of(model: Llama4) -> str:
     """Of the devices that hold a model."""
     sharding = model.text.embedding[...].sharding
-    devices = jax.devices() if sharding is None else sharding.device_set  # None: a model of shapes alone
-    return next(iter(devices)).platform
+    held = jax.devices() if sharding is None else sharding.device_set  # None: a model of shapes alone
+    return next(iter(held)).platform
