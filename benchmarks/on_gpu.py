@@ -40,9 +40,10 @@ from maverick_jax.errors import first_line
 from maverick_jax.inference import steps
 from maverick_jax.model import Llama4
 from maverick_jax.model.compiled import take_apart
+from maverick_jax.model.quantized import inputs_together
 from maverick_jax.ops import grouped_matmul_hopper
 from maverick_jax.ops.grouped_matmul import grouped_matmul
-from maverick_jax.ops.quantize import FORMATS, Weight, matrix_shape
+from maverick_jax.ops.quantize import FLOAT8, FORMATS, QuantizedArray, Weight, matrix_shape
 from maverick_jax.ops.toolkit import HOPPER
 
 PARTS = ("products", "decode", "prefill", "vision", "transformers")
@@ -128,6 +129,8 @@ def products(sizes: Sizes, dtypes: list[str], ceilings: Ceilings) -> Iterator[Ro
             forms["lax.ragged_dot"] = jax.jit(lax.ragged_dot)
             if importlib.util.find_spec("tokamax"):
                 forms["tokamax"] = jax.jit(importlib.import_module("tokamax").ragged_dot)
+        if isinstance(weight, QuantizedArray) and weight.values.dtype == FLOAT8:
+            forms["ours, FP8 activations"] = by_float8_rows(weight)
         for rows in sizes.rows:
             counts = np.bincount(np.random.default_rng(0).integers(0, E, rows), minlength=E)
             operands = random_array(1, (rows, K), jnp.dtype("bfloat16")), weight, jnp.asarray(counts, jnp.int32)
@@ -141,6 +144,12 @@ def products(sizes: Sizes, dtypes: list[str], ceilings: Ceilings) -> Iterator[Ro
         del weight
         if dtype in ("bfloat16", "fp8"):
             yield from torch_products(sizes, dtype, per_expert, ceilings)
+
+
+def by_float8_rows(weight: QuantizedArray) -> Callable:
+    """The product with its rows in float8, by a stack that is laid for it."""
+    laid = dataclasses.replace(weight, values=inputs_together(jnp.copy(weight.values)), float8_rows=True)
+    return lambda x, _, counts: jax.jit(grouped_matmul)(x, laid, counts)
 
 
 def matrix_gradients(sizes: Sizes, weight: jax.Array, ceilings: Ceilings) -> Iterator[Row]:

@@ -3,7 +3,8 @@
     JAX_PLATFORMS=cpu python benchmarks/quantization_error.py
 
 From a checkout: the tiny models are the tests' own. Everything is converted by `maverick convert`'s code and computed in float32,
-so that what is measured is the rounding of the weights and nothing else. Needs the `test` extra; takes some minutes.
+so that what is measured is the rounding of the weights, of activations where they are named,
+and nothing else. Needs the `test` extra; takes some minutes.
 """
 
 from __future__ import annotations
@@ -48,14 +49,19 @@ def main() -> None:
                 made = {model: Path(folder, f"{model}-{form}-{len(components)}") for model in sources}
                 for model, out in made.items():
                     convert(sources[model], out, target=form, quantize=components, progress=False)
-                cells = [form, name, f"{weight_error(sources['mini'], made['mini']):.2%}"]
-                for variant, expected in exact.items():
-                    found = logits(made[variant])
-                    # The median: where rounding sends a token to another expert, its logits are others altogether.
-                    error = np.median(np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1))
-                    same = (found.argmax(axis=-1) == expected.argmax(axis=-1)).mean()
-                    cells += [f"{error:.2%}", f"{same:.1%}"]
-                print(f"| {' | '.join(cells)} | {right(made['mini']):.1%} |", flush=True)
+                for activations in (None, "fp8") if (form, name) == ("fp8", "experts") else (None,):
+                    cells = [form, f"{name}, and activations" if activations else name]
+                    cells.append(f"{weight_error(sources['mini'], made['mini']):.2%}")
+                    for variant, expected in exact.items():
+                        cells += off(logits(made[variant], activations), expected)
+                    print(f"| {' | '.join(cells)} | {right(made['mini'], activations):.1%} |", flush=True)
+
+
+def off(found: np.ndarray, expected: np.ndarray) -> list[str]:
+    """The median, since where rounding sends a token to another expert, its logits are others altogether; and equal likeliest tokens."""
+    error = np.median(np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1))
+    same = (found.argmax(axis=-1) == expected.argmax(axis=-1)).mean()
+    return [f"{error:.2%}", f"{same:.1%}"]
 
 
 def weight_error(source: Path, made: Path) -> float:
@@ -67,17 +73,17 @@ def weight_error(source: Path, made: Path) -> float:
     return float(np.linalg.norm(found - weight) / np.linalg.norm(weight))
 
 
-def logits(directory: Path) -> np.ndarray:
+def logits(directory: Path, activations: str | None = None) -> np.ndarray:
     """Of four rows of text and of a prompt with two pictures, a row per token."""
-    model = mj.load(directory, dtype="float32")
+    model = mj.load(directory, dtype="float32", activations=activations)
     ids, tiles = picture_prompt()
     rows = [np.asarray(model(text_ids(4, 53))), np.asarray(model(ids, tiles))]
     return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
 
-def right(directory: Path) -> float:
+def right(directory: Path, activations: str | None = None) -> float:
     """Held-out questions that the model answers right, of 512."""
-    model = mj.load(directory, dtype="float32")
+    model = mj.load(directory, dtype="float32", activations=activations)
     return accuracy(model, Tokenizer.from_directory(directory))["all"]
 
 

@@ -32,10 +32,11 @@ from maverick_jax.convert.formats.recognize import find_directory, local_path
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
 from maverick_jax.model.parameter import float_dtype
-from maverick_jax.model.quantized import set_quantized
+from maverick_jax.model.quantized import set_quantized, use_float8_rows
 from maverick_jax.sharding import AXES, AttendOnMesh, Constrain, Dispatcher, Layout, check_mesh, get_layout, make_dispatcher
 from maverick_jax.sharding.devices import check_room, local_devices
 
+ACTIVATIONS = (None, "fp8")
 SAMPLES, SAMPLE_BYTES = 32, 4096  # of weights, for `identity`
 
 
@@ -46,6 +47,7 @@ def load(
     layout: str | Layout | Mapping[str, Any] | None = None,
     dispatcher: str | Dispatcher | None = None,
     dtype: DTypeLike | None = None,
+    activations: str | None = None,
 ) -> Llama4:
     """A model whose every parameter is on its devices. No host holds more than its own devices need, plus one slice.
 
@@ -56,12 +58,15 @@ def load(
       layout: name or table of the layout; None is `throughput`.
       dispatcher: "local", "all_to_all", "ragged" or one of your own; None: what mesh and layout call for.
       dtype: of weights and activations; None as stored.
+      activations: "fp8" rounds what meets routed experts in fp8 to float8 too, with a scale per token: other results, and on Hopper
+        products of float8.
 
     Raises:
       UserError: no checkpoint there, an incomplete or inconsistent one, a mesh that does not divide the model, or devices without room
         for it.
     """
-    return read_model(open_checkpoint(resolve(path)), mesh=mesh, layout=layout, dispatcher=dispatcher, dtype=dtype)
+    checkpoint = open_checkpoint(resolve(path))
+    return read_model(checkpoint, mesh=mesh, layout=layout, dispatcher=dispatcher, dtype=dtype, activations=activations)
 
 
 def read_model(
@@ -71,8 +76,11 @@ def read_model(
     layout: str | Layout | Mapping[str, Any] | None = None,
     dispatcher: str | Dispatcher | None = None,
     dtype: DTypeLike | None = None,
+    activations: str | None = None,
 ) -> Llama4:
     """`load` of what `open_checkpoint` has opened."""
+    if activations not in ACTIVATIONS:
+        raise UserError(f"activations is {show(activations)}: it must be fp8, or None for those of the dtype.")
     config, table = checkpoint.config, get_layout(layout)
     options: dict[str, Any] = {"dtype": float_dtype(config.dtype if dtype is None else dtype)}
     if mesh is None:
@@ -92,6 +100,8 @@ def read_model(
         leaf.set_value(arrays[parameter_name(name)])
     model = nnx.merge(graphdef, state)
     model.directory = str(checkpoint.directory)
+    if activations:
+        use_float8_rows(model)
     return model
 
 

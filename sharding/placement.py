@@ -101,4 +101,5 @@ class Placement:
                 f"{' x '.join(inputs)} = {ways} devices divide the width of every expert, but not the {what} of its quantized matrix: "
                 "take a mesh with fewer of these devices, or a layout that divides whole experts."
             )
-        return QuantizedArray(spec, spec if groups > 1 else PartitionSpec(self.expert_axes, None, outputs))
+        of_scales = spec if groups > 1 else PartitionSpec(self.expert_axes, None, outputs)
+        return dataclasses.replace(weight_EKN, values=spec, scales=of_scales)

@@ -32,6 +32,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXES", help="such as data=1,expert=8,tensor=1 (default: all devices on expert)")
     parser.add_argument("--layout", metavar="NAME", help="throughput, latency or training (default: throughput)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights and activations (default: as stored)")
+    parser.add_argument(
+        "--activations",
+        choices=("fp8",),
+        help="of what meets routed experts in fp8: float8 too, a scale per token (on Hopper products of float8)",
+    )
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +138,7 @@ def load_model(args: argparse.Namespace, **inputs: str) -> Llama4:
     axes = parse_mesh(args.mesh) if args.mesh else default_mesh(checkpoint.config)
     mesh = make_mesh(**axes) if math.prod(axes.values()) > 1 else None
     with status.doing("loading the model"):
-        return read_model(checkpoint, mesh=mesh, layout=args.layout, dtype=args.dtype)
+        return read_model(checkpoint, mesh=mesh, layout=args.layout, dtype=args.dtype, activations=args.activations)
 
 
 def default_mesh(config: Any) -> dict[str, int]:

@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 
 from maverick_jax.errors import UserError
 from maverick_jax.model.llama4 import Llama4
 from maverick_jax.model.parameter import Axes, Sides, parameter_name
-from maverick_jax.ops.quantize import FORMATS, QuantizedArray, Shape, quantized_shapes
+from maverick_jax.ops.grouped_matmul import takes_float8_rows
+from maverick_jax.ops.quantize import FLOAT8, FORMATS, QuantizedArray, Shape, quantized_shapes
+from maverick_jax.ops.toolkit import on_hopper
 
 Stored = tuple[Shape, Any]  # shape and dtype
 COMPONENTS = ("experts", "shared", "dense", "attention")
@@ -32,9 +35,10 @@ class QuantizedWeight(nnx.Module):
         self.values = values
         self.scales = scales
         self.shape = shape
+        self.float8_rows = False
 
     def __getitem__(self, _: EllipsisType) -> QuantizedArray:
-        return QuantizedArray(self.values[...], self.scales[...])
+        return QuantizedArray(self.values[...], self.scales[...], self.float8_rows)
 
 
 def component(path: tuple) -> str | None:
@@ -96,6 +100,32 @@ def set_quantized(model: Llama4, stored: Mapping[str, Stored]) -> None:
             for part in path[:-1]:
                 parent = parent[part] if isinstance(part, int) else getattr(parent, str(part))
             setattr(parent, str(path[-1]), _quantized(name, leaf, stored))
+
+
+def use_float8_rows(model: Llama4) -> None:
+    """Let the products of the routed experts take their rows in float8 too. On Hopper the stacks are laid anew for that, one by one.
+
+    Raises:
+      UserError: these experts are not in float8.
+    """
+    weights = [module for path, module in nnx.iter_modules(model) if component(path) == "experts"]
+    stacks = [weight for weight in weights if isinstance(weight, QuantizedWeight) and weight.values.dtype == FLOAT8]
+    if not stacks:
+        raise UserError(
+            "activations are asked for in fp8, and this model's routed experts are not: `maverick convert --format fp8` makes such a "
+            "model, and the released FP8 checkpoint is one."
+        )
+    for weight in stacks:
+        weight.float8_rows = True
+        values = weight.values[...]
+        if all(d.platform == "gpu" for d in values.sharding.device_set) and on_hopper() and takes_float8_rows(weight[...]):
+            weight.values.set_value(inputs_together(values))
+
+
+def inputs_together(values_EKN: jax.Array) -> jax.Array:
+    """The same array, in which the bytes of one output's inputs are neighbours. The one that is given is used up."""
+    there = Format(Layout(major_to_minor=(0, 2, 1)), values_EKN.sharding)
+    return jax.jit(lambda values: values, out_shardings=there, donate_argnums=0)(values_EKN)
 
 
 def _quantized(name: str, leaf: nnx.Param, stored: Mapping[str, Stored]) -> QuantizedWeight:

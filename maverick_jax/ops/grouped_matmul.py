@@ -7,6 +7,8 @@ On CPU and GPU `ragged_dot` multiplies every row by every expert: at 128 experts
 Shape suffixes: R rows, K inputs, N outputs, E experts.
 """
 
+import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,9 +18,11 @@ from jax import lax
 
 from maverick_jax.ops.linear import LEAST_BFLOAT16_ROWS
 from maverick_jax.ops.product import precision, product
-from maverick_jax.ops.quantize import QuantizedArray, Weight, dequantize, matrix_shape
+from maverick_jax.ops.quantize import FLOAT8, FORMATS, QuantizedArray, Weight, dequantize, matrix_shape
+from maverick_jax.ops.toolkit import on_hopper
 
 FEWEST_ROWS = 8
+TILE = 128  # sides of a matrix that Hopper takes in float8 are multiples of it
 SHARED = 2  # experts per row on CPU: where there are as many, few rows share one
 INPUTS_AT_ONCE, BYTES_AT_ONCE = 16, 1 << 19  # of a matrix in a sum on CPU
 
@@ -28,14 +32,51 @@ def grouped_matmul(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.Array
 
     Args:
       x_RK: rows sorted by group.
-      weight_EKN: one matrix per group, in x's dtype or quantized. A quantized one has no gradient of its own.
+      weight_EKN: one matrix per group, in x's dtype or quantized. A quantized one has no gradient of its own. With `float8_rows` x is
+        rounded to float8 first, each row by its largest magnitude.
       group_sizes_E: int32 rows per group; rows beyond their sum belong to no group.
 
     Returns:
       [R, N] in x's dtype, zero for the rows that belong to no group.
     """
+    if isinstance(weight_EKN, QuantizedArray) and weight_EKN.float8_rows:
+        return _by_float8_rows(x_RK, weight_EKN, group_sizes_E)
     branches = {"cpu": _grouped_matmul_cpu, "cuda": _grouped_matmul_cuda, "tpu": _grouped_matmul_tpu, "default": _ragged_dot}
     return lax.platform_dependent(x_RK, weight_EKN, group_sizes_E, **branches)
+
+
+def _by_float8_rows(x_RK, weight_EKN, group_sizes_E):
+    """W8A8, as the released FP8 checkpoint says of itself (spec section 5.2): a scale per row, and products of float8."""
+    x_RK, dtype = x_RK.astype(jnp.float32), x_RK.dtype
+    largest_R = jnp.abs(x_RK).max(axis=1, initial=0)
+    scale_R1 = jnp.where(largest_R == 0, 1, largest_R / FORMATS["fp8"].largest)[:, None]
+    rows_RK, weight_EKN = (x_RK / scale_R1).astype(FLOAT8), dataclasses.replace(weight_EKN, float8_rows=False)
+    as_floats = functools.partial(_float8_as_floats, dtype=dtype)
+    on_gpu = functools.partial(_float8_cuda, dtype=dtype)
+    y_RN = lax.platform_dependent(rows_RK, weight_EKN, group_sizes_E, cuda=on_gpu, default=as_floats)
+    return (y_RN * scale_R1).astype(dtype)
+
+
+def _float8_as_floats(rows_RK, weight_EKN, group_sizes_E, dtype):
+    """Every float holds a float8: the same products."""
+    return grouped_matmul(rows_RK.astype(dtype), weight_EKN, group_sizes_E).astype(jnp.float32)
+
+
+def _float8_cuda(rows_RK, weight_EKN, group_sizes_E, dtype):
+    if not (on_hopper() and takes_float8_rows(weight_EKN) and len(rows_RK)):
+        return _float8_as_floats(rows_RK, weight_EKN, group_sizes_E, dtype)
+    from maverick_jax.ops.grouped_matmul_hopper import product
+
+    # Tensor cores want the inputs of both together: so the values lie, if `use_float8_rows` has laid them, and nothing is moved here.
+    sums_RN = product(rows_RK, weight_EKN.values.swapaxes(1, 2), group_sizes_E, transposed=True)
+    expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(len(rows_RK)), side="right", method="compare_all")
+    return sums_RN.astype(jnp.float32) * weight_EKN.scales[:, 0].astype(jnp.float32).at[expert_R].get(mode="clip")
+
+
+def takes_float8_rows(weight_EKN: QuantizedArray) -> bool:
+    """Whether Hopper multiplies by it in float8: one scale per output channel, and sides that fill tiles."""
+    (_, K, N), groups = matrix_shape(weight_EKN), weight_EKN.scales.shape[1]
+    return weight_EKN.values.dtype == FLOAT8 and groups == 1 and K % TILE == 0 and N % TILE == 0
 
 
 def _ragged_dot(x_RK, weight_EKN, group_sizes_E):

@@ -93,6 +93,7 @@ def product(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.Array, *, tr
     """As `grouped_matmul`, where `suits` says yes. `transposed` multiplies by the transposed matrices, without making them.
 
     Args:
+      x_RK: also float8 by float8 matrices that are transposed, whose results are bfloat16 (`grouped_matmul.takes_float8_rows`).
       interpret: jax's `InterpretGPUParams`, to simulate a card (for tests).
     """
     rows, (_, K, N) = len(x_RK), matrix_shape(weight_EKN)
@@ -103,13 +104,14 @@ def product(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.Array, *, tr
     xs = [_at_least(form.rows, x_RK[:, part::parts]) for part in range(parts)]
     blocks = outputs // form.columns * (form.packed // parts)
     tiles = most_tiles(rows, len(group_sizes_E), form.rows)
-    scratch = [plgpu.SMEM((WARPGROUPS, form.rows, DEPTH), x_RK.dtype, transforms=(_swizzle(x_RK.dtype),))]
+    dtype = x_RK.dtype if x_RK.dtype.name in DTYPES else jnp.dtype("bfloat16")
+    scratch = [plgpu.SMEM((WARPGROUPS, form.rows, DEPTH), dtype, transforms=(_swizzle(dtype),))]
     if form.per_scale:
         wide = (form.half, DEPTH) if transposed else (DEPTH, form.half)
         scratch.append(plgpu.SMEM((WARPGROUPS, *wide), x_RK.dtype, transforms=_tiled(x_RK.dtype)))
     y_RN = plgpu.kernel(
         functools.partial(_product_kernel, form=form, steps=inputs // DEPTH),
-        out_type=jax.ShapeDtypeStruct((len(xs[0]), blocks * form.columns), x_RK.dtype),
+        out_type=jax.ShapeDtypeStruct((len(xs[0]), blocks * form.columns), dtype),
         scratch_types=scratch,
         grid=(tiles, blocks),  # the last runs fastest: programs at work together share rows, and some tiles the matrix of their group
         grid_names=("tile", "block"),

@@ -34,10 +34,15 @@ Shape = tuple[int, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
-    """A quantized weight on its way through a computation."""
+    """A quantized weight on its way through a computation.
+
+    Attributes:
+      float8_rows: what meets a stack of float8 matrices is made float8 too, with a scale per row (`grouped_matmul`).
+    """
 
     values: jax.Array
     scales: jax.Array
+    float8_rows: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def packed(self) -> bool:
@@ -83,6 +88,7 @@ FORMATS = {
     "int8": Format(np.dtype(np.int8), np.dtype(np.float32), 127.0),
     "int4": Format(np.dtype(np.uint8), np.dtype(np.float32), 8.0, group=128),
 }
+FLOAT8 = FORMATS["fp8"].values
 COLUMNS = 256  # quantized at once, so that float32 copies stay small beside the weight
 
 

@@ -15,6 +15,11 @@ TOOLKITS = ("triton", "mosaic")
 HOPPER = "9.0"  # the compute capability; later cards have other instructions
 
 
+def on_hopper() -> bool:
+    """Whether the cards here are Hopper's; those that a program is only compiled for are thought to be."""
+    return all(device.compute_capability == HOPPER for device in jax.local_devices() if device.platform == "gpu")
+
+
 def wants_mosaic() -> bool:
     """As the environment says.
 

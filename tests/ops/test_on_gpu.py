@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -15,7 +16,10 @@ from maverick_jax.assets import mini_directory
 from maverick_jax.check import check
 from maverick_jax.config import Config
 from maverick_jax.inference.generate import generate
+from maverick_jax.model.quantized import inputs_together
 from maverick_jax.ops import toolkit
+from maverick_jax.ops.grouped_matmul import grouped_matmul
+from maverick_jax.ops.quantize import FLOAT8, QuantizedArray
 from maverick_jax.plan.weights import DTYPES
 from maverick_jax.sharding import THROUGHPUT
 from oracle.plain import PATCH, SIDE, VISION, plain_model
@@ -81,3 +85,16 @@ def test_no_warning_reaches_a_user():
     )
     assert ended.returncode == 0, ended.stderr
     assert "Deprecat" not in ended.stderr
+
+
+def test_float8_rows(on_cpu):
+    """On Hopper by its own instruction, on other cards as floats: what a processor gives."""
+    random = np.random.default_rng(0)
+    values = jnp.asarray(random.standard_normal((4, 512, 256), np.float32), FLOAT8)
+    scales = jnp.asarray(random.uniform(0.01, 0.02, (4, 1, 256)), "bfloat16")
+    x, sizes = jnp.asarray(random.standard_normal((300, 512), np.float32), "bfloat16"), jnp.asarray([7, 200, 0, 80], "int32")
+    with on_cpu:
+        expected = np.asarray(grouped_matmul(x, QuantizedArray(values, scales, float8_rows=True), sizes), np.float32)
+    weight = QuantizedArray(inputs_together(jnp.copy(values)), scales, float8_rows=True)
+    found = np.asarray(jax.jit(grouped_matmul)(x, weight, sizes), np.float32)
+    assert_allclose(found, expected, atol=2**-7 * np.abs(expected).max(), rtol=0)

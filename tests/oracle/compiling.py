@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def on_an_h200() -> contextlib.AbstractContextManager:
     """A context in which `lower(lowering_platforms=("cuda",))` is for that card, which jax wants to know since 0.12."""
     about = {"device_kind": "NVIDIA H200", "num_cores": None, "platform": "gpu"}  # the last since jax 0.12
     card = AbstractDevice(**{field.name: about[field.name] for field in dataclasses.fields(AbstractDevice)})
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=card))
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=card))
 
 
 def count_products(text: str) -> int:
