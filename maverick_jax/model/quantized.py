@@ -117,9 +117,14 @@ def use_float8_rows(model: Llama4) -> None:
         )
     for weight in stacks:
         weight.float8_rows = True
-        values = weight.values[...]
-        if all(d.platform == "gpu" for d in values.sharding.device_set) and on_hopper() and takes_float8_rows(weight[...]):
+        values, on_device = weight.values[...], jax.tree.map(_on_device, weight[...])
+        if all(d.platform == "gpu" for d in values.sharding.device_set) and on_hopper() and takes_float8_rows(on_device):
             weight.values.set_value(inputs_together(values))
+
+
+def _on_device(array: jax.Array) -> jax.ShapeDtypeStruct:
+    """What each device has of it."""
+    return jax.ShapeDtypeStruct(array.sharding.shard_shape(array.shape), array.dtype)
 
 
 def inputs_together(values_EKN: jax.Array) -> jax.Array:

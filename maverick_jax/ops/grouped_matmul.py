@@ -48,8 +48,8 @@ def grouped_matmul(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.Array
 def _by_float8_rows(x_RK, weight_EKN, group_sizes_E):
     """W8A8, as the released FP8 checkpoint says of itself (spec section 5.2): a scale per row, and products of float8."""
     x_RK, dtype = x_RK.astype(jnp.float32), x_RK.dtype
-    largest_R = jnp.abs(x_RK).max(axis=1, initial=0)
-    scale_R1 = jnp.where(largest_R == 0, 1, largest_R / FORMATS["fp8"].largest)[:, None]
+    largest_R1 = jnp.abs(x_RK).max(axis=1, initial=0, keepdims=True)
+    scale_R1 = jnp.maximum(largest_R1 / FORMATS["fp8"].largest, jnp.finfo(jnp.float32).tiny)
     rows_RK, weight_EKN = (x_RK / scale_R1).astype(FLOAT8), dataclasses.replace(weight_EKN, float8_rows=False)
     as_floats = functools.partial(_float8_as_floats, dtype=dtype)
     on_gpu = functools.partial(_float8_cuda, dtype=dtype)
