@@ -26,6 +26,7 @@ LEAST_ROWS = 64  # of a tile: a product of a warpgroup has as many
 DEPTH = 64  # of a step, along the sums, and sides of a piece in registers: with 16 bits the 128 bytes that a swizzle spans
 SIDE = 128  # of a square of the gradient, and the least of a tile
 STEPS = {1: 4, 2: 3}  # in flight, by the inputs of a stored value: what shared memory holds
+BEHIND = 1  # steps whose products may still run when the next is begun: what they read is kept as long
 FETCHING = 40  # registers of a thread that fetches
 PIECE = plgpu.Layout.WGMMA_UPCAST_2X  # of stored values in registers: four neighbours in a thread
 COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -152,6 +153,7 @@ def _product_kernel(tiles, x_refs, matrix_refs, y_ref, out_ref, *wide_ref, form:
             x, matrix = fetched
             mine = pl.ds(me * form.half, form.half)
             plgpu.wgmma(sums, x, form.operand(matrix.at[mine] if form.transposed else matrix.at[:, mine]))
+            plgpu.wgmma_wait(BEHIND)
             return sums
         *xs, values, scales = fetched
         wide = wide_ref[0].at[me]
@@ -173,8 +175,7 @@ def _product_kernel(tiles, x_refs, matrix_refs, y_ref, out_ref, *wide_ref, form:
 
         pl.run_scoped(with_sums, plgpu.WGMMAAccumulatorRef((form.rows, form.half), jnp.float32))
 
-    # A product runs on while the next is fetched, unless it is waited for.
-    spec = functools.partial(plgpu.BlockSpec, delay_release=0 if form.per_scale else 1)
+    spec = functools.partial(plgpu.BlockSpec, delay_release=0 if form.per_scale else BEHIND)
     rows = spec((form.rows, DEPTH), lambda k: (0, k), transforms=_tiled(x_refs[0].dtype))
     matrices = [spec(form.matrix, of_matrix, transforms=_tiled(form.stored))]
     if form.per_scale:
@@ -258,10 +259,11 @@ def _outer_products_kernel(start_ref, end_ref, x_ref, dy_ref, dw_ref, out_ref):
             plgpu.commit_smem()
 
         plgpu.wgmma(sums, x.transpose((1, 0)), dy)
+        plgpu.wgmma_wait(BEHIND)
         return sums
 
     def sum_up(sums):
-        spec = functools.partial(plgpu.BlockSpec, (pl.Element(DEPTH), SIDE), transforms=_tiled(x_ref.dtype), delay_release=1)
+        spec = functools.partial(plgpu.BlockSpec, (pl.Element(DEPTH), SIDE), transforms=_tiled(x_ref.dtype), delay_release=BEHIND)
         specs = [spec(lambda i, side=side: (jnp.minimum(start + i * DEPTH, last), side)) for side in (k, n)]
         steps = pl.cdiv(end - start, DEPTH)
         plgpu.emit_pipeline(add, grid=(steps,), in_specs=specs, max_concurrent_steps=3, init_carry=sums)(x_ref, dy_ref)

@@ -116,6 +116,39 @@ def test_the_gradient_of_the_matrices(kind):
 
 
 @pytest.mark.parametrize("name", ["bfloat16", *FORMATS])
+def test_what_a_product_reads_is_kept_until_it_ends(name):
+    """jax simulates products that end at once: on a card one that nobody waits for may read what is fetched for a later step."""
+    weight = abstract(name, 2, K, N)
+    x, dy = (jax.ShapeDtypeStruct((128, width), jnp.bfloat16) for width in (K, N))
+    sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
+    traced = [jax.make_jaxpr(lambda x, w, sizes: grouped_matmul_hopper.product(x, w, sizes, transposed=False))(x, weight, sizes)]
+    traced.append(jax.make_jaxpr(grouped_matmul_hopper.outer_products)(x, dy, sizes))
+    for program in traced:
+        waits = [waited_for(jaxpr) for jaxpr in inner(program.jaxpr)]
+        assert [left for left in waits if left is not None] == [0 if name != "bfloat16" and program is traced[0] else 1]
+
+
+def inner(jaxpr):
+    """A jaxpr, and all of those in it."""
+    yield jaxpr
+    for equation in jaxpr.eqns:
+        for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(getattr(leaf, "jaxpr", leaf), "eqns"):
+                yield from inner(getattr(leaf, "jaxpr", leaf))
+
+
+def waited_for(jaxpr) -> int | None:
+    """How many products may still run at its end: what is waited for behind the last; None where there is no product."""
+    left = None
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "wgmma_ref":
+            left = 99
+        if equation.primitive.name == "wgmma_wait" and left is not None:
+            left = min(left, equation.params["n"] if equation.params else equation.invars[0].val)  # since jax 0.12, and before
+    return left
+
+
+@pytest.mark.parametrize("name", ["bfloat16", *FORMATS])
 def test_what_they_take(name):
     """Every division of Maverick's matrices, and of Scout's; not the test models', nor float32."""
     for E, K, N in [(128, 5120, 8192), (16, 8192, 5120), (16, 5120, 1024), (128, 1024, 5120)]:
