@@ -32,7 +32,7 @@ from maverick_jax.convert.formats.recognize import find_directory, local_path
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
 from maverick_jax.model.parameter import float_dtype
-from maverick_jax.model.quantized import set_quantized, use_float8_rows
+from maverick_jax.model.quantized import lay_for_float8_rows, set_quantized, use_float8_rows
 from maverick_jax.sharding import AXES, AttendOnMesh, Constrain, Dispatcher, Layout, check_mesh, get_layout, make_dispatcher
 from maverick_jax.sharding.devices import check_room, local_devices
 
@@ -92,6 +92,8 @@ def read_model(
     options["dispatcher"] = make_dispatcher(mesh, table, dispatcher)
     model = get_abstract_model(config, **options)
     set_quantized(model, checkpoint.parameters)
+    if activations:
+        use_float8_rows(model)
     graphdef, state = nnx.split(model)
     abstract = {parameter_name(name): _place(leaf, table, mesh) for name, leaf in nnx.to_flat_state(state)}
     check_room(list(abstract.values()), str(checkpoint.directory))
@@ -99,9 +101,8 @@ def read_model(
     for name, leaf in nnx.to_flat_state(state):
         leaf.set_value(arrays[parameter_name(name)])
     model = nnx.merge(graphdef, state)
+    lay_for_float8_rows(model)
     model.directory = str(checkpoint.directory)
-    if activations:
-        use_float8_rows(model)
     return model
 
 

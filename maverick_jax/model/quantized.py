@@ -103,20 +103,30 @@ def set_quantized(model: Llama4, stored: Mapping[str, Stored]) -> None:
 
 
 def use_float8_rows(model: Llama4) -> None:
-    """Let the products of the routed experts take their rows in float8 too. On Hopper the stacks are laid anew for that, one by one.
+    """Let the products of the routed experts take their rows in float8 too.
+
+    Args:
+      model: abstract will do.
 
     Raises:
       UserError: these experts are not in float8.
     """
     weights = [module for path, module in nnx.iter_modules(model) if component(path) == "experts"]
     stacks = [weight for weight in weights if isinstance(weight, QuantizedWeight) and weight.values.dtype == FLOAT8]
+    for weight in stacks:
+        weight.float8_rows = True
     if not stacks:
         raise UserError(
             "activations are asked for in fp8, and this model's routed experts are not: `maverick convert --format fp8` makes such a "
             "model, and the released FP8 checkpoint is one."
         )
-    for weight in stacks:
-        weight.float8_rows = True
+
+
+def lay_for_float8_rows(model: Llama4) -> None:
+    """On Hopper, stacks that meet rows in float8 are laid anew, one by one."""
+    for _, weight in nnx.iter_modules(model):
+        if not isinstance(weight, QuantizedWeight) or not weight.float8_rows:
+            continue
         values, on_device = weight.values[...], jax.tree.map(_on_device, weight[...])
         if all(d.platform == "gpu" for d in values.sharding.device_set) and on_hopper() and takes_float8_rows(on_device):
             weight.values.set_value(inputs_together(values))

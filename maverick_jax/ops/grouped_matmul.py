@@ -67,7 +67,7 @@ def _float8_cuda(rows_RK, weight_EKN, group_sizes_E, dtype):
         return _float8_as_floats(rows_RK, weight_EKN, group_sizes_E, dtype)
     from maverick_jax.ops.grouped_matmul_hopper import product
 
-    # Tensor cores want the inputs of both together: so the values lie, if `use_float8_rows` has laid them, and nothing is moved here.
+    # Tensor cores want the inputs of both together: so the values lie, if `lay_for_float8_rows` has laid them, and nothing is moved here.
     sums_RN = product(rows_RK, weight_EKN.values.swapaxes(1, 2), group_sizes_E, transposed=True)
     expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(len(rows_RK)), side="right", method="compare_all")
     return sums_RN.astype(jnp.float32) * weight_EKN.scales[:, 0].astype(jnp.float32).at[expert_R].get(mode="clip")

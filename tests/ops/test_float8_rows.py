@@ -21,6 +21,7 @@ import maverick_jax as mj
 from maverick_jax.assets import mini_directory
 from maverick_jax.convert import convert
 from maverick_jax.errors import UserError
+from maverick_jax.model.quantized import inputs_together
 from maverick_jax.ops import grouped_matmul_hopper, toolkit
 from maverick_jax.ops.grouped_matmul import grouped_matmul
 from maverick_jax.ops.quantize import QuantizedArray, dequantize
@@ -146,8 +147,20 @@ def test_a_model_of_them(mini8):
     assert_allclose(np.asarray(divided(ids)), rounded, atol=1e-4 * np.abs(rounded).max(), rtol=0)
 
 
-def test_what_cannot_be(mini8):
+def test_what_cannot_be(mini8, monkeypatch):
+    """Told before any weight is read."""
+    monkeypatch.setattr("maverick_jax.checkpoint._read_orbax", None)
+    monkeypatch.setattr("maverick_jax.checkpoint._read_slices", None)
     with pytest.raises(UserError, match="activations is 'int8': it must be fp8, or None"):
         mj.load(mini8, activations="int8")
     with pytest.raises(UserError, match="this model's routed experts are not: `maverick convert --format fp8`"):
         mj.load(activations="fp8")
+
+
+def test_a_stack_is_laid_with_its_inputs_together():
+    """The same numbers in the same shape; only where their bytes lie is another matter."""
+    values = stack("fp8", 2, 128, 16).values
+    expected = np.asarray(values, np.float32)
+    laid = inputs_together(jnp.copy(values))
+    assert laid.format.layout.major_to_minor == (0, 2, 1)
+    assert_allclose(np.asarray(laid, np.float32), expected, atol=0, rtol=0)
