@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from maverick_jax.assets import mini_directory
-    from maverick_jax.inference.batch import Requests, Results, Tally, serve
+    from maverick_jax.serving.batch import Requests, Results, Tally, serve
     from maverick_jax.sharding import multihost
 
     if not multihost.is_first():  # which reads and writes the files

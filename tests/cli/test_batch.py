@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from maverick_jax.inference import batch as batches
+from maverick_jax.serving import batch as batches
 
 SMALL = ("--mesh", "expert=1", "--slots", 2, "--max-length", 128)
 
@@ -17,8 +17,8 @@ def line(custom_id: str, **body) -> str:
 
 @pytest.fixture
 def files(tmp_path):
-    """Two requests, the second of which asks for too much."""
-    (tmp_path / "in.jsonl").write_text(f"{line('a')}\n{line('b', max_tokens=500)}\n")
+    """Two requests, the second of which has a setting that cannot be."""
+    (tmp_path / "in.jsonl").write_text(f"{line('a')}\n{line('b', temperature=-500)}\n")
     return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
 
 
@@ -28,7 +28,7 @@ def outcomes(out) -> list[tuple[str, int]]:
 
 
 def test_until_all_is_done(maverick, files, monkeypatch):
-    """What failed ends it with 1 and is tried again, with more room; what is done is not. A bar is for terminals alone."""
+    """What failed ends it with 1 and is tried again, once it is mended; what is done is not. A bar is for terminals alone."""
     first = maverick("batch", *files, *SMALL, "--trace", files[1].with_name("trace"))
     assert (first.status, first.out) == (1, "")
     room, tally = first.err.splitlines()
@@ -38,7 +38,7 @@ def test_until_all_is_done(maverick, files, monkeypatch):
     assert outcomes(files[1]) == [("a", 200), ("b", 400)]
     assert json.loads(files[1].read_text().splitlines()[-1])["response"]["body"].get("model", "mini") == "mini"
     assert set(json.loads(files[1].with_name("trace").read_text().splitlines()[0])) == {"limits"}
-    files[0].write_text(files[0].read_text().replace("500", "5"))
+    files[0].write_text(files[0].read_text().replace("-500", "5"))
     again = maverick("batch", *files, *SMALL, "--json")
     assert (again.status, again.err) == (0, "")
     tally = json.loads(again.out)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MOST = 24  # entries of a folder that a reader still takes in
 PACKAGES = ("maverick_jax", "sharding", "convert")
 

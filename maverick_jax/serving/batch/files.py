@@ -15,17 +15,42 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 from maverick_jax.convert.build.durable import sync
 from maverick_jax.errors import UserError
-from maverick_jax.inference.batch.jobs import CHAT, COMPLETIONS, Job
 from maverick_jax.inference.checks import shown
 from maverick_jax.json_file import MAX_VALUES, parse_json
+from maverick_jax.serving.dialects import chat, completions
+from maverick_jax.serving.job import Job
+from maverick_jax.serving.reply import Reply
 
 LONGEST = 64 << 20  # bytes of a request; pictures are in it, with a third more bytes than their files have
 BEGINNING = b'{"id": "batch_req_'  # of every result
 BOM = b"\xef\xbb\xbf"
+
+
+class Dialect(Protocol):
+    """A module of `dialects`."""
+
+    def read(self, body: Any) -> Job: ...
+    def body_of(self, reply: Reply) -> dict[str, Any]: ...
+
+
+DIALECTS: dict[str, Dialect] = {chat.URL: chat, completions.URL: completions}
+
+
+class Line(NamedTuple):
+    """A request of the file.
+
+    Attributes:
+      custom_id: the requester's name for it.
+      dialect: that it is written in, and answered in.
+    """
+
+    custom_id: str
+    dialect: Dialect
+    job: Job
 
 
 class Refused(NamedTuple):
@@ -60,7 +85,7 @@ class Requests:
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[Job | Refused]:
+    def __iter__(self) -> Iterator[Line | Refused]:
         seen: dict[str, int] = {}
         for number, line in self._lines():
             yield _read(number, line, seen)
@@ -87,7 +112,7 @@ def _bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _read(number: int, line: bytes, seen: dict[str, int]) -> Job | Refused:
+def _read(number: int, line: bytes, seen: dict[str, int]) -> Line | Refused:
     """A request, unless something is wrong with it; `seen` are the ids of earlier lines, with their numbers."""
     custom_id = None
     try:
@@ -106,7 +131,7 @@ def _read(number: int, line: bytes, seen: dict[str, int]) -> Job | Refused:
             said = f"line {number} has the custom_id {shown(custom_id)} of line {seen[custom_id]}: give each its own."
             return Refused(number, custom_id, "duplicate_custom_id", said)
         seen[custom_id] = number
-        return _job(number, custom_id, request)
+        return _line(number, custom_id, request)
     except UserError as error:
         return Refused(number, custom_id, "invalid_request_error", f"line {number}: {error}")
 
@@ -119,15 +144,22 @@ def _named(request: dict[str, Any], number: int) -> tuple[str, Refused | None]:
     return "", Refused(number, None, "missing_required_parameter", said)
 
 
-def _job(number: int, custom_id: str, request: dict[str, Any]) -> Job | Refused:
+def _line(number: int, custom_id: str, request: dict[str, Any]) -> Line | Refused:
     method, url, body = request.get("method"), request.get("url"), request.get("body")
     if method != "POST":
         return Refused(number, custom_id, "invalid_method", f"line {number} has the method {shown(method)}: expected POST.")
-    if url not in (CHAT, COMPLETIONS):
-        return Refused(number, custom_id, "invalid_url", f"line {number} has the url {shown(url)}: expected {CHAT} or {COMPLETIONS}.")
+    dialect = DIALECTS.get(url) if isinstance(url, str) else None
+    if dialect is None:
+        expected = " or ".join(DIALECTS)
+        return Refused(number, custom_id, "invalid_url", f"line {number} has the url {shown(url)}: expected {expected}.")
     if not isinstance(body, dict):
         return Refused(number, custom_id, "missing_required_parameter", f"line {number} has the body {shown(body)}: expected an object.")
-    return Job.of(custom_id, url, body)
+    job = dialect.read(body)
+    if job.stream:
+        raise UserError("stream is true: the answers of a batch come whole.")
+    if job.unknown:  # a misspelt max_tokens would cost a night
+        raise UserError(job.unknown[0])
+    return Line(custom_id, dialect, job)
 
 
 class Results:
@@ -171,14 +203,14 @@ class Results:
             self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
-    def succeed(self, job: Job, body: dict[str, Any]) -> None:
+    def succeed(self, custom_id: str, body: dict[str, Any]) -> None:
         """Write the answer to a request, in the form of its url."""
-        self._write(job.custom_id, _response(200, body))
+        self._write(custom_id, _response(200, body))
 
-    def fail(self, job: Job, message: str, *, status: int = 400, code: str | None = None) -> None:
+    def fail(self, custom_id: str, message: str, *, status: int = 400, code: str | None = None) -> None:
         """Write what went wrong with a request: 400 where it cannot be done, 5xx where it could be another time."""
         kind = "invalid_request_error" if status < 500 else "server_error"
-        self._write(job.custom_id, _response(status, {"error": {"message": message, "type": kind, "param": None, "code": code}}))
+        self._write(custom_id, _response(status, {"error": {"message": message, "type": kind, "param": None, "code": code}}))
 
     def refuse(self, refused: Refused) -> None:
         """Write why a line was not done."""

@@ -10,12 +10,13 @@ from PIL import Image
 
 import maverick_jax as mj
 from maverick_jax.errors import UserError
-from maverick_jax.inference.batch import Requests, Results, serve
-from maverick_jax.inference.batch.answers import Answer
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.handle import Handle
 from maverick_jax.inference.request import Finish, Request
 from maverick_jax.inference.sampling import Sampling
+from maverick_jax.serving import logprobs, prepare
+from maverick_jax.serving.answer import Answer
+from maverick_jax.serving.batch import Requests, Results, serve
 
 ROOM = 128
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -80,6 +81,7 @@ def test_every_line_gets_what_it_gets_alone(batch, engine, model):
     asked["ids"] = (COMPLETIONS, {"prompt": ids, "max_tokens": 4, "temperature": 0})
     asked["echo"] = (COMPLETIONS, {"prompt": ids, "max_tokens": 4, "temperature": 0, "echo": True})
     asked["no end"] = (COMPLETIONS, {"prompt": "Which digit", "temperature": 0, "ignore_eos": True})
+    asked["most"] = (COMPLETIONS, {"prompt": ids, "max_tokens": 10**6, "ignore_eos": True})  # as long as there is room
     found, tally = batch(asked)
     whole = chat("What is the sum?")
     choice = body(found["chat 8"])["choices"][0]
@@ -91,10 +93,12 @@ def test_every_line_gets_what_it_gets_alone(batch, engine, model):
     assert body(found["texts"])["choices"][0]["text"] == body(found["ids"])["choices"][0]["text"] == expected
     assert [choice["index"] for choice in body(found["texts"])["choices"]] == [0, 1]
     assert body(found["echo"])["choices"][0]["text"] == "Which digit" + expected
+    most = body(found["most"])
+    assert (most["choices"][0]["finish_reason"], most["usage"]["total_tokens"]) == ("length", ROOM)
     assert body(found["no end"])["usage"]["completion_tokens"] == 16  # OpenAI's default for completions
     assert (body(found["ids"])["object"], body(found["chat 1"])["object"]) == ("text_completion", "chat.completion")
     assert body(found["ids"])["usage"]["prompt_tokens"] == len(ids)
-    assert (tally.done, tally.failed, tally.skipped) == (7, 0, 0)
+    assert (tally.done, tally.failed, tally.skipped) == (8, 0, 0)
 
 
 def test_answers_to_one_prompt_read_it_once(batch):
@@ -127,8 +131,8 @@ def picture(url: str) -> list[dict]:
 
 
 FAILING = {
-    "too long": ((COMPLETIONS, {"prompt": "x " * ROOM}), "context_length_exceeded", "shorten the prompt"),
-    "too much asked for": ((CHAT, {"messages": HELLO, "max_tokens": ROOM}), "context_length_exceeded", "lower max_new_tokens"),
+    "too long": ((COMPLETIONS, {"prompt": "x " * ROOM}), "context_length_exceeded", "shorten it"),
+    "a picture elsewhere": ((CHAT, {"messages": picture("https://example.org/a.png")}), None, "nothing is fetched"),
     "ids of another vocabulary": ((COMPLETIONS, {"prompt": [10**6], "n": 3}), None, "token ids outside"),
     "a setting out of its range": ((CHAT, {"messages": HELLO, "temperature": -1}), None, "temperature is -1"),
     "a biased token that there is not": ((CHAT, {"messages": HELLO, "logit_bias": {"1000000": 1}}), None, "logit_bias has token id"),
@@ -159,12 +163,11 @@ def test_what_cannot_be_done_is_the_error_of_its_line(batch):
 
 def test_a_surprise_in_preparing_is_its_lines_too(batch, monkeypatch):
     """What a library stumbles over at night must not cost the other lines; it may go better another time, so it is the server's."""
-    from maverick_jax.inference.batch import asked
 
     def stumble(messages, *args, **options):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(asked, "render", stumble)
+    monkeypatch.setattr(prepare, "render", stumble)
     found, _ = batch({"a": (CHAT, {"messages": HELLO}), "b": (COMPLETIONS, {"prompt": "What", "max_tokens": 1})})
     assert failure(found["a"]) == (500, None, "ZeroDivisionError: by zero")
     assert body(found["b"])
@@ -270,20 +273,20 @@ def test_a_stop_text_ends_it(model):
     tokenizer = mj.Chat(model).tokenizer
     tokens = tokenizer.encode("one, two, three")
     answer = Answer(scripted(tokens, Finish.LENGTH, logprobs=1), tokenizer, (", t",))
-    assert answer.read()
-    assert (answer.text, answer.finish_reason) == ("one", "stop")
-    assert len(answer.places) < len(tokens)
-    logprobs = answer.completion_logprobs()
-    assert "".join(logprobs["tokens"]).startswith("one")
-    assert max(logprobs["text_offset"]) < len("one")
-    assert set(logprobs["token_logprobs"]) == {-9999.0}  # JSON has no infinity
+    assert answer.read().finish == "stop"
+    assert answer.text == "one"
+    assert len(answer.tokens) < answer.new_tokens < len(tokens)
+    found = logprobs.of_completion(answer.tokens, tokenizer)
+    assert "".join(found["tokens"]).startswith("one")
+    assert max(found["text_offset"]) < len("one")
+    assert set(found["token_logprobs"]) == {-9999.0}  # JSON has no infinity
     least = len(tokenizer.encode("one, two"))
     answer = Answer(scripted(tokens, Finish.LENGTH, min_tokens=least), tokenizer, (", t",))
-    assert answer.read()
+    assert answer.read().finish
     assert answer.text == "one, two"
     answer = Answer(scripted(tokens, Finish.LENGTH), tokenizer, ("four",))
-    assert answer.read()
-    assert (answer.text, answer.finish_reason) == ("one, two, three", "length")
+    assert answer.read().finish == "length"
+    assert answer.text == "one, two, three"
 
 
 def test_a_model_without_a_tokenizer(model, tmp_path):

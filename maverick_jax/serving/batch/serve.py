@@ -9,18 +9,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.batch.answers import Answer, body_of
-from maverick_jax.inference.batch.asked import Asked, Asker
-from maverick_jax.inference.batch.files import Refused, Requests, Results
-from maverick_jax.inference.batch.jobs import Job
 from maverick_jax.inference.checks import NoRoom
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.request import Full, Request
+from maverick_jax.serving.answer import Answer
+from maverick_jax.serving.batch.files import Line, Refused, Requests, Results
+from maverick_jax.serving.prepare import Prepared, Preparer
+from maverick_jax.serving.reply import Reply
 
 WORKERS = 4  # threads that tokenize and cut pictures while the devices work
 AHEAD = 16  # requests of the file that are prepared before there is room for them
@@ -67,10 +68,9 @@ class Tally:
 class _Task:
     """A request of the file whose answers are asked for; it is over once it has a result."""
 
-    def __init__(self, asked: Asked):
-        self.asked = asked
-        self.answers: list[Answer] = []
-        self.left = len(asked.requests)
+    def __init__(self, line: Line, reply: Reply):
+        self.line, self.reply = line, reply
+        self.left = len(reply.prepared.requests)
         self.over = False
 
 
@@ -95,7 +95,7 @@ class _Batch:
         self.engine, self.requests, self.results, self.model, self.told = engine, requests, results, model, told
         self.tally = Tally(len(requests))
         self.running: list[tuple[_Task, Answer]] = []
-        self._asker = Asker(engine.model, engine.limits.max_length, engine.grammars)
+        self._prepare = Preparer(engine.model, engine.limits.max_length, engine.grammars)
         self._writer = ThreadPoolExecutor(1)
         self._written: collections.deque[Future[None]] = collections.deque()
         self._began = time.perf_counter()
@@ -121,19 +121,20 @@ class _Batch:
 
     def _waiting(self, pool: ThreadPoolExecutor) -> Iterator[tuple[_Task, Request]]:
         """The file's requests for the engine, in order."""
-        for job, prepared in self._prepared(pool):
+        for line, prepared in self._prepared(pool):
             try:
-                task = _Task(prepared.result())
+                reply = Reply(prepared=prepared.result(), answers=[], model=self.model, tokenizer=self._prepare.tokenizer)
             except UserError as error:
-                self._fail(job, error)
+                self._fail(line, error)
             except Exception as error:  # of a picture's or a template's making
-                self._fail(job, error, status=500)
+                self._fail(line, error, status=500)
             else:
-                yield from ((task, request) for request in task.asked.requests)
+                task = _Task(line, reply)
+                yield from ((task, request) for request in reply.prepared.requests)
 
-    def _prepared(self, pool: ThreadPoolExecutor) -> Iterator[tuple[Job, Future[Asked]]]:
+    def _prepared(self, pool: ThreadPoolExecutor) -> Iterator[tuple[Line, Future[Prepared]]]:
         """Some of them ahead of the one that is asked for."""
-        ahead: collections.deque[tuple[Job, Future[Asked]]] = collections.deque()
+        ahead: collections.deque[tuple[Line, Future[Prepared]]] = collections.deque()
         for line in self.requests:
             if isinstance(line, Refused):
                 self._write(self.results.refuse, line)
@@ -141,7 +142,9 @@ class _Batch:
             elif line.custom_id in self.results.done:
                 self.tally.skipped += 1
             else:
-                ahead.append((line, pool.submit(self._asker, line)))
+                # A line without a seed draws otherwise than the next one, and as it did when the batch is run again.
+                seed = zlib.crc32(line.custom_id.encode("utf-8", "surrogatepass"))
+                ahead.append((line, pool.submit(self._prepare, line.job, seed)))
             while len(ahead) > AHEAD:
                 yield ahead.popleft()
         yield from ahead
@@ -161,8 +164,9 @@ class _Batch:
         except UserError as error:
             self._end(task, error)
             return True
-        task.answers.append(Answer(handle, self._asker.tokenizer, task.asked.job.stop))
-        self.running.append((task, task.answers[-1]))
+        job = task.line.job
+        task.reply.answers.append(Answer(handle, self._prepare.tokenizer, job.stop, job.tools))
+        self.running.append((task, task.reply.answers[-1]))
         return True
 
     def _read(self) -> None:
@@ -171,14 +175,14 @@ class _Batch:
         for task, answer in self.running:
             if task.over:
                 continue
-            known = len(answer.places)
+            known = answer.new_tokens
             try:
-                if answer.read():
+                if answer.read().finish:
                     ended.append(answer)
                     task.left -= 1
             except UserError as error:
                 self._end(task, error)
-            self.tally.new_tokens += len(answer.places) - known
+            self.tally.new_tokens += answer.new_tokens - known
             if not task.left:
                 self._end(task)
         self.running = [(task, answer) for task, answer in self.running if not task.over and answer not in ended]
@@ -187,19 +191,17 @@ class _Batch:
         """Its result: all answers, or what one of them ran into."""
         task.over = True
         if error is not None:
-            for answer in task.answers:
-                answer.handle.cancel()
-            return self._fail(task.asked.job, error)
-        body = body_of(task.asked, task.answers, self.model)
-        self._write(self.results.succeed, task.asked.job, body)
+            task.reply.cancel()
+            return self._fail(task.line, error)
+        self._write(self.results.succeed, task.line.custom_id, task.line.dialect.body_of(task.reply))
         self.tally.done += 1
-        self.tally.prompt_tokens += body["usage"]["prompt_tokens"]
-        self.tally.cached_tokens += body["usage"]["prompt_tokens_details"]["cached_tokens"]
+        self.tally.prompt_tokens += task.reply.prompt_tokens
+        self.tally.cached_tokens += task.reply.cached_tokens
 
-    def _fail(self, job: Job, error: Exception, status: int = 400) -> None:
+    def _fail(self, line: Line, error: Exception, status: int = 400) -> None:
         code = "context_length_exceeded" if isinstance(error, NoRoom) else None
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        self._write(self.results.fail, job, said, status=status, code=code)
+        self._write(self.results.fail, line.custom_id, said, status=status, code=code)
         self.tally.failed += 1
 
     def _write(self, write: Callable[..., None], *args: Any, **settings: Any) -> None:

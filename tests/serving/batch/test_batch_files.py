@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.batch import Refused, Requests, Results, files
+from maverick_jax.serving.batch import Refused, Requests, Results, files
 
 
 def line(custom_id: str, /, **changes) -> str:
@@ -36,9 +36,9 @@ def run(requests: Requests, out, *, failing=()) -> list[str]:
             if isinstance(request, Refused):
                 results.refuse(request)
             elif request.custom_id in failing:
-                results.fail(request, "too long", code="context_length_exceeded")
+                results.fail(request.custom_id, "too long", code="context_length_exceeded")
             elif request.custom_id not in results.done:
-                results.succeed(request, {"text": f"answer to {request.custom_id}"})
+                results.succeed(request.custom_id, {"text": f"answer to {request.custom_id}"})
                 did.append(request.custom_id)
     return did
 
@@ -80,6 +80,8 @@ BROKEN = {
     "an address for a url": (line("x", url=["/v1/completions"]), "invalid_url", "/v1/completions"),
     "no body": (line("x", body=None), "missing_required_parameter", "body None"),
     "a bad body": (line("x", body={"prompt": 5}), "invalid_request_error", "line 2: prompt is 5"),
+    "a misspelt field": (line("x", body={"prompt": "x", "max_token": 5}), "invalid_request_error", "did you mean max_tokens"),
+    "a stream": (line("x", body={"prompt": "x", "stream": True}), "invalid_request_error", "stream is true"),
 }
 
 
@@ -146,7 +148,7 @@ def test_results_keep_any_text(batch):
     requests, out = batch(line("a"))
     (job,) = requests
     with Results(out, requests) as results:
-        results.succeed(job, {"text": "é\n\u2028\ud83d"})
+        results.succeed(job.custom_id, {"text": "é\n\u2028\ud83d"})
     assert json.loads(out.read_bytes())["response"]["body"]["text"] == "é\n\u2028\ud83d"
 
 
@@ -208,7 +210,7 @@ def test_a_full_disk_leaves_no_half_result(batch, monkeypatch):
     a, b = requests
     write = os.write
     with Results(out, requests) as results:
-        results.succeed(a, {})
+        results.succeed(a.custom_id, {})
         before = out.read_bytes()
 
         def full(descriptor, data):
@@ -218,10 +220,10 @@ def test_a_full_disk_leaves_no_half_result(batch, monkeypatch):
 
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(UserError, match="No space left"):
-            results.succeed(b, {"text": "x" * 5})
+            results.succeed(b.custom_id, {"text": "x" * 5})
         monkeypatch.undo()
         assert out.read_bytes() == before
-        results.succeed(b, {})
+        results.succeed(b.custom_id, {})
     assert [result["custom_id"] for result in read(out)] == ["a", "b"]
 
 
@@ -230,7 +232,7 @@ KILLED = """
 import os, pathlib, random, signal, sys
 sys.path.insert(0, "TESTS")
 import test_batch_files as here
-from maverick_jax.inference.batch import Requests
+from maverick_jax.serving.batch import Requests
 requests, out, rng = Requests(sys.argv[1]), pathlib.Path(sys.argv[2]), random.Random(0)
 write, kills = os.write, 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1] / "maverick_jax"
+ROOT = Path(__file__).parents[2] / "maverick_jax"
 ORDER = [  # lowest first; neighbours on one line do not know each other
     {"errors", "json_file", "stand_ins", "config"},
     {"ops"},

@@ -1,0 +1,198 @@
+"""OpenAI's `/v1/chat/completions`: a conversation, with pictures and tools, that the assistant continues.
+
+Source: OpenAI's API reference, the objects `chat.completion` and `chat.completion.chunk`; vLLM's `return_token_ids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from maverick_jax.errors import UserError
+from maverick_jax.inference.checks import MAX_NEW_TOKENS, Range, shown, whole
+from maverick_jax.json_file import parse_json
+from maverick_jax.serving import logprobs, sse
+from maverick_jax.serving.answer import Answer, Call, Portion, Token
+from maverick_jax.serving.fields import Fields
+from maverick_jax.serving.job import Job
+from maverick_jax.serving.pictures import picture_at
+from maverick_jax.serving.reply import Reply
+from maverick_jax.serving.settings import shared
+from maverick_jax.serving.tools.choice import Tools, function, tools
+from maverick_jax.serving.tools.reader import CallDelta
+
+URL = "/v1/chat/completions"
+LOGPROBS = Range(whole, 0, 20, "a whole number between 0 and 20")
+IGNORED = ("modalities", "functions", "function_call", "prediction", "web_search_options")
+
+
+def read(body: Any) -> Job:
+    """
+    Raises:
+      UserError: a field of another kind, or no messages.
+    """
+    fields = Fields(body, URL)
+    settings = shared(fields)
+    most = fields.number("top_logprobs", LOGPROBS)
+    if fields.flag("logprobs"):
+        settings["sampling"]["logprobs"] = most or 0
+    elif most:
+        raise UserError("top_logprobs is given without logprobs: set logprobs to true.")
+    if kwargs := fields.get("chat_template_kwargs", {}):
+        raise UserError(f"chat_template_kwargs is {shown(kwargs)}: chat templates take no settings of their own here.")
+    messages = fields.items("messages")
+    if not messages:
+        raise UserError("messages has none: expected a list of at least one message.")
+    fields.ignore(IGNORED)
+    return Job(
+        **settings,
+        messages=[_message(message) for message in messages],
+        tools=_tools(fields),
+        render={name: fields.flag(name) for name in ("continue_final_message", "add_generation_prompt") if fields.has(name)},
+        max_new_tokens=_longest(fields),
+        unknown=fields.unknown(),
+    )
+
+
+def _longest(fields: Fields) -> int | None:
+    old, new = (fields.number(name, MAX_NEW_TOKENS) for name in ("max_tokens", "max_completion_tokens"))
+    if old is not None and new is not None and old != new:
+        raise UserError("both max_tokens and max_completion_tokens are given: give one of them.")
+    return old or new
+
+
+def _tools(fields: Fields) -> Tools:
+    functions = []
+    for tool in fields.items("tools"):
+        if isinstance(tool, dict) and tool.get("type", "function") == "function":
+            functions.append(function(tool.get("function"), "tools"))
+        else:
+            fields.note(f"tools holds {shown(tool)}, which is no function: the model is not told of it.")
+    choice, parallel = fields.get("tool_choice", "auto" if functions else "none"), fields.flag("parallel_tool_calls", True)
+    match choice:
+        case "none" | "auto" | "required":
+            return tools(functions, choice, parallel=parallel)
+        case {"type": "function", "function": {"name": str() as name}}:
+            return tools(functions, "required", [name], parallel=False)
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list() as allowed}}:
+            return tools(functions, mode, [_allowed(tool) for tool in allowed], parallel=parallel)
+    raise UserError(f"tool_choice is {shown(choice)}: expected none, auto, required, or a function by its name.")
+
+
+def _allowed(tool: Any) -> str:
+    match tool:
+        case {"function": {"name": str() as name}}:
+            return name
+    raise UserError(f"tool_choice allows {shown(tool)}: expected functions by their names.")
+
+
+def _message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(f"messages holds {shown(message)}: expected objects with a role and a content.")
+    message = message | {"role": "system"} if message["role"] == "developer" else message
+    if isinstance(parts := message.get("content"), list):
+        message = message | {"content": [_part(part) for part in parts]}
+    if isinstance(calls := message.get("tool_calls"), list):
+        message = message | {"tool_calls": [_call(call) for call in calls]}
+    return message
+
+
+def _call(call: Any) -> Any:
+    """A tool's arguments as an object, which OpenAI writes as JSON in a text."""
+    given = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(given, dict) or not isinstance(text := given.get("arguments"), str):
+        return call
+    try:
+        arguments = parse_json(text.encode("utf-8", "surrogatepass")) if text.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the arguments of a tool call are no JSON ({error}): send them as the model wrote them.") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f"the arguments of a tool call are {shown(arguments)}: expected a JSON object.")
+    return call | {"function": given | {"arguments": arguments}}
+
+
+def _part(part: Any) -> Any:
+    """Pictures as bytes or addresses; other parts are for `render` to understand."""
+    match part:
+        case {"type": "image_url" | "image" | "input_image" as kind}:
+            place = part.get(kind, part.get("image_url"))
+            return {"type": "image", "image": picture_at(place.get("url") if isinstance(place, dict) else place)}
+        case {"type": "file", "file": {"file_data": data}}:
+            return {"type": "image", "image": picture_at(data)}
+        case {"type": "refusal", "refusal": str() as text}:
+            return {"type": "text", "text": text}
+    return part
+
+
+def body_of(reply: Reply) -> dict[str, Any]:
+    """What the client gets when all answers have ended."""
+    choices = [
+        _choice(reply, index, {"message": _said(answer)}, answer.tokens, answer.finish) for index, answer in enumerate(reply.answers)
+    ]
+    return _object(reply, "chat.completion", choices) | {"usage": reply.usage} | _prompt_ids(reply)
+
+
+def _said(answer: Answer) -> dict[str, Any]:
+    calls = [part for part in answer.said if isinstance(part, Call)]
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text or (None if calls else ""), "refusal": None}
+    if calls:
+        message["tool_calls"] = [_call_object(call.id, call.name, call.arguments) for call in calls]
+    return message
+
+
+class Stream:
+    """The same as it comes."""
+
+    def __init__(self, reply: Reply):
+        self._reply = reply
+
+    def begin(self) -> Iterable[bytes]:
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        for index in range(len(self._reply.answers)):
+            yield self._chunk([_choice(self._reply, index, {"delta": delta}, (), None)], _prompt_ids(self._reply))
+
+    def push(self, index: int, portion: Portion) -> Iterable[bytes]:
+        tokens = portion.tokens
+        for part in portion.parts:
+            delta = {"tool_calls": [_call_delta(part)]} if isinstance(part, CallDelta) else {"content": part}
+            yield self._chunk([_choice(self._reply, index, {"delta": delta}, tokens, None)])
+            tokens = ()
+        if portion.finish:
+            yield self._chunk([_choice(self._reply, index, {"delta": {}}, tokens, portion.finish)])
+        elif tokens and (self._reply.job.return_token_ids or "logprobs" in self._reply.job.sampling):
+            yield self._chunk([_choice(self._reply, index, {"delta": {}}, tokens, None)])
+
+    def end(self) -> Iterable[bytes]:
+        if self._reply.job.stream_usage:
+            yield self._chunk([], {"usage": self._reply.usage})
+        yield sse.DONE
+
+    def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any] | None = None) -> bytes:
+        return sse.event(_object(self._reply, "chat.completion.chunk", choices) | (more or {}))
+
+
+def _object(reply: Reply, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{reply.key}", "object": kind, "created": reply.created, "model": reply.model, "choices": choices}
+
+
+def _choice(reply: Reply, index: int, said: dict[str, Any], tokens: Iterable[Token], finish: str | None) -> dict[str, Any]:
+    choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
+    if "logprobs" in reply.job.sampling:
+        choice["logprobs"] = {"content": logprobs.of_chat(tokens, reply.tokenizer), "refusal": None}
+    if reply.job.return_token_ids:
+        choice["token_ids"] = [token.id for token in tokens]
+    return choice
+
+
+def _prompt_ids(reply: Reply) -> dict[str, Any]:
+    return {"prompt_token_ids": list(reply.prepared.requests[0].ids)} if reply.job.return_token_ids else {}
+
+
+def _call_object(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _call_delta(part: CallDelta) -> dict[str, Any]:
+    """The first part names the call, the others are arguments alone."""
+    begun = _call_object(part.id, part.name, part.arguments) if part.name else {"function": {"arguments": part.arguments}}
+    return {"index": part.call} | begun
