@@ -102,6 +102,8 @@ def _wait(reader: int) -> None:
                 waiting = False
             case b"O":
                 end()
+            case other if other[0] != signal.SIGINT:  # which has a handler of its own
+                pass
             case _ if waiting or not (_inside or _is_readable(reader)):
                 end()
             case _:  # inside, or it was when Python raised: the pipe says so next

@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": "what is in a checkpoint: names, shapes, dtypes, bytes",
     "generate": "answer one prompt",
     "chat": "talk, with pictures",
+    "serve": "answer clients over HTTP, as OpenAI's servers do",
     "batch": "answer a file of requests",
     "tokens": "how many tokens a prompt has, and which",
     "plan": "will it fit, how fast can it be, on devices that need not be there",

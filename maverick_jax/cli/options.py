@@ -166,15 +166,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def engine_for(args: argparse.Namespace) -> Iterator[Engine]:
-    """The engine that the arguments describe."""
+def engine_for(args: argparse.Namespace, **more: Any) -> Iterator[Engine]:
+    """The engine that the arguments describe; `more`: settings of `Engine` that a command adds."""
     from maverick_jax.inference.engine import Engine
     from maverick_jax.sharding import multihost
 
     model = load_model(args)
     settings = {name: getattr(args, name) for name in ("slots", "max_length", "draft", "eight_bits")}
     with open(args.trace, "w", encoding="utf-8", buffering=1) if args.trace and multihost.is_first() else contextlib.nullcontext() as trace:
-        yield Engine(model, **settings, trace=trace)
+        yield Engine(model, **settings, **more, trace=trace)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

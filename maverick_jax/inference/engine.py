@@ -106,6 +106,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._leader: followers.Leader | None = None
+        self._listeners: tuple[Callable[[], object], ...] = ()
         self._restart()
 
     def __repr__(self) -> str:
@@ -129,7 +130,7 @@ class Engine:
             self._serving.add(checked, handle, matcher, tiles, now)
             if self._leader:
                 self._leader.note(add=told, now=now)
-            self._news.notify_all()
+            self._tell()
             return handle
 
     def run(self, requests: Iterable[Request]) -> list[Handle]:
@@ -170,6 +171,10 @@ class Engine:
             for number, served in self._serving.by_number.items():
                 if served.handle is handle:
                     return self._cancel(number)
+
+    def listen(self, told: Callable[[], object]) -> None:
+        """Have a function called, from any thread, whenever a handle may have news; it must return at once."""
+        self._listeners += (told,)
 
     def lead(self, serve: Callable[[], Result]) -> Result:
         """On process 0 of several: while it is in `serve` it alone is asked, and the others, which `follow`, compute with it."""
@@ -250,7 +255,7 @@ class Engine:
         """End the thread, and every request that is not done."""
         with self._lock:
             thread, self._thread, self._stopping = self._thread, None, True
-            self._news.notify_all()
+            self._tell()
         if thread is not None:
             thread.join()
         with self._turn, self._lock:
@@ -298,7 +303,13 @@ class Engine:
                         self._leader.tell()  # all draw, or compute why
                 self._serving.deliver(drawn)
                 self._broken = False
-                self._news.notify_all()
+                self._tell()
+
+    def _tell(self) -> None:
+        """There is news."""
+        self._news.notify_all()
+        for told in self._listeners:
+            told()
 
     def _launch(self, now: float, budget: int) -> list[Launched]:
         if self._leader:
@@ -313,12 +324,12 @@ class Engine:
         if self._leader:
             self._leader.note(cancel=number)
         self._serving.cancel(number)
-        self._news.notify_all()
+        self._tell()
 
     def _fail(self, error: Exception, why: Finish) -> None:
         """End everyone, and begin with an empty cache."""
         self._serving.close(error, why)
-        self._news.notify_all()
+        self._tell()
         with contextlib.suppress(Exception):  # the next request tries again, and is told
             self._restart()
 

@@ -19,6 +19,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """The text that is certain to stand before any stop string."""
+        if not self.stop:
+            return text
         if self.met:
             return ""
         text = self._held + text

@@ -32,12 +32,15 @@ class ChatTemplate:
       tokens: named tokens such as `eos_token`, which the templates see.
       name: what the templates belong to, for messages.
 
+    Attributes:
+      sources, name: as given.
+
     Raises:
       UserError: a template that cannot be compiled.
     """
 
     def __init__(self, sources: Mapping[str, str], tokens: Mapping[str, str], name: str):
-        self.name = name
+        self.name, self.sources = name, dict(sources)
         self.tokens = {key: written(token) for key, token in tokens.items()}
         self._names = sorted(sources)
         self._compiled = {key: self._compile(source) for key, source in sources.items() if key in ("default", "tool_use")}

@@ -144,7 +144,8 @@ class Answer:
         self._certain += certain
         count = len(self._waiting)
         if self._stop.met or self.finish is None:
-            count = next((i for i, token in enumerate(self._waiting) if token.place >= self._certain), count)
+            while count and self._waiting[count - 1].place >= self._certain:
+                count -= 1
         released, self._waiting = self._waiting[:count], self._waiting[count:]
         self.tokens += released
         return released

@@ -49,7 +49,7 @@ class Preparer:
             raise UserError("this model was not loaded from a directory, so its tokenizer is unknown: open it with maverick_jax.load.")
         self.config, self.max_length, self._grammars, self._fetch = model.config, max_length, grammars, fetch
         self.tokenizer = Tokenizer.from_directory(model.directory)
-        self._template = load_template(model.directory)
+        self.template = load_template(model.directory)
 
     def __call__(self, job: Job, seed: int) -> Prepared:
         """
@@ -85,7 +85,7 @@ class Preparer:
         """As the model takes them."""
         if job.messages:
             messages = [self._fetched(message) for message in job.messages]
-            return [render(messages, self.tokenizer, self.config, template=self._template, tools=job.tools.schemas, **job.render)]
+            return [render(messages, self.tokenizer, self.config, template=self.template, tools=job.tools.schemas, **job.render)]
         token_rows([prompt for prompt in job.prompts if not isinstance(prompt, str)], self.config.text.vocab_size)
         return [Prompt(self.begun(prompt) if isinstance(prompt, str) else prompt) for prompt in job.prompts]
 

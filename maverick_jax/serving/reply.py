@@ -13,7 +13,7 @@ from maverick_jax.serving.job import Job
 from maverick_jax.serving.prepare import Prepared
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Reply:
     """Answers to one job.
 

@@ -13,6 +13,7 @@ from maverick_jax.inference.checks import MAX_NEW_TOKENS, Range, shown, whole
 from maverick_jax.json_file import parse_json
 from maverick_jax.serving import logprobs, sse
 from maverick_jax.serving.answer import Answer, Call, Portion, Token
+from maverick_jax.serving.failure import openai_body
 from maverick_jax.serving.fields import Fields
 from maverick_jax.serving.job import Job
 from maverick_jax.serving.pictures import picture_at
@@ -24,6 +25,8 @@ from maverick_jax.serving.tools.reader import CallDelta
 URL = "/v1/chat/completions"
 LOGPROBS = Range(whole, 0, 20, "a whole number between 0 and 20")
 IGNORED = ("modalities", "functions", "function_call", "prediction", "web_search_options")
+
+failed = openai_body
 
 
 def read(body: Any) -> Job:

@@ -12,6 +12,7 @@ from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import MAX_NEW_TOKENS, Range, listed, shown, whole
 from maverick_jax.serving import logprobs, sse
 from maverick_jax.serving.answer import Portion
+from maverick_jax.serving.failure import openai_body
 from maverick_jax.serving.fields import Fields, token_ids
 from maverick_jax.serving.job import Job
 from maverick_jax.serving.reply import Reply
@@ -21,6 +22,8 @@ URL = "/v1/completions"
 SHORT = 16  # tokens of an answer without a limit of its own, as OpenAI's: a base model never ends by itself
 LOGPROBS = Range(whole, 0, 20, "a whole number between 0 and 20")
 IGNORED = ("suffix", "best_of")
+
+failed = openai_body
 
 
 def read(body: Any) -> Job:

@@ -1,0 +1,1 @@
+"""The server: dialects over HTTP, with keys, limits, metrics and a page."""

@@ -1,0 +1,88 @@
+"""What a client may ask besides answers: which model, how long, is anybody there; and texts to tokens and back.
+
+Source: OpenAI's `/v1/models`; vLLM's `/tokenize`, `/detokenize`, `/tokenizer_info`, which lm-eval reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from maverick_jax import __version__
+from maverick_jax.inference.checks import token_rows
+from maverick_jax.serving.dialects import chat
+from maverick_jax.serving.failure import Failure
+from maverick_jax.serving.fields import Fields
+from maverick_jax.serving.http.exchange import parsed, read_body
+from maverick_jax.serving.http.service import Service
+
+
+class Information:
+    """Endpoints of Starlette.
+
+    Args:
+      longest: bytes of a body.
+      created: when the model was loaded, in seconds since 1970.
+    """
+
+    def __init__(self, service: Service, longest: int, created: int):
+        self._service, self._longest, self._created = service, longest, created
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._service.names]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._service.names:
+            raise Failure(404, f"model is {name!a}: here is {', '.join(self._service.names)}.", field="model", code="model_not_found")
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        longest = self._service.engine.limits.max_length
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "maverick-jax", "max_model_len": longest}
+
+    async def health(self, request: Request) -> Response:
+        """200 while requests are taken, 503 once the server shuts down."""
+        return Response(status_code=503 if self._service.stopping else 200)
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def tokenize(self, request: Request) -> Response:
+        return JSONResponse(await self._answer(request, self._tokenize))
+
+    async def detokenize(self, request: Request) -> Response:
+        return JSONResponse(await self._answer(request, self._detokenize))
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        tokenizer, config = self._service.prepare.tokenizer, self._service.prepare.config
+        named = {"bos_token": config.bos_token_id, "eos_token": config.eos_token_id[0], "pad_token": config.pad_token_id}
+        spelled = {name: None if id is None else tokenizer.spelling(id).decode() for name, id in named.items()}
+        template = self._service.prepare.template
+        return JSONResponse({**spelled, "chat_template": template and template.sources.get("default"), "tokenizer_class": "maverick-jax"})
+
+    async def _answer(self, request: Request, work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        data = await read_body(request, self._longest)
+        return await self._service.in_thread(lambda: work(parsed(data)))
+
+    def _tokenize(self, body: Any) -> dict[str, Any]:
+        fields = Fields(body, "/tokenize")
+        prepare = self._service.prepare
+        if fields.has("messages"):
+            (prompt,) = prepare.prompts(chat.read(body))
+            ids = prompt.token_ids
+        else:
+            text = fields.text("prompt")
+            ids = prepare.begun(text) if fields.flag("add_special_tokens", True) else prepare.tokenizer.encode(text)
+        spelled = [prepare.tokenizer.spelling(id).decode("utf-8", "backslashreplace") for id in ids]
+        strings = {"token_strs": spelled} if fields.flag("return_token_strs") else {}
+        return {"count": len(ids), "max_model_len": self._service.engine.limits.max_length, "tokens": ids} | strings
+
+    def _detokenize(self, body: Any) -> dict[str, Any]:
+        ids = Fields(body, "/detokenize").ids("tokens")
+        if ids:
+            token_rows([ids], self._service.prepare.config.text.vocab_size)
+        return {"prompt": b"".join(map(self._service.prepare.tokenizer.spelling, ids)).decode("utf-8", "replace")}

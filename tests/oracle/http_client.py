@@ -1,0 +1,73 @@
+"""A client without habits: what is sent and what comes back, byte by byte, streams event by event."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: Any  # JSON where it is some, else text
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """Of OpenAI's form, which every failure has."""
+        assert set(self.body) == {"error"}, self.body
+        assert set(self.body["error"]) == {"message", "type", "param", "code"}
+        assert "\n" not in self.body["error"]["message"]
+        return self.body["error"]
+
+
+class Client:
+    """Asks a server, a connection for each request."""
+
+    def __init__(self, url: str, **headers: str):
+        self.host, self.port = urlsplit(url).hostname or "", urlsplit(url).port
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    @contextlib.contextmanager
+    def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Iterator[http.client.HTTPResponse]:
+        data = json.dumps(body).encode() if isinstance(body, dict | list | str) else body  # bytes, or pieces of them
+        with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=120)) as connection:
+            connection.request(method, path, data, {"content-type": "application/json", **self.headers, **(headers or {})})
+            with connection.getresponse() as response:
+                yield response
+
+    def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        with self.send(method, path, body, headers) as response:
+            text = response.read().decode()
+            kind = response.headers.get("content-type", "")
+            named = {name.lower(): value for name, value in response.headers.items()}
+            return Answer(response.status, named, json.loads(text) if "json" in kind else text)
+
+    def get(self, path: str, **headers: str) -> Answer:
+        return self.ask("GET", path, None, {name.replace("_", "-"): value for name, value in headers.items()})
+
+    def post(self, path: str, body: Any, **headers: str) -> Answer:
+        return self.ask("POST", path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+    def events(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
+        """The data of a stream's events, as they come; its end is "[DONE]"."""
+        with self.send("POST", path, body | {"stream": True}) as response:
+            assert response.status == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            for line in response:
+                if line.startswith(b"data: "):
+                    data = line[6:].decode().strip()
+                    yield data if data == "[DONE]" else json.loads(data)
+
+    def connect(self, request: bytes, *, receive_buffer: int | None = None) -> socket.socket:
+        """A connection that has sent something."""
+        connection = socket.socket()
+        if receive_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.connect((self.host, self.port))
+        connection.sendall(request)
+        return connection
