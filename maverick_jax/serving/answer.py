@@ -101,6 +101,11 @@ class Answer:
         return "".join(part for part in self._parts if isinstance(part, str))
 
     @property
+    def stop_text(self) -> str | None:
+        """The one that ended it."""
+        return self._stop.found
+
+    @property
     def has_news(self) -> bool:
         return self.finish is None and (self.new_tokens < len(self.handle.tokens) or self.handle.finish is not None)
 

@@ -30,6 +30,7 @@ class Job:
       stream: whether the answer is wanted as it comes.
       stream_usage: whether a stream ends with what it cost.
       return_token_ids: whether the answer comes as token ids too.
+      repeated: fields of the request that the answer repeats.
       unknown: a line for each field that has no effect, since nobody knows it.
     """
 
@@ -49,4 +50,5 @@ class Job:
     stream: bool = False
     stream_usage: bool = False
     return_token_ids: bool = False
+    repeated: dict[str, Any] = dataclasses.field(default_factory=dict)
     unknown: tuple[str, ...] = ()

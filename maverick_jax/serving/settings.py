@@ -70,6 +70,11 @@ def grammar(fields: Fields) -> Grammar | None:
         if not isinstance(outputs, dict) or not outputs.keys() <= STRUCTURED.keys():
             raise UserError(f"structured_outputs is {shown(outputs)}: expected one of {', '.join(STRUCTURED)}.")
         return Grammar(**{STRUCTURED[name]: value for name, value in outputs.items() if value is not None})
+    return form(wanted, "response_format")
+
+
+def form(wanted: Any, name: str) -> Grammar | None:
+    """Of what OpenAI calls a response's format."""
     match wanted:
         case None | {"type": "text"}:
             return None
@@ -77,4 +82,4 @@ def grammar(fields: Fields) -> Grammar | None:
             return Grammar(json_object=True)
         case {"type": "json_schema", "json_schema": {"schema": schema}}:
             return Grammar(json_schema=schema)
-    raise UserError(f"response_format is {shown(wanted)}: expected type text, json_object, or json_schema with a json_schema of a schema.")
+    raise UserError(f"{name} is {shown(wanted)}: expected type text, json_object, or json_schema with a json_schema of a schema.")

@@ -15,26 +15,19 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple
 
 from maverick_jax.convert.build.durable import sync
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import shown
 from maverick_jax.json_file import MAX_VALUES, parse_json
+from maverick_jax.serving.dialect import Dialect
 from maverick_jax.serving.dialects import chat, completions
 from maverick_jax.serving.job import Job
-from maverick_jax.serving.reply import Reply
 
 LONGEST = 64 << 20  # bytes of a request; pictures are in it, with a third more bytes than their files have
 BEGINNING = b'{"id": "batch_req_'  # of every result
 BOM = b"\xef\xbb\xbf"
-
-
-class Dialect(Protocol):
-    """A module of `dialects`."""
-
-    def read(self, body: Any) -> Job: ...
-    def body_of(self, reply: Reply) -> dict[str, Any]: ...
 
 
 DIALECTS: dict[str, Dialect] = {chat.URL: chat, completions.URL: completions}

@@ -10,16 +10,15 @@ from typing import Any
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import MAX_NEW_TOKENS, Range, shown, whole
-from maverick_jax.json_file import parse_json
 from maverick_jax.serving import logprobs, sse
 from maverick_jax.serving.answer import Answer, Call, Portion, Token
-from maverick_jax.serving.failure import openai_body
+from maverick_jax.serving.failure import Failure, openai_body
 from maverick_jax.serving.fields import Fields
 from maverick_jax.serving.job import Job
 from maverick_jax.serving.pictures import picture_at
 from maverick_jax.serving.reply import Reply
 from maverick_jax.serving.settings import shared
-from maverick_jax.serving.tools.choice import Tools, function, tools
+from maverick_jax.serving.tools.choice import Tools, arguments_of, function, tools
 from maverick_jax.serving.tools.reader import CallDelta
 
 URL = "/v1/chat/completions"
@@ -105,13 +104,7 @@ def _call(call: Any) -> Any:
     given = call.get("function") if isinstance(call, dict) else None
     if not isinstance(given, dict) or not isinstance(text := given.get("arguments"), str):
         return call
-    try:
-        arguments = parse_json(text.encode("utf-8", "surrogatepass")) if text.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the arguments of a tool call are no JSON ({error}): send them as the model wrote them.") from error
-    if not isinstance(arguments, dict):
-        raise UserError(f"the arguments of a tool call are {shown(arguments)}: expected a JSON object.")
-    return call | {"function": given | {"arguments": arguments}}
+    return call | {"function": given | {"arguments": arguments_of(text)}}
 
 
 def _part(part: Any) -> Any:
@@ -169,6 +162,9 @@ class Stream:
         if self._reply.job.stream_usage:
             yield self._chunk([], {"usage": self._reply.usage})
         yield sse.DONE
+
+    def fail(self, failure: Failure) -> Iterable[bytes]:
+        return [sse.event(failed(failure)), sse.DONE]
 
     def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any] | None = None) -> bytes:
         return sse.event(_object(self._reply, "chat.completion.chunk", choices) | (more or {}))

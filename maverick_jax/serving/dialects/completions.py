@@ -12,7 +12,7 @@ from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import MAX_NEW_TOKENS, Range, listed, shown, whole
 from maverick_jax.serving import logprobs, sse
 from maverick_jax.serving.answer import Portion
-from maverick_jax.serving.failure import openai_body
+from maverick_jax.serving.failure import Failure, openai_body
 from maverick_jax.serving.fields import Fields, token_ids
 from maverick_jax.serving.job import Job
 from maverick_jax.serving.reply import Reply
@@ -90,6 +90,9 @@ class Stream:
         if self._reply.job.stream_usage:
             yield sse.event(_object(self._reply, []) | {"usage": self._reply.usage})
         yield sse.DONE
+
+    def fail(self, failure: Failure) -> Iterable[bytes]:
+        return [sse.event(failed(failure)), sse.DONE]
 
 
 def _object(reply: Reply, choices: list[dict[str, Any]]) -> dict[str, Any]:

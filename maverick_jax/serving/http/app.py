@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,16 +17,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from maverick_jax.serving.dialects import chat, completions
+from maverick_jax.serving.dialect import Dialect
+from maverick_jax.serving.dialects import chat, completions, messages, responses
 from maverick_jax.serving.failure import Failure, failure_of, openai_body
-from maverick_jax.serving.http.exchange import Dialect, Exchange
+from maverick_jax.serving.http.exchange import Exchange
 from maverick_jax.serving.http.gate import Gate
 from maverick_jax.serving.http.information import Information
 from maverick_jax.serving.http.keys import Keys
 from maverick_jax.serving.http.service import Service
 
 LONGEST = 64 << 20  # bytes of a body; pictures are in it, with a third more bytes than their files have
-DIALECTS: dict[str, Dialect] = {chat.URL: chat, completions.URL: completions}
+DIALECTS: dict[str, Dialect] = {
+    chat.URL: chat,
+    responses.URL: responses,
+    completions.URL: completions,
+    messages.URL: messages,
+}
 log = logging.getLogger("maverick.serve")
 
 
@@ -51,6 +58,7 @@ def make_app(service: Service, settings: Settings) -> Starlette:
     about = Information(service, settings.longest, int(time.time()))
     routes = [Route(url, Exchange(service, dialect, settings.longest), methods=["POST"]) for url, dialect in DIALECTS.items()]
     routes += [
+        Route(f"{messages.URL}/count_tokens", about.count_tokens, methods=["POST"]),
         Route("/v1/models", about.models),
         Route("/v1/models/{name:path}", about.model),
         Route("/health", about.health),
@@ -60,7 +68,7 @@ def make_app(service: Service, settings: Settings) -> Starlette:
         Route("/detokenize", about.detokenize, methods=["POST"]),
         Route("/tokenizer_info", about.tokenizer_info),
     ]
-    middleware = [Middleware(Gate, keys=settings.keys, written=settings.written)]
+    middleware = [Middleware(Gate, keys=settings.keys, failed=failed_body, written=settings.written)]
     if settings.origins:
         origins = list(settings.origins)
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
@@ -75,15 +83,20 @@ def make_app(service: Service, settings: Settings) -> Starlette:
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
 
 
+def failed_body(path: str, failure: Failure) -> dict[str, Any]:
+    """What says it to the clients of an address."""
+    return messages.failed(failure) if path.startswith(messages.URL) else openai_body(failure)
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     """An address or a method that there is not."""
     assert isinstance(error, HTTPException)
     said = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json says what there is."
-    return JSONResponse(openai_body(Failure(error.status_code, said)), error.status_code, error.headers)
+    return JSONResponse(failed_body(request.url.path, Failure(error.status_code, said)), error.status_code, error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     failure = failure_of(error)
     if failure.status == 500:
         log.error("a request failed", exc_info=error)
-    return JSONResponse(openai_body(failure), failure.status, failure.headers)
+    return JSONResponse(failed_body(request.url.path, failure), failure.status, failure.headers)

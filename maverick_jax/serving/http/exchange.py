@@ -9,36 +9,22 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from maverick_jax.inference.checks import shown
 from maverick_jax.json_file import MAX_VALUES, parse_json
-from maverick_jax.serving import sse
+from maverick_jax.serving.dialect import Dialect
 from maverick_jax.serving.failure import Failure, failure_of
 from maverick_jax.serving.http.service import Service
-from maverick_jax.serving.job import Job
 from maverick_jax.serving.reply import Reply
 
 BODY_S = 60.0  # a body may take to come
 REST_S = 5.0  # and the rest of one that is refused
 log = logging.getLogger("maverick.serve")
-
-
-class Dialect(Protocol):
-    """A module of `dialects`."""
-
-    def read(self, body: Any) -> Job: ...
-    def body_of(self, reply: Reply) -> dict[str, Any]: ...
-    def failed(self, failure: Failure) -> dict[str, Any]:
-        """The body that says it."""
-        ...
-
-    @property
-    def Stream(self) -> Callable[[Reply], sse.Stream]: ...
 
 
 class Gone(Exception):
@@ -97,7 +83,7 @@ class Exchange:
             failure = failure_of(error)
             failure = Failure(failure.status, str(error)) if failure.status != 500 else failure
             log.warning("a stream failed: %s", error)
-            await _send_events(send, [sse.event(self._dialect.failed(failure)), sse.DONE])
+            await _send_events(send, stream.fail(failure))
         else:
             await _send_events(send, stream.end())
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from maverick_jax.serving.failure import Failure, openai_body
+from maverick_jax.serving.failure import Failure
 from maverick_jax.serving.http.exchange import send_json
 from maverick_jax.serving.http.keys import NOBODY, Keys
 from maverick_jax.serving.reply import Reply
@@ -24,11 +24,14 @@ class Gate:
     """An ASGI application in front of another one.
 
     Args:
+      failed: the body that says to the clients of an address what went wrong.
       written: takes a line of the log.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, written: Callable[[str], object] | None = None):
-        self._app, self._keys, self._written = app, keys, written
+    def __init__(
+        self, app: ASGIApp, keys: Keys, failed: Callable[[str, Failure], dict[str, Any]], written: Callable[[str], object] | None = None
+    ):
+        self._app, self._keys, self._failed, self._written = app, keys, failed, written
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,7 +56,7 @@ class Gate:
             with self._keys.one_more(state["owner"]):
                 await self._app(scope, receive, send_named)
         except Failure as failure:
-            await send_json(send_named, failure.status, openai_body(failure), failure.headers)
+            await send_json(send_named, failure.status, self._failed(scope["path"], failure), failure.headers)
         finally:
             if self._written is not None:
                 self._written(_line(scope, state, id, status, time.perf_counter() - began))

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from maverick_jax import __version__
 from maverick_jax.inference.checks import token_rows
-from maverick_jax.serving.dialects import chat
+from maverick_jax.serving.dialects import chat, messages
 from maverick_jax.serving.failure import Failure
 from maverick_jax.serving.fields import Fields
 from maverick_jax.serving.http.exchange import parsed, read_body
@@ -57,6 +57,10 @@ class Information:
     async def detokenize(self, request: Request) -> Response:
         return JSONResponse(await self._answer(request, self._detokenize))
 
+    async def count_tokens(self, request: Request) -> Response:
+        """Of a body for `/v1/messages`."""
+        return JSONResponse(await self._answer(request, self._count_tokens))
+
     async def tokenizer_info(self, request: Request) -> Response:
         tokenizer, config = self._service.prepare.tokenizer, self._service.prepare.config
         named = {"bos_token": config.bos_token_id, "eos_token": config.eos_token_id[0], "pad_token": config.pad_token_id}
@@ -67,6 +71,10 @@ class Information:
     async def _answer(self, request: Request, work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         data = await read_body(request, self._longest)
         return await self._service.in_thread(lambda: work(parsed(data)))
+
+    def _count_tokens(self, body: Any) -> dict[str, Any]:
+        (prompt,) = self._service.prepare.prompts(messages.read(body, answered=False))
+        return {"input_tokens": len(prompt.token_ids)}
 
     def _tokenize(self, body: Any) -> dict[str, Any]:
         fields = Fields(body, "/tokenize")

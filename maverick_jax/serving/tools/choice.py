@@ -8,6 +8,7 @@ from typing import Any
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import shown
+from maverick_jax.json_file import parse_json
 
 LONGEST_NAME = 256
 
@@ -97,3 +98,18 @@ def tools(functions: Sequence[Function], mode: str, named: Sequence[str] | None 
         raise UserError("tool_choice asks for a call, and tools has none.")
     allowed = frozenset(() if mode == "none" else names if named is None else named)
     return Tools(tuple(functions), allowed, mode == "required", parallel)
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """The arguments of a call that a client sends back, which OpenAI writes as JSON in a text.
+
+    Raises:
+      UserError: no JSON object.
+    """
+    try:
+        arguments = parse_json(text.encode("utf-8", "surrogatepass")) if text.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the arguments of a tool call are no JSON ({error}): send them as the model wrote them.") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f"the arguments of a tool call are {shown(arguments)}: expected a JSON object.")
+    return arguments
