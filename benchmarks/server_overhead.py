@@ -21,7 +21,7 @@ import numpy as np
 
 import maverick_jax as mj
 from maverick_jax.serving.http.app import Settings
-from maverick_jax.serving.http.server import Server
+from maverick_jax.serving.http.server import Server, bound
 from maverick_jax.serving.http.service import Service
 
 PROMPT = "What is the sum?"
@@ -87,7 +87,7 @@ def main() -> None:
     engine = mj.Engine(mj.load(args.model), slots=args.streams, max_length=512)
     service = Service(engine, ["mini"])
     ids = service.prepare.begun(PROMPT)
-    with engine, Server(service, Settings(), port=0) as server:
+    with engine, Server(service, Settings(), bound("127.0.0.1", 0)) as server:
         port = int(server.url.rpartition(":")[2])
         found: dict[str, list[tuple[float, float]]] = {"engine": [], "server": []}
         first: dict[str, list[float]] = {"engine": [], "server": []}

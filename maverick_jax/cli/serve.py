@@ -24,7 +24,10 @@ from maverick_jax.cli import compilation, interrupt, options
 from maverick_jax.cli.parser import given_words, real, whole
 
 if TYPE_CHECKING:
+    import socket
+
     from maverick_jax.inference.engine import Engine
+    from maverick_jax.serving.http.app import Settings
     from maverick_jax.serving.http.server import Server
 
 
@@ -61,17 +64,28 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.sharding import multihost
 
     require_extra()
-    from maverick_jax.serving.http.keys import Keys
-
-    keys = Keys(args.keys, args.per_key) if multihost.is_first() else None  # a wrong file is told before a large model is loaded
-    with options.engine_for(args, queue=args.queue) as engine:
+    with contextlib.ExitStack() as stack:
+        front = stack.enter_context(_front(args)) if multihost.is_first() else None  # what is wrong is told before a large model is loaded
+        engine = stack.enter_context(options.engine_for(args, queue=args.queue))
         if args.warm_up:
             engine.warm_up(progress=not args.quiet)
-        if keys is None:
+        if front is None:
             engine.follow()
         else:
-            engine.lead(lambda: _serve(args, engine, keys))
+            engine.lead(lambda: _serve(args, engine, *front))
     return 0
+
+
+@contextlib.contextmanager
+def _front(args: argparse.Namespace) -> Iterator[tuple[Settings, socket.socket]]:
+    """What clients meet first: the address, not yet open, and who may ask how much."""
+    from maverick_jax.serving.http.app import Settings
+    from maverick_jax.serving.http.keys import Keys
+    from maverick_jax.serving.http.server import bound
+
+    keys = Keys(args.keys, args.per_key)
+    with _log(args.access_log) as written, bound(args.host, args.port) as address:
+        yield Settings(keys=keys, longest=args.max_body, origins=args.origin, written=written), address
 
 
 def require_extra() -> None:
@@ -89,25 +103,22 @@ def require_extra() -> None:
         raise UserError(f"the server takes the extra `server` ({error}): pip install 'maverick-jax[server]'.") from error
 
 
-def _serve(args: argparse.Namespace, engine: Engine, keys: Any) -> None:
+def _serve(args: argparse.Namespace, engine: Engine, settings: Settings, address: socket.socket) -> None:
     import logging
     from pathlib import Path
 
     from maverick_jax.assets import mini_directory
-    from maverick_jax.serving.http.app import Settings
     from maverick_jax.serving.http.server import Server
     from maverick_jax.serving.http.service import Service
 
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     names = args.name or [Path(args.model or mini_directory()).resolve().name]
-    with _log(args.access_log) as written:
-        settings = Settings(keys=keys, longest=args.max_body, origins=args.origin, written=written)
-        with engine:
-            server = Server(Service(engine, names), settings, host=args.host, port=args.port, grace_s=args.grace)
-            if not args.quiet:
-                say(server, engine, names[0], keyed=keys.needed)
-            _until_stopped(server)
+    with engine:
+        server = Server(Service(engine, names), settings, address, grace_s=args.grace)
+        if not args.quiet:
+            say(server, engine, names[0], keyed=settings.keys.needed)
+        _until_stopped(server)
 
 
 def say(server: Server, engine: Engine, name: str, *, keyed: bool) -> None:

@@ -6,7 +6,7 @@ import pytest
 from mistakes.attempt import attempt, everything, read_tables
 
 MISTAKES = read_tables()
-AREAS = {"demo", "convert", "verify", "export", "inspect", "generate", "chat", "batch", "plan", "bench", "check", "tokens"}
+AREAS = {"demo", "convert", "verify", "export", "inspect", "generate", "chat", "batch", "serve", "plan", "bench", "check", "tokens"}
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ class ScriptedEngine:
     Attributes:
       running: requests that have not ended.
       seen: all requests.
+      handles: theirs.
     """
 
     def __init__(self, answer: Callable[[str], str | Exception], *, pause: float = 0.0, most: int = 1000, max_length: int = 1 << 20):
@@ -32,6 +33,7 @@ class ScriptedEngine:
         self.grammars = Grammars(TOKENIZER, vocabulary=CONFIG.text.vocab_size, end_ids=CONFIG.eos_token_id)
         self.running: list[Handle] = []
         self.seen: list[Request] = []
+        self.handles: list[Handle] = []
         self._answer, self._pause, self._most, self._told = answer, pause, most, []
         self._news = threading.Condition()
 
@@ -45,6 +47,7 @@ class ScriptedEngine:
         handle = Handle(checked, lambda *_: None, self._cancel)
         self.running.append(handle)
         self.seen.append(request)
+        self.handles.append(handle)
         threading.Thread(target=self._say, args=(handle,), daemon=True).start()
         return handle
 

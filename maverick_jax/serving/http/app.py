@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from maverick_jax.inference.checks import Range, whole
 from maverick_jax.serving.dialect import Dialect
 from maverick_jax.serving.dialects import chat, completions, messages, responses
 from maverick_jax.serving.failure import Failure, failure_of, openai_body
@@ -33,6 +34,7 @@ DIALECTS: dict[str, Dialect] = {
     completions.URL: completions,
     messages.URL: messages,
 }
+MOST = Range(whole, 1, float("inf"), "a number of bytes, 1 or more")
 log = logging.getLogger("maverick.serve")
 
 
@@ -51,6 +53,9 @@ class Settings:
     longest: int = LONGEST
     origins: Sequence[str] = ()
     written: Callable[[str], object] | None = None
+
+    def __post_init__(self):
+        MOST.check("--max-body", self.longest)
 
 
 def make_app(service: Service, settings: Settings) -> Starlette:

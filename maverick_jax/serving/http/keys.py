@@ -15,10 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from maverick_jax.errors import UserError
+from maverick_jax.inference.checks import Range, whole
 from maverick_jax.serving.failure import AGAIN_S, Failure
 
 VARIABLE = "MAVERICK_API_KEYS"
 LOOK_AGAIN_S = 1.0  # at a file, which may have changed
+AT_ONCE = Range(whole, 1, float("inf"), "a whole number, 1 or more")
 NOBODY = "-"  # asks where no key is needed
 
 
@@ -35,7 +37,7 @@ class Keys:
 
     def __init__(self, file: str | Path | None = None, at_once: int | None = None):
         self._file = None if file is None else Path(file)
-        self._at_once = at_once
+        self._at_once = None if at_once is None else AT_ONCE.check("--per-key", at_once)
         self._running: collections.Counter[str] = collections.Counter()
         self._names: dict[bytes, str] = {}
         self._looked, self._stamp = 0.0, (0, 0)

@@ -13,12 +13,15 @@ import threading
 import uvicorn
 
 from maverick_jax.errors import UserError
+from maverick_jax.inference.checks import Range, real, whole
 from maverick_jax.serving.http.app import Settings, make_app
 from maverick_jax.serving.http.service import Service
 
 STALLED_S = 30  # a client may read nothing; the system ends the connection then
+BACKLOG = 2048  # connections that wait to be taken
 TOLD_S = 5.0  # and in which everybody has been told of the end
-BACKLOG = 2048
+GRACE = Range(real, 0.0, 86_400.0, "a number of seconds, at most a day")
+PORT = Range(whole, 0, 65535, "a whole number between 0 (any that is free) and 65535")
 SWITCH_S = 0.0005  # that a thread may keep Python from others: with its usual 5 ms the streams hold up the engine's next step
 
 
@@ -26,19 +29,18 @@ class Server:
     """A service that listens.
 
     Args:
+      address: from `bound`; it is closed with the server.
       grace_s: seconds that running answers have when it closes.
-
-    Raises:
-      UserError: the address cannot be had.
     """
 
-    def __init__(self, service: Service, settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, grace_s: float = 30.0):
-        self._service, self._grace_s = service, grace_s
-        self._socket = _listening(host, port)
+    def __init__(self, service: Service, settings: Settings, address: socket.socket, *, grace_s: float = 30.0):
+        self._service, self._grace_s = service, GRACE.check("--grace", grace_s)
+        self._socket = address
         config = uvicorn.Config(
             make_app(service, settings),
             lifespan="on",
             ws="none",
+            backlog=BACKLOG,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -83,14 +85,20 @@ class Server:
         sys.setswitchinterval(self._usual)
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    if not 0 <= port < 1 << 16:
-        raise UserError(f"{host}:{port} cannot be listened at: a --port is a number between 0 and 65535.")
+def bound(host: str, port: int) -> socket.socket:
+    """The address of a server that does not listen yet: nobody waits for a model that is being loaded.
+
+    Raises:
+      UserError: it cannot be had.
+    """
+    PORT.check("--port", port)
+    address = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(AttributeError, OSError):  # Linux has it
+            address.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_S * 1000)
+        address.bind((host, port))
     except OSError as error:
+        address.close()
         raise UserError(f"{host}:{port} cannot be listened at ({error.strerror}): choose another --host or --port.") from error
-    with contextlib.suppress(AttributeError, OSError):  # Linux has it
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_S * 1000)
-    return listening
+    return address

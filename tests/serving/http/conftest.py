@@ -8,7 +8,7 @@ pytest.importorskip("uvicorn", reason="uvicorn, of the extra `server`, is not in
 
 import maverick_jax as mj
 from maverick_jax.serving.http.app import Settings
-from maverick_jax.serving.http.server import Server
+from maverick_jax.serving.http.server import Server, bound
 from maverick_jax.serving.http.service import Service
 from oracle.http_client import Client
 from oracle.scripted_engine import ScriptedEngine
@@ -17,7 +17,7 @@ from oracle.scripted_engine import ScriptedEngine
 @contextlib.contextmanager
 def serving(engine, grace_s: float = 5.0, **settings):
     """A client of a server."""
-    with Server(Service(engine, ["mini", "other-name"]), Settings(**settings), port=0, grace_s=grace_s) as server:
+    with Server(Service(engine, ["mini", "other-name"]), Settings(**settings), bound("127.0.0.1", 0), grace_s=grace_s) as server:
         yield Client(server.url)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import maverick_jax as mj
 from maverick_jax.assets.digits import held_out, picture
+from maverick_jax.inference.request import Finish
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "What is the sum?"}]
@@ -151,10 +152,12 @@ def test_who_goes_away_costs_nothing_more(mini, engine):
         response_of = mini.connect(request_of({"prompt": "What", "max_tokens": 400, "ignore_eos": True, "stream": stream}))
         while not engine._serving.by_number:
             time.sleep(0.01)
+        (served,) = engine._serving.by_number.values()
         if stream:
             assert b"data: {" in response_of.recv(4096) + response_of.recv(4096)
         response_of.close()
-        until(lambda: not engine._serving.by_number)
+        until(lambda handle=served.handle: handle.finish)
+        assert served.handle.finish is Finish.CANCELLED
     engine._serving.scheduler.check()
 
 

@@ -8,11 +8,12 @@ import time
 import pytest
 
 from maverick_jax.errors import UserError
+from maverick_jax.inference.request import Finish
 from maverick_jax.serving.http import keys as keys_module
 from maverick_jax.serving.http import server as server_module
 from maverick_jax.serving.http.app import Settings
 from maverick_jax.serving.http.keys import VARIABLE, Keys
-from maverick_jax.serving.http.server import Server
+from maverick_jax.serving.http.server import Server, bound
 from maverick_jax.serving.http.service import Service
 from maverick_jax.serving.reply import Reply
 from oracle.http_client import Client
@@ -94,6 +95,7 @@ def test_a_full_queue(serve):
     refused = serve(engine).post(COMPLETIONS, {**ASK, "n": 5})
     assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (429, "rate_limit_exceeded", "1")
     until(lambda: not engine.running)
+    assert [handle.finish for handle in engine.handles] == [Finish.CANCELLED] * 3
 
 
 def test_the_log_has_no_prompts(serve):
@@ -121,7 +123,7 @@ def test_pages_of_others_may_ask_where_they_are_allowed(serve):
 def ending(said: str, pause: float, grace_s: float) -> tuple[list, float, list]:
     """What a stream gets of a server that is closed in its midst, how long closing took, and what still runs."""
     engine, events = ScriptedEngine(lambda prompt: said, pause=pause), []
-    server = Server(Service(engine, ["mini"]), Settings(), port=0, grace_s=grace_s)
+    server = Server(Service(engine, ["mini"]), Settings(), bound("127.0.0.1", 0), grace_s=grace_s)
     with server:
         client = Client(server.url)
         thread = threading.Thread(target=lambda: events.extend(client.events(COMPLETIONS, {**ASK, "max_tokens": 1000})))
@@ -173,9 +175,8 @@ def replies() -> list[Reply]:
 
 def test_an_address_that_cannot_be_had():
     """One line that names it."""
-    service = Service(ScriptedEngine(lambda prompt: ""), ["mini"])
-    with Server(service, Settings(), port=0) as server:
+    with Server(Service(ScriptedEngine(lambda prompt: ""), ["mini"]), Settings(), bound("127.0.0.1", 0)) as server:
         port = int(server.url.rpartition(":")[2])
-        for host, wrong in (("127.0.0.1", port), ("127.0.0.1", 70_000), ("nowhere.invalid", 0)):
+        for host, wrong in (("127.0.0.1", port), ("nowhere.invalid", 0)):
             with pytest.raises(UserError, match=f"{host}:{wrong} cannot be listened at"):
-                Server(service, Settings(), host=host, port=wrong)
+                bound(host, wrong)
