@@ -5,13 +5,13 @@ Source: OpenAI's `/v1/models`; vLLM's `/tokenize`, `/detokenize`, `/tokenizer_in
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from maverick_jax import __version__
 from maverick_jax.inference.checks import token_rows
 from maverick_jax.serving.dialects import chat, messages
 from maverick_jax.serving.failure import Failure
@@ -49,7 +49,7 @@ class Information:
         return Response(status_code=503 if self._service.stopping else 200)
 
     async def version(self, request: Request) -> Response:
-        return JSONResponse({"version": __version__})
+        return JSONResponse({"version": importlib.metadata.version("maverick-jax")})
 
     async def tokenize(self, request: Request) -> Response:
         return JSONResponse(await self._answer(request, self._tokenize))
