@@ -51,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--origin", type=given_words, action="append", default=[], metavar="URL", help="pages in browsers that may ask; may be repeated"
     )
+    parser.add_argument(
+        "--images-from",
+        type=given_words,
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch pictures by https from here, *.example.org or * for every public host; may be repeated (default: nothing is fetched)",
+    )
     parser.add_argument("--grace", type=real, default=30.0, metavar="S", help="seconds for running answers at the end (default: 30)")
     parser.add_argument("--access-log", metavar="FILE", help="a line of JSON per request, without prompts; - for standard error")
     parser.add_argument("--verbose", action="store_true", help="name what clients send and nobody knows")
@@ -108,14 +116,17 @@ def _serve(args: argparse.Namespace, engine: Engine, settings: Settings, address
     from pathlib import Path
 
     from maverick_jax.assets import mini_directory
+    from maverick_jax.serving.http.fetch import Fetch
     from maverick_jax.serving.http.server import Server
     from maverick_jax.serving.http.service import Service
+    from maverick_jax.serving.pictures import refuse_address
 
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     names = args.name or [Path(args.model or mini_directory()).resolve().name]
     with engine:
-        server = Server(Service(engine, names), settings, address, grace_s=args.grace)
+        fetch = Fetch(args.images_from) if args.images_from else refuse_address
+        server = Server(Service(engine, names, fetch), settings, address, grace_s=args.grace)
         if not args.quiet:
             say(server, engine, names[0], keyed=settings.keys.needed)
         _until_stopped(server)

@@ -31,7 +31,7 @@ from maverick_jax.inference.runner import Launched
 from maverick_jax.inference.sampling import NOT_FINITE
 from maverick_jax.inference.scheduling.pace import FIXED, Pace
 from maverick_jax.inference.scheduling.plans import Limits, shapes
-from maverick_jax.inference.serving import Serving
+from maverick_jax.inference.serving import Occupancy, Serving
 from maverick_jax.inference.sizes import PIECE, call_rows, decode_rows, pieces
 from maverick_jax.inference.speculate import Acceptance
 from maverick_jax.model import Llama4
@@ -209,6 +209,12 @@ class Engine:
     def drafted(self) -> Acceptance:
         """What the drafts were good for."""
         return self._serving.drafted
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How busy it is."""
+        with self._lock:
+            return self._serving.occupancy
 
     @property
     def load_ME(self) -> np.ndarray:

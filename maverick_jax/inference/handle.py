@@ -20,6 +20,7 @@ class Handle:
       logprobs: of each token, if `Sampling.logprobs` asks for them, its own and those of the likeliest tokens by their ids.
       finish: why it ended; None while it goes on.
       cached_tokens: of the prompt, those that an earlier request had left in the cache.
+      waited: seconds until the engine began with it; None before.
       seconds: what it took, in three parts: "prefill" until the first token, "decode" from there on, "compile".
     """
 
@@ -29,6 +30,7 @@ class Handle:
         self.logprobs: list[tuple[float, dict[int, float]]] = []
         self.finish: Finish | None = None
         self.cached_tokens = 0
+        self.waited: float | None = None
         self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
         self._error: Exception | None = None
         self._more, self._cancel = more, cancel
@@ -82,6 +84,11 @@ class Handle:
     def decode_rate(self) -> float:
         """New tokens per second of decoding; the first comes from the prefill."""
         return (self.new_tokens - 1) / self.seconds["decode"] if self.new_tokens > 1 and self.seconds["decode"] > 0 else 0.0
+
+    def begin(self) -> None:
+        """(The engine) its prompt is being read; once more where it lost its place."""
+        if self.waited is None:
+            self.waited = time.perf_counter() - self._since
 
     def add(self, token: int, sampled: Sampled | None, place: int) -> None:
         """(The engine) a token has come, at a place of what was sampled, which matters for log-probabilities."""

@@ -37,12 +37,31 @@ class Served(Content):
     drafts: Drafts | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Occupancy:
+    """How busy an engine is.
+
+    Attributes:
+      running, waiting: requests with a slot, and without.
+      pages_used: share of the pages that running requests hold.
+      preempted: times that a request lost its place to an older one.
+      drafted: what drafts were good for.
+    """
+
+    running: int
+    waiting: int
+    pages_used: float
+    preempted: int
+    drafted: Acceptance
+
+
 class Serving:
     """Requests from their arrival to their end, with an empty cache to begin with.
 
     Attributes:
       by_number: those that have not ended, by the number of their row.
       drafted: what the drafts were good for.
+      preempted: times that a request lost its place to an older one.
       closed: it serves no more.
     """
 
@@ -52,6 +71,7 @@ class Serving:
         self.runner = Runner(model, room)
         self.by_number: dict[int, Served] = {}
         self.drafted = Acceptance()
+        self.preempted = 0
         self.closed = False
         self._launched: list[Launched] = []  # and not yet read
         self._undrawn: list[Forwarded] = []  # until the tokens are read that their masks are made of
@@ -59,6 +79,12 @@ class Serving:
     @property
     def busy(self) -> bool:
         return not self.closed and (bool(self._launched) or not self.scheduler.idle)
+
+    @property
+    def occupancy(self) -> Occupancy:
+        running = sum(served.row.slot is not None for served in self.by_number.values())
+        used = 1 - self.scheduler.available_pages / max(self.limits.pages, 1)
+        return Occupancy(running, len(self.by_number) - running, used, self.preempted, dataclasses.replace(self.drafted))
 
     def add(self, request: Admitted, handle: Handle, matcher: Matcher | None, tiles: list[bytes], now: float) -> Row:
         """Take a request in; `tiles`: a digest of each.
@@ -92,6 +118,9 @@ class Serving:
         for number in plan.finished:
             if number in self.by_number:  # a cancelled one has been told
                 self._end(self.by_number[number], Finish.DEADLINE)
+        self.preempted += len(plan.preempted)
+        for part in (part for call in plan.calls if call.kind == "prefill" for part in call.parts):
+            self.by_number[part.row].handle.begin()
         before, self._launched = self._launched, []
         for forwarded in self.runner.forward(plan, self.by_number):
             rows = [self.by_number[part.row] for part in forwarded.drawing]

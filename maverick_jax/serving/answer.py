@@ -6,6 +6,7 @@ Always: the portions of an answer, put together, are the same however the tokens
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,6 +55,22 @@ class Call:
     arguments: str
 
 
+@dataclasses.dataclass(slots=True)
+class Timing:
+    """When tokens came, in seconds of `time.perf_counter`.
+
+    Attributes:
+      asked: when the request was made.
+      first, last: when its tokens were read.
+      tokens: how many they were by then.
+    """
+
+    asked: float
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+
+
 class Answer:
     """One answer, as far as it has come.
 
@@ -64,6 +81,7 @@ class Answer:
       new_tokens: how many were read.
       finish: as the last portion's; None until it has ended.
       tokens: those that certainly are of it.
+      timing: for whoever measures.
     """
 
     def __init__(self, handle: Handle, tokenizer: Tokenizer, stop: tuple[str, ...] = (), tools: Tools = NO_TOOLS):
@@ -71,6 +89,7 @@ class Answer:
         self.new_tokens = 0
         self.finish: str | None = None
         self.tokens: list[Token] = []
+        self.timing = Timing(time.perf_counter())
         self._parts: list[str | CallDelta] = []
         self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(stop)
         self._calls = CallReader(tools) if tools.allowed else None

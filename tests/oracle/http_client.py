@@ -6,7 +6,8 @@ import contextlib
 import http.client
 import json
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -71,3 +72,11 @@ class Client:
         connection.connect((self.host, self.port))
         connection.sendall(request)
         return connection
+
+
+def until(holds: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait for what soon comes: a server counts and logs a request when it is over, a moment after its client has everything."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)

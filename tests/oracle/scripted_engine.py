@@ -7,10 +7,14 @@ import time
 import types
 from collections.abc import Callable
 
+import numpy as np
+
 from maverick_jax.inference.admission import admitted
 from maverick_jax.inference.grammar import Grammars
 from maverick_jax.inference.handle import Handle
 from maverick_jax.inference.request import Finish, Full, Request
+from maverick_jax.inference.serving import Occupancy
+from maverick_jax.inference.speculate import Acceptance
 from oracle.scripted import CONFIG, TOKENIZER, Model
 
 
@@ -36,6 +40,14 @@ class ScriptedEngine:
         self.handles: list[Handle] = []
         self._answer, self._pause, self._most, self._told = answer, pause, most, []
         self._news = threading.Condition()
+
+    @property
+    def occupancy(self) -> Occupancy:
+        return Occupancy(len(self.running), 0, 0.0, 0, Acceptance())
+
+    @property
+    def load_ME(self) -> np.ndarray:
+        return np.array([[3, 1, 0, 0]])
 
     def listen(self, told: Callable[[], object]) -> None:
         self._told.append(told)

@@ -69,6 +69,7 @@ def make_app(service: Service, settings: Settings) -> Starlette:
         Route("/health", about.health),
         Route("/ping", about.health, methods=["GET", "POST"]),
         Route("/version", about.version),
+        Route("/metrics", about.metrics),
         Route("/tokenize", about.tokenize, methods=["POST"]),
         Route("/detokenize", about.detokenize, methods=["POST"]),
         Route("/tokenizer_info", about.tokenizer_info),

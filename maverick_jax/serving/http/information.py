@@ -48,6 +48,11 @@ class Information:
         """200 while requests are taken, 503 once the server shuts down."""
         return Response(status_code=503 if self._service.stopping else 200)
 
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus."""
+        text = await self._service.in_thread(self._service.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": importlib.metadata.version("maverick-jax")})
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.handle import Stopped
 from maverick_jax.serving.answer import Answer, Portion
+from maverick_jax.serving.http.metrics import Metrics
 from maverick_jax.serving.job import Job
 from maverick_jax.serving.pictures import Address, refuse_address
 from maverick_jax.serving.prepare import Preparer
@@ -34,6 +35,7 @@ class Service:
     Attributes:
       prepare: makes requests of jobs.
       running: replies that are on their way.
+      metrics: counts what they come to.
       stopping: the server shuts down, and takes no more requests.
     """
 
@@ -41,6 +43,7 @@ class Service:
         self.engine, self.names = engine, names
         self.prepare = Preparer(engine.model, engine.limits.max_length, engine.grammars, fetch)
         self.running: set[Reply] = set()
+        self.metrics = Metrics(names[0], lambda: engine.occupancy, lambda: engine.load_ME)
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="maverick request")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news: asyncio.Future[None] | None = None
@@ -96,6 +99,7 @@ class Service:
             yield reply
         finally:
             self.running.discard(reply)
+            self.metrics.ended(reply)
             self._end(reply)
 
     def _abandon(self, submitting: asyncio.Future[Reply]) -> None:
@@ -121,7 +125,9 @@ class Service:
             for index in left:
                 answer = reply.answers[index]
                 if answer.has_news:
-                    yield index, answer.read()
+                    portion = answer.read()
+                    self.metrics.portion(answer, portion)
+                    yield index, portion
             left = [index for index in left if reply.answers[index].finish is None]
             if left and not any(reply.answers[index].has_news for index in left):
                 await asyncio.shield(news)

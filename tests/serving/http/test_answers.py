@@ -10,6 +10,7 @@ import pytest
 import maverick_jax as mj
 from maverick_jax.assets.digits import held_out, picture
 from maverick_jax.inference.request import Finish
+from oracle.http_client import until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "What is the sum?"}]
@@ -164,13 +165,6 @@ def test_who_goes_away_costs_nothing_more(mini, engine):
 def request_of(body: dict, path: str = COMPLETIONS) -> bytes:
     data = json.dumps(body).encode()
     return f"POST {path} HTTP/1.1\r\nhost: here\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
-
-
-def until(holds, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_what_the_server_is(mini):

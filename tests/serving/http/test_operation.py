@@ -16,18 +16,11 @@ from maverick_jax.serving.http.keys import VARIABLE, Keys
 from maverick_jax.serving.http.server import Server, bound
 from maverick_jax.serving.http.service import Service
 from maverick_jax.serving.reply import Reply
-from oracle.http_client import Client
+from oracle.http_client import Client, until
 from oracle.scripted_engine import ScriptedEngine
 
 COMPLETIONS = "/v1/completions"
 ASK = {"prompt": "x", "max_tokens": 100}
-
-
-def until(holds, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_keys_of_a_file(serve, tmp_path, monkeypatch):
@@ -51,6 +44,7 @@ def test_keys_of_a_file(serve, tmp_path, monkeypatch):
     assert client.post(COMPLETIONS, ASK, authorization="Bearer key-c").status == 200
     file.write_text("")
     assert client.post(COMPLETIONS, ASK, authorization="Bearer key-c").status == 200
+    until(lambda: len(lines) == 15)
     assert [line["key"] for line in lines if line["status"] == 200 and line["path"] == COMPLETIONS][::3] == ["alice", "carol"]
     assert not any("key-" in json.dumps(line) for line in lines)
 
@@ -104,6 +98,7 @@ def test_the_log_has_no_prompts(serve):
     client = serve("a secret answer", written=lambda line: lines.append(json.loads(line)))
     client.post(COMPLETIONS, {"prompt": "a secret prompt"}, x_request_id="my-name")
     client.get("/v1/nothing")
+    until(lambda: len(lines) == 2)
     assert [(line["path"], line["status"], line["key"]) for line in lines] == [(COMPLETIONS, 200, "-"), ("/v1/nothing", 404, "-")]
     assert (lines[0]["request"], lines[0]["finish"]) == ("my-name", ["stop"])
     assert lines[0]["prompt_tokens"] > 10 < lines[0]["new_tokens"]
