@@ -1,6 +1,7 @@
 # make demo    install into .venv, convert the embedded checkpoint, ask it about two pictures on 8 simulated devices
 # make test    install the test and torch extras, run all tests; EXTRAS=test leaves out what compares with PyTorch,
 #              WORKERS=1 takes half the memory (10 GB) and twice the time
+# make clients the clients that people use (openai, anthropic, langchain, ...) against our server, in an environment of their own
 # make lint    ruff and pyright
 # make docs    README, guides and an API reference as a site in site/
 
@@ -10,13 +11,16 @@ EXTRAS ?= test,torch
 WORKERS ?= 2
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test clients lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/maverick demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 2
+
+clients: $(VENV)/installed-test $(VENV)/clients/installed
+	MAVERICK_CLIENTS=$(VENV)/clients/bin/python $(BIN)/python -m pytest tests/clients
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -37,6 +41,11 @@ $(VENV)/installed: $(BIN)/python pyproject.toml
 $(VENV)/installed-test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	touch $(VENV)/installed $@
+
+$(VENV)/clients/installed: $(BIN)/python tests/clients/requirements.txt
+	$(BIN)/python -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/clients/requirements.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) demo build site *.egg-info
