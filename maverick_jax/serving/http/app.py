@@ -21,6 +21,7 @@ from maverick_jax.inference.checks import Range, whole
 from maverick_jax.serving.dialect import Dialect
 from maverick_jax.serving.dialects import chat, completions, messages, responses
 from maverick_jax.serving.failure import Failure, failure_of, openai_body
+from maverick_jax.serving.http import pages
 from maverick_jax.serving.http.exchange import Exchange
 from maverick_jax.serving.http.gate import Gate
 from maverick_jax.serving.http.information import Information
@@ -70,6 +71,7 @@ def make_app(service: Service, settings: Settings) -> Starlette:
         Route("/ping", about.health, methods=["GET", "POST"]),
         Route("/version", about.version),
         Route("/metrics", about.metrics),
+        *pages.routes(),
         Route("/tokenize", about.tokenize, methods=["POST"]),
         Route("/detokenize", about.detokenize, methods=["POST"]),
         Route("/tokenizer_info", about.tokenizer_info),

@@ -12,11 +12,12 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maverick_jax.serving.failure import Failure
+from maverick_jax.serving.http import pages
 from maverick_jax.serving.http.exchange import send_json
 from maverick_jax.serving.http.keys import NOBODY, Keys
 from maverick_jax.serving.reply import Reply
 
-OPEN = frozenset({"/", "/health", "/ping", "/version", "/metrics", "/openapi.json"})  # to everyone, without a key
+OPEN = frozenset({*pages.FILES, "/health", "/ping", "/version", "/metrics", "/openapi.json"})  # to everyone, without a key
 LONGEST_ID = 128
 
 
