@@ -71,6 +71,7 @@ def make_app(service: Service, settings: Settings) -> Starlette:
         Route("/ping", about.health, methods=["GET", "POST"]),
         Route("/version", about.version),
         Route("/metrics", about.metrics),
+        Route("/openapi.json", about.openapi),
         *pages.routes(),
         Route("/tokenize", about.tokenize, methods=["POST"]),
         Route("/detokenize", about.detokenize, methods=["POST"]),

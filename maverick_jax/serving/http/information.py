@@ -17,6 +17,7 @@ from maverick_jax.serving.dialects import chat, messages
 from maverick_jax.serving.failure import Failure
 from maverick_jax.serving.fields import Fields
 from maverick_jax.serving.http.exchange import parsed, read_body
+from maverick_jax.serving.http.openapi import description
 from maverick_jax.serving.http.service import Service
 
 
@@ -55,6 +56,10 @@ class Information:
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": importlib.metadata.version("maverick-jax")})
+
+    async def openapi(self, request: Request) -> Response:
+        """What the server offers."""
+        return JSONResponse(description())
 
     async def tokenize(self, request: Request) -> Response:
         return JSONResponse(await self._answer(request, self._tokenize))

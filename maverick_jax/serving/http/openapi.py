@@ -1,0 +1,163 @@
+"""What the server offers, as an OpenAPI description: for people, for generators of clients, and for those who try it at random.
+
+Fields that have no effect are not told of.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from maverick_jax.serving.dialects import chat, completions, messages, responses
+
+Schema = dict[str, Any]
+TEXT, NUMBER, WHOLE, FLAG = ({"type": kind} for kind in ("string", "number", "integer", "boolean"))
+
+
+def _listed(items: Schema, **more: Any) -> Schema:
+    return {"type": "array", "items": items, **more}
+
+
+def _object(properties: dict[str, Schema], *required: str) -> Schema:
+    return {"type": "object", "properties": properties, **({"required": list(required)} if required else {})}
+
+
+def _either(*schemas: Schema) -> Schema:
+    return {"anyOf": list(schemas)}
+
+
+def _between(least: float, most: float | None = None, kind: Schema = NUMBER) -> Schema:
+    return kind | {"minimum": least} | ({} if most is None else {"maximum": most})
+
+
+IDS = _listed(_between(0, None, WHOLE))
+ANY_OBJECT: Schema = {"type": "object"}
+CHOICE = _either({"enum": ["none", "auto", "required"]}, ANY_OBJECT)
+LIMIT = _between(1, None, WHOLE)
+SAMPLING = {
+    "temperature": _between(0),
+    "top_p": _between(0, 1),
+    "top_k": LIMIT,
+    "min_p": _between(0, 1),
+    "seed": WHOLE,
+    "repetition_penalty": _between(0.01, 100),
+    "presence_penalty": _between(-2, 2),
+    "frequency_penalty": _between(-2, 2),
+    "logit_bias": {"type": "object", "additionalProperties": _between(-100, 100)},
+    "min_tokens": _between(0, None, WHOLE),
+}
+SHARED = {
+    "model": TEXT,
+    **SAMPLING,
+    "stop": _either(TEXT, _listed(TEXT)),
+    "stop_token_ids": IDS,
+    "ignore_eos": FLAG,
+    "n": _between(1, 128, WHOLE),
+    "response_format": ANY_OBJECT,
+    "structured_outputs": ANY_OBJECT,
+    "stream": FLAG,
+    "stream_options": _object({"include_usage": FLAG}),
+    "return_token_ids": FLAG,
+}
+TOOLS = {"tools": _listed(ANY_OBJECT), "tool_choice": CHOICE, "parallel_tool_calls": FLAG}
+MESSAGES = _listed(_object({"role": TEXT, "content": _either(TEXT, _listed(ANY_OBJECT), {"type": "null"})}, "role"), minItems=1)
+CHAT = {
+    "messages": MESSAGES,
+    **SHARED,
+    **TOOLS,
+    "max_tokens": LIMIT,
+    "max_completion_tokens": LIMIT,
+    "logprobs": FLAG,
+    "top_logprobs": _between(0, 20, WHOLE),
+    "continue_final_message": FLAG,
+    "add_generation_prompt": FLAG,
+    "chat_template_kwargs": ANY_OBJECT,
+}
+BODIES = {
+    chat.URL: _object(CHAT, "messages"),
+    responses.URL: _object(
+        {
+            "input": _either(TEXT, _listed(ANY_OBJECT)),
+            "instructions": TEXT,
+            "model": TEXT,
+            **SAMPLING,
+            **TOOLS,
+            "max_output_tokens": LIMIT,
+            "text": _object({"format": ANY_OBJECT}),
+            "stream": FLAG,
+        },
+        "input",
+    ),
+    completions.URL: _object(
+        {
+            "prompt": _either(TEXT, _listed(TEXT), IDS, _listed(IDS)),
+            **SHARED,
+            "max_tokens": LIMIT,
+            "echo": FLAG,
+            "logprobs": _between(0, 20, WHOLE),
+        },
+        "prompt",
+    ),
+    messages.URL: _object(
+        {
+            "messages": MESSAGES,
+            "max_tokens": LIMIT,
+            "model": TEXT,
+            "system": _either(TEXT, _listed(ANY_OBJECT)),
+            "tools": _listed(ANY_OBJECT),
+            "tool_choice": ANY_OBJECT,
+            "temperature": SAMPLING["temperature"],
+            "top_p": SAMPLING["top_p"],
+            "top_k": LIMIT,
+            "stop_sequences": _listed(TEXT),
+            "output_config": ANY_OBJECT,
+            "output_format": ANY_OBJECT,
+            "stream": FLAG,
+        },
+        "messages",
+        "max_tokens",
+    ),
+    f"{messages.URL}/count_tokens": _object({"messages": MESSAGES, "system": TEXT, "tools": _listed(ANY_OBJECT)}, "messages"),
+    "/tokenize": _object({"prompt": TEXT, "messages": MESSAGES, "add_special_tokens": FLAG, "return_token_strs": FLAG}),
+    "/detokenize": _object({"tokens": IDS}, "tokens"),
+}
+ASKED = {
+    "/v1/models": "The model's names and its longest prompt with an answer.",
+    "/tokenizer_info": "Tokens that begin and end a text, and the chat template.",
+    "/version": "The program's version.",
+}
+OPENAI_ERROR = _object({"error": _object({"message": TEXT, "type": TEXT}, "message", "type", "param", "code")}, "error")
+ANTHROPIC_ERROR = _object(
+    {"type": {"const": "error"}, "error": _object({"type": TEXT, "message": TEXT}, "type", "message")}, "type", "error"
+)
+ERRORS = (400, 401, 404, 405, 408, 413, 429, 500, 503)
+
+
+def description() -> dict[str, Any]:
+    """OpenAPI 3.1."""
+    paths = {path: {"post": _operation(path, body)} for path, body in BODIES.items()}
+    paths |= {path: {"get": {"summary": text, "responses": _responses(path)}} for path, text in ASKED.items()}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "maverick-jax", "version": importlib.metadata.version("maverick-jax")},
+        "paths": paths,
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"key": []}, {}],
+    }
+
+
+def _operation(path: str, body: Schema) -> dict[str, Any]:
+    return {
+        "summary": f"See {path} in the guide to serving.",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": _responses(path, streams="stream" in body["properties"]),
+    }
+
+
+def _responses(path: str, *, streams: bool = False) -> dict[str, Any]:
+    error = ANTHROPIC_ERROR if path.startswith(messages.URL) else OPENAI_ERROR
+    content: dict[str, Any] = {"application/json": {"schema": ANY_OBJECT}}
+    if streams:
+        content["text/event-stream"] = {"schema": TEXT}
+    failed = {str(status): {"description": "What went wrong.", "content": {"application/json": {"schema": error}}} for status in ERRORS}
+    return {"200": {"description": "The answer.", "content": content}, **failed}
