@@ -10,7 +10,7 @@ from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import MAX_NEW_TOKENS, NoRoom, shown, stop_tokens, token_rows
 from maverick_jax.inference.grammar import Grammar
-from maverick_jax.inference.request import DEADLINE, Admitted, Request
+from maverick_jax.inference.request import DEADLINE, PROMPT_LOGPROBS, Admitted, Request
 from maverick_jax.inference.sampling import MOST_STOPS, Sampling
 from maverick_jax.model import Llama4
 from maverick_jax.model.inputs import check_patches, tiles_of
@@ -54,6 +54,7 @@ def admitted(request: Any, config: Config, max_length: int) -> Admitted:
     stop_ids = frozenset(stop_tokens(sorted(stop) if isinstance(stop, frozenset) else stop, config.text.vocab_size).tolist())
     if request.sampling.min_tokens and len(stop_ids) > MOST_STOPS:
         raise UserError(f"min_tokens keeps at most {MOST_STOPS} stop tokens away, and there are {len(stop_ids)}: leave some out.")
+    scored = None if request.prompt_logprobs is None else PROMPT_LOGPROBS.check("prompt_logprobs", request.prompt_logprobs)
     deadline = None if request.deadline is None else DEADLINE.check("deadline", request.deadline)
-    rest = {"sampling": request.sampling, "grammar": request.grammar}
+    rest = {"sampling": request.sampling, "grammar": request.grammar, "prompt_logprobs": scored}
     return Admitted(ids=ids, tiles=tiles, max_new_tokens=most, stop_ids=stop_ids, deadline=deadline, **rest)

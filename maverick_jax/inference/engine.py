@@ -27,7 +27,7 @@ from maverick_jax.inference.grammar import Grammars, Matcher
 from maverick_jax.inference.handle import Handle, Stopped
 from maverick_jax.inference.request import Admitted, Finish, Full, Request
 from maverick_jax.inference.room import Room, platform_of, room_for
-from maverick_jax.inference.runner import Launched
+from maverick_jax.inference.runner import Launched, Scored
 from maverick_jax.inference.sampling import NOT_FINITE
 from maverick_jax.inference.scheduling.pace import FIXED, Pace
 from maverick_jax.inference.scheduling.plans import Limits, shapes
@@ -188,7 +188,7 @@ class Engine:
 
     def follow(self) -> None:
         """On the other processes: compute what process 0 serves, until it is through."""
-        launched: list[Launched] = []
+        launched: list[Launched | Scored] = []
         with self._lock:
             for event in followers.told():
                 match event:
@@ -305,7 +305,7 @@ class Engine:
             with self._lock:
                 if self._leader:
                     self._leader.note(deliver=True)
-                    if self._serving.draws_later or any(NOT_FINITE in tokens for _, tokens, _ in drawn):
+                    if self._serving.draws_later or any(NOT_FINITE in (tokens or ()) for _, tokens, _ in drawn):
                         self._leader.tell()  # all draw, or compute why
                 self._serving.deliver(drawn)
                 self._broken = False
@@ -317,7 +317,7 @@ class Engine:
         for told in self._listeners:
             told()
 
-    def _launch(self, now: float, budget: int) -> list[Launched]:
+    def _launch(self, now: float, budget: int) -> list[Launched | Scored]:
         if self._leader:
             self._leader.note(now=now, budget=budget)
             self._leader.tell()

@@ -126,6 +126,7 @@ def as_json(request: Admitted) -> dict[str, Any]:
         "stop_ids": sorted(request.stop_ids),
         "deadline": request.deadline,
         "grammar": grammar and {grammar.kind: getattr(grammar, grammar.kind)},
+        "prompt_logprobs": request.prompt_logprobs,
     }
 
 
@@ -139,6 +140,7 @@ def from_json(told: dict[str, Any]) -> Request:
         stop_ids=told["stop_ids"],
         deadline=told["deadline"],
         grammar=grammar and Grammar(**grammar),
+        prompt_logprobs=told["prompt_logprobs"],
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
+
+import numpy as np
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.clock import seconds_compiling
 from maverick_jax.inference.request import Admitted, Finish
-from maverick_jax.inference.sampling import Sampled
+from maverick_jax.inference.sampling import Sampled, Scores
 
 
 class Handle:
@@ -18,6 +21,7 @@ class Handle:
       request: what was asked for.
       tokens: the new tokens so far, without the stop token.
       logprobs: of each token, if `Sampling.logprobs` asks for them, its own and those of the likeliest tokens by their ids.
+      prompt_logprobs: the same of each token of the prompt, if the request asks for them; of the first one None.
       finish: why it ended; None while it goes on.
       cached_tokens: of the prompt, those that an earlier request had left in the cache.
       waited: seconds until the engine began with it; None before.
@@ -28,6 +32,7 @@ class Handle:
         self.request = request
         self.tokens: list[int] = []
         self.logprobs: list[tuple[float, dict[int, float]]] = []
+        self.prompt_logprobs: list[tuple[float, dict[int, float]] | None] = []
         self.finish: Finish | None = None
         self.cached_tokens = 0
         self.waited: float | None = None
@@ -89,6 +94,16 @@ class Handle:
         """(The engine) its prompt is being read; once more where it lost its place."""
         if self.waited is None:
             self.waited = time.perf_counter() - self._since
+
+    def score(self, start: int, scores: Scores) -> None:
+        """(The engine) how likely the tokens are that come behind places of the prompt, from `start` on."""
+        most = self.request.prompt_logprobs
+        if most is None:
+            return
+        known = self.prompt_logprobs = self.prompt_logprobs or [None]
+        for place, own, top_N, ids_N in zip(itertools.count(start + 1), *(np.asarray(x_T).tolist() for x_T in scores), strict=False):
+            if place == len(known) < self.prompt_tokens:  # a piece that is computed again is known
+                known.append((own, dict(list(zip(ids_N, top_N, strict=True))[:most])))
 
     def add(self, token: int, sampled: Sampled | None, place: int) -> None:
         """(The engine) a token has come, at a place of what was sampled, which matters for log-probabilities."""

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.checks import Range, real
-from maverick_jax.inference.sampling import Sampling
+from maverick_jax.inference.checks import Range, real, whole
+from maverick_jax.inference.sampling import MOST_LOGPROBS, Sampling
 
 if TYPE_CHECKING:
     from maverick_jax.inference.grammar import Grammar
     from maverick_jax.inference.scheduling.pages import Page
 
+PROMPT_LOGPROBS = Range(whole, 0, MOST_LOGPROBS, f"a whole number between 0 and {MOST_LOGPROBS}")
 DEADLINE = Range(real, 0.0, float(np.finfo(np.float32).max), "a number of seconds, 0 or more")
 
 
@@ -46,6 +47,8 @@ class Request:
       stop_ids: tokens that end the answer; None takes the model's, `()` never stops early.
       deadline: seconds after it was submitted; None for as long as it takes.
       grammar: the form that the answer shall have, if any.
+      prompt_logprobs: with every token of the prompt but the first its log-probability and those of the n most likely ones, as
+        `Sampling.logprobs` has it for new tokens (None: none). All of the prompt is computed then, whatever is in the cache.
     """
 
     ids: Sequence[int] | np.ndarray
@@ -55,6 +58,7 @@ class Request:
     stop_ids: Collection[int] | int | None = None
     deadline: float | None = None
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

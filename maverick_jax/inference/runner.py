@@ -23,7 +23,7 @@ from maverick_jax.inference import pictures, steps
 from maverick_jax.inference.grammar import Matcher
 from maverick_jax.inference.request import Admitted, Row
 from maverick_jax.inference.room import Room
-from maverick_jax.inference.sampling import RowExtras, RowSampling, Sampling, history_of
+from maverick_jax.inference.sampling import RowExtras, RowSampling, Sampling, Scores, history_of
 from maverick_jax.inference.scheduling.plans import Call, Copy, Part, Plan
 from maverick_jax.inference.sizes import powers_of_two
 from maverick_jax.model import Llama4
@@ -68,12 +68,14 @@ class Forwarded(NamedTuple):
     Attributes:
       logits_BTV: float32, of each row's newest token and of its draft.
       draft_BD, rows_BC: see `steps.decode`.
+      scores: of the prompts' tokens, if somebody asked for them.
     """
 
     call: Call
     logits_BTV: jax.Array
     draft_BD: np.ndarray
     rows_BC: np.ndarray
+    scores: Scores | None = None
 
     @property
     def drawing(self) -> list[Part]:
@@ -98,6 +100,20 @@ class Launched:
             return None if sampled.logprob_B is None else jax.tree.map(lambda x: x[i], sampled)
 
         return [(part, tokens[i][: counts[i]], of_row(i)) for i, part in enumerate(self.parts) if part.samples]
+
+
+class Scored:
+    """Scores of prompts that nobody has read yet."""
+
+    def __init__(self, parts: Sequence[Part], scores: Scores):
+        self.parts, self._scores = parts, scores
+        for x in jax.tree.leaves(scores):
+            x.copy_to_host_async()
+
+    def read(self) -> list[tuple[Part, None, Scores]]:
+        """Each row's. Waits for the device."""
+        scores = jax.tree.map(np.asarray, self._scores)
+        return [(part, None, Scores(*(x_BT[i, : part.length] for x_BT in scores))) for i, part in enumerate(self.parts)]
 
 
 class Runner:
@@ -162,7 +178,7 @@ class Runner:
                     if with_extras:
                         self._begin_extras()
                     self._move_in(())
-                    self._draw(self._forward(call, {}), {}, greedy=greedy, extras=with_extras)
+                    self._draw(self._forward(call, {}, scored=with_extras), {}, greedy=greedy, extras=with_extras)
             jax.block_until_ready(self._token_S)
 
         def others() -> None:
@@ -204,7 +220,8 @@ class Runner:
             self.state = steps.copy(self._geometry, self.state, np.array(places, np.int32), np.array(pages, np.int32))
             places = [0, 0]
 
-    def _forward(self, call: Call, contents: Mapping[int, Content]) -> Forwarded:
+    def _forward(self, call: Call, contents: Mapping[int, Content], *, scored: bool = False) -> Forwarded:
+        """`scored`: with scores though nobody asks for them."""
         nobody = (self._geometry.places, 0, 0, -1)
         rows = [(part.slot, part.start, part.length, part.step if part.samples else -1) for part in call.parts]
         rows_BC = np.array(rows + [nobody] * (call.rows - len(rows)), np.int32)
@@ -217,14 +234,24 @@ class Runner:
             self.state, logits_BTV = steps.decode(structure, self._geometry, *common, self._token_S, draft_BD, rows_BC)
         else:
             x_BTD = self._embedded(call, contents)
-            self.state, logits_BTV = steps.prefill(structure, self._geometry, call.first, *common, x_BTD, rows_BC)
+            given = (structure, self._geometry, call.first, *common, x_BTD, rows_BC)
+            if scored or any(contents[part.row].request.prompt_logprobs is not None for part in call.parts):
+                self.state, logits_BTV, scores = steps.prefill_scored(*given, self._ids(call, contents, 1))
+                return Forwarded(call, logits_BTV, draft_BD, rows_BC, scores)
+            self.state, logits_BTV = steps.prefill(*given)
         return Forwarded(call, logits_BTV, draft_BD, rows_BC)
+
+    def _ids(self, call: Call, contents: Mapping[int, Content], ahead: int = 0) -> np.ndarray:
+        """[B, T] tokens of a prefill's pieces, or those so many places ahead."""
+        ids_BT = np.zeros((call.rows, call.tokens), np.int32)
+        for i, part in enumerate(call.parts):
+            tokens = contents[part.row].tokens[part.start + ahead : part.start + ahead + part.length]
+            ids_BT[i, : len(tokens)] = tokens
+        return ids_BT
 
     def _embedded(self, call: Call, contents: Mapping[int, Content]) -> jax.Array:
         """[B, T, D] of a prefill's pieces, their pictures' features among them."""
-        ids_BT = np.zeros((call.rows, call.tokens), np.int32)
-        for i, part in enumerate(call.parts):
-            ids_BT[i, : part.length] = contents[part.row].tokens[part.start : part.start + part.length]
+        ids_BT = self._ids(call, contents)
         x_BTD = steps.embed(*self._decoder, ids_BT)
         shown = [shown for i, part in enumerate(call.parts) for shown in self._shown(i, part, contents[part.row], ids_BT.shape)]
         for (_, _, index_BT), features_PD in zip(shown, self.features_of([(content, tile) for content, tile, _ in shown]), strict=True):
@@ -244,7 +271,7 @@ class Runner:
             yield content, tile, index_BT
 
     def _draw(self, forwarded: Forwarded, contents: Mapping[int, Content], *, greedy: bool, extras: bool) -> steps.Drawn:
-        _, logits_BTV, draft_BD, rows_BC = forwarded
+        _, logits_BTV, draft_BD, rows_BC, _ = forwarded
         settings = None if greedy else self._settings
         if not extras:
             self._token_S, drawn = steps.draw(self._constrain, logits_BTV, self._token_S, settings, draft_BD, rows_BC)

@@ -5,6 +5,7 @@
 | `encode` | tiles at once | pictures' tiles to features |
 | `embed`, `place` | rows x tokens | token ids to embeddings; a tile's features in the place of its tokens |
 | `prefill` | rows x tokens, first piece or not | a piece of some prompts into the cache, logits of each row's last token |
+| `prefill_scored` | the same | and how likely the prompts' tokens are |
 | `decode` | rows, with a draft or not | the newest token of every row, and a draft behind it |
 | `draw`, `draw_with_extras` | rows, with a draft or not, all greedy or not | logits to tokens, which stay on the device for the next step |
 | `set_history` | | what a place has said so far, for penalties |
@@ -30,7 +31,7 @@ from jax import lax
 
 from maverick_jax.config import TextConfig
 from maverick_jax.inference.cache import KVCache, make_pages, page_size, pages_per_chunk
-from maverick_jax.inference.sampling import Extras, RowExtras, RowSampling, Sampled, accept, record
+from maverick_jax.inference.sampling import Extras, RowExtras, RowSampling, Sampled, Scores, accept, record, score
 from maverick_jax.model.compiled import Structure
 from maverick_jax.ops.pages import Pages
 
@@ -171,6 +172,26 @@ def prefill(
     return _forward(structure, geometry, leaves, state, table_SJ, x_BTD, Call.of(rows_BC), first=first, last_only=True)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def prefill_scored(
+    structure: Structure,
+    geometry: Geometry,
+    first: bool,
+    leaves: list[Any],
+    state: State,
+    table_SJ: jax.Array,
+    x_BTD: jax.Array,
+    rows_BC: jax.Array,
+    next_BT: jax.Array,
+) -> tuple[State, jax.Array, Scores]:
+    """As `prefill`, and how likely the prompt's tokens are: `next_BT` are those that come behind each place."""
+    call = Call.of(rows_BC)
+    state, x_BTD = _hidden(structure, geometry, leaves, state, table_SJ, x_BTD, call, first=first)
+    model, last_B = structure(leaves), jnp.maximum(call.length_B - 1, 0)
+    scores = _whole(model.constrain, score(model.logits, x_BTD, next_BT))
+    return state, model.logits(jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)), scores
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
     structure: Structure,
@@ -190,6 +211,11 @@ def decode(
 
 
 def _forward(structure, geometry, leaves, state, table_SJ, x_BTD, call, **known):
+    state, x_BTD = _hidden(structure, geometry, leaves, state, table_SJ, x_BTD, call, **known)
+    return state, structure(leaves).logits(x_BTD)
+
+
+def _hidden(structure, geometry, leaves, state, table_SJ, x_BTD, call, **known):
     model, g = structure(leaves), geometry
     place_B = _known(call.place_B, table_SJ)
     cache = KVCache(state.layers, place_B, table_SJ[place_B], call.start_B, g.max_length, g.chunks, g.page)
@@ -197,7 +223,7 @@ def _forward(structure, geometry, leaves, state, table_SJ, x_BTD, call, **known)
     load_ME, dropped = state.load_ME, state.dropped
     if stats:
         load_ME, dropped = load_ME + jnp.stack([s.load_E for s in stats]), dropped + sum(s.dropped for s in stats)
-    return _placed(State(cache.layers, load_ME, dropped), model.constrain), model.logits(x_BTD)
+    return _placed(State(cache.layers, load_ME, dropped), model.constrain), x_BTD
 
 
 def _known(place_B, of_S):

@@ -27,6 +27,7 @@ class Job:
       answers: to each prompt.
       echo: whether the prompt is part of a completion's text.
       grammar: the form of the answer.
+      prompt_logprobs: how many of the likeliest tokens come with each token of the prompt, and its own log-probability; None: none.
       stream: whether the answer is wanted as it comes.
       stream_usage: whether a stream ends with what it cost.
       return_token_ids: whether the answer comes as token ids too.
@@ -47,6 +48,7 @@ class Job:
     answers: int = 1
     echo: bool = False
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
     stream: bool = False
     stream_usage: bool = False
     return_token_ids: bool = False

@@ -75,6 +75,7 @@ class Preparer:
                 sampling=sampling,
                 stop_ids=stop,
                 grammar=grammar,
+                prompt_logprobs=job.prompt_logprobs,
             )
             for prompt, sampling in zip(prompts, Sampling(**settings).by_row(len(prompts)), strict=True)
         ]

@@ -10,6 +10,7 @@ from typing import Any
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import Range, shown, stop_strings, whole
 from maverick_jax.inference.grammar import Grammar
+from maverick_jax.inference.request import PROMPT_LOGPROBS
 from maverick_jax.serving.fields import Fields
 
 SAMPLING = "top_p top_k min_p repetition_penalty presence_penalty frequency_penalty min_tokens".split()
@@ -38,6 +39,7 @@ def shared(fields: Fields) -> dict[str, Any]:
         ignore_eos=fields.flag("ignore_eos"),
         answers=fields.number("n", ANSWERS, 1),
         grammar=grammar(fields),
+        prompt_logprobs=fields.number("prompt_logprobs", PROMPT_LOGPROBS),
         stream=fields.flag("stream"),
         stream_usage=options.flag("include_usage"),
         return_token_ids=fields.flag("return_token_ids"),

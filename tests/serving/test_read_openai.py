@@ -55,6 +55,9 @@ def test_log_probabilities_of_both_kinds():
     assert chat(logprobs=True).sampling["logprobs"] == 0
     assert "logprobs" not in chat(logprobs=False).sampling
     assert completion(logprobs=2).sampling["logprobs"] == 2
+    assert completion(logprobs=2).prompt_logprobs is None
+    assert completion(logprobs=2, echo=True).prompt_logprobs == 2
+    assert chat(prompt_logprobs=0).prompt_logprobs == 0
 
 
 def test_biases_are_by_numbers():
@@ -193,7 +196,6 @@ REFUSED = {
     "a prompt of texts and ids": (completion, {"prompt": ["a", 5]}, "prompt is"),
     "fractions for ids": (completion, {"prompt": [[1.5]]}, "prompt holds 1.5"),
     "an empty stop": (completion, {"stop": ""}, "stop holds ''"),
-    "log-probabilities of an echo": (completion, {"echo": True, "logprobs": 1}, "both echo and logprobs"),
     "a word for a flag": (completion, {"echo": "yes"}, "echo is 'yes'"),
 }
 

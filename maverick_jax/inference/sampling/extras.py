@@ -96,14 +96,16 @@ def log_probabilities(logits_BV: jax.Array, token_B: jax.Array, extras: Extras) 
     """
     count = min(MOST_LOGPROBS, logits_BV.shape[1])
 
-    def asked():
-        top_BN, ids_BN = lax.top_k(logits_BV, count)
-        exp_BNL = jnp.exp(in_blocks(logits_BV) - top_BN[:, :1, None])
-        norm_B1 = top_BN[:, :1] + jnp.log(exp_BNL.sum(axis=-1).sum(axis=-1))[:, None]
-        own_B1 = jnp.take_along_axis(logits_BV, jnp.maximum(token_B, 0)[:, None], axis=1)
-        return (own_B1 - norm_B1)[:, 0], top_BN - norm_B1, ids_BN
-
     def not_asked():
         return jnp.zeros(len(token_B)), jnp.zeros((len(token_B), count)), jnp.zeros((len(token_B), count), jnp.int32)
 
-    return lax.cond(jnp.any(extras.rows.logprobs_B >= 0), asked, not_asked)
+    return lax.cond(jnp.any(extras.rows.logprobs_B >= 0), lambda: likelihoods(logits_BV, token_B), not_asked)
+
+
+def likelihoods(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same, asked for."""
+    top_BN, ids_BN = lax.top_k(logits_BV, min(MOST_LOGPROBS, logits_BV.shape[1]))
+    exp_BNL = jnp.exp(in_blocks(logits_BV) - top_BN[:, :1, None])
+    norm_B1 = top_BN[:, :1] + jnp.log(exp_BNL.sum(axis=-1).sum(axis=-1))[:, None]
+    own_B1 = jnp.take_along_axis(logits_BV, jnp.maximum(token_B, 0)[:, None], axis=1)
+    return (own_B1 - norm_B1)[:, 0], top_BN - norm_B1, ids_BN

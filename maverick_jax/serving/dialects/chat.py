@@ -125,7 +125,7 @@ def body_of(reply: Reply) -> dict[str, Any]:
     choices = [
         _choice(reply, index, {"message": _said(answer)}, answer.tokens, answer.finish) for index, answer in enumerate(reply.answers)
     ]
-    return _object(reply, "chat.completion", choices) | {"usage": reply.usage} | _prompt_ids(reply)
+    return _object(reply, "chat.completion", choices) | {"usage": reply.usage} | _prompt_ids(reply) | _prompt_logprobs(reply)
 
 
 def _said(answer: Answer) -> dict[str, Any]:
@@ -159,6 +159,8 @@ class Stream:
             yield self._chunk([_choice(self._reply, index, {"delta": {}}, tokens, None)])
 
     def end(self) -> Iterable[bytes]:
+        if scores := _prompt_logprobs(self._reply):
+            yield self._chunk([], scores)
         if self._reply.job.stream_usage:
             yield self._chunk([], {"usage": self._reply.usage})
         yield sse.DONE
@@ -185,6 +187,13 @@ def _choice(reply: Reply, index: int, said: dict[str, Any], tokens: Iterable[Tok
 
 def _prompt_ids(reply: Reply) -> dict[str, Any]:
     return {"prompt_token_ids": list(reply.prepared.requests[0].ids)} if reply.job.return_token_ids else {}
+
+
+def _prompt_logprobs(reply: Reply) -> dict[str, Any]:
+    handle = reply.answers[0].handle
+    if reply.job.prompt_logprobs is None:
+        return {}
+    return {"prompt_logprobs": logprobs.of_prompt(handle.request.ids.tolist(), handle.prompt_logprobs, reply.tokenizer)}
 
 
 def _call_object(id: str, name: str, arguments: str) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def read(body: Any) -> Job:
     if wanted is not None:
         settings["sampling"]["logprobs"] = wanted
     echo = fields.flag("echo")
-    if echo and wanted is not None:
-        raise UserError("both echo and logprobs are given: a prompt has no log-probabilities here; leave out one of them.")
+    if echo and settings["prompt_logprobs"] is None:
+        settings["prompt_logprobs"] = wanted
     return Job(
         **settings,
         prompts=_prompts(fields.get("prompt")),
@@ -101,8 +101,14 @@ def _object(reply: Reply, choices: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _choice(reply: Reply, index: int, text: str, portion: Portion, *, first: bool) -> dict[str, Any]:
     choice = {"index": index, "text": text, "logprobs": None, "finish_reason": portion.finish}
+    handle, echo = reply.answers[index].handle, reply.prepared.echoes[index]
     if "logprobs" in reply.job.sampling:
-        choice["logprobs"] = logprobs.of_completion(portion.tokens, reply.tokenizer)
+        choice["logprobs"] = logprobs.of_completion(portion.tokens, reply.tokenizer, before=len(echo))
+        if first and reply.job.echo:
+            before = logprobs.echoed(handle.request.ids.tolist(), handle.prompt_logprobs, reply.tokenizer)
+            choice["logprobs"] = {name: before[name] + values for name, values in choice["logprobs"].items()}
+    if first and reply.job.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = logprobs.of_prompt(handle.request.ids.tolist(), handle.prompt_logprobs, reply.tokenizer)
     if reply.job.return_token_ids:
         choice["token_ids"] = [token.id for token in portion.tokens]
         choice |= {"prompt_token_ids": list(reply.prepared.requests[index].ids)} if first else {}

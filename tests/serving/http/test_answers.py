@@ -5,6 +5,8 @@ import io
 import json
 import time
 
+import jax
+import numpy as np
 import pytest
 
 import maverick_jax as mj
@@ -109,6 +111,31 @@ def test_echo(mini):
     (streamed,) = choices_of(list(mini.events(COMPLETIONS, body)))
     assert whole == streamed["text"]
     assert whole.startswith("What is")
+
+
+def test_how_likely_a_prompt_is(mini, engine):
+    """As lm-eval asks for it: token ids, echoed, with the log-probability of each; and in vLLM's own field, streamed too."""
+    ids = mini.post("/tokenize", {"prompt": "What is the sum?"}).body["tokens"]
+    body = {"prompt": [ids, ids[:4]], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    choices = mini.post(COMPLETIONS, body).body["choices"]
+    logits = np.asarray(jax.nn.log_softmax(engine.model(np.array([ids])), axis=-1))[0]
+    for choice, prompt in zip(choices, (ids, ids[:4]), strict=True):
+        found = choice["logprobs"]
+        assert {len(values) for values in found.values()} == {len(prompt) + 1}
+        assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+        expected = [logits[i, token] for i, token in enumerate(prompt[1:])]
+        np.testing.assert_allclose(found["token_logprobs"][1:-1], expected, atol=0.05)  # bfloat16
+        for own, top, name in list(zip(found["token_logprobs"], found["top_logprobs"], found["tokens"], strict=True))[1:]:
+            assert top[name] == own <= max(top.values())
+    streamed = [event["choices"][0] for event in list(mini.events(COMPLETIONS, body | {"prompt": ids}))[:-1]]
+    joined = [value for part in streamed for value in part["logprobs"]["token_logprobs"]]
+    np.testing.assert_allclose(joined[1:], choices[0]["logprobs"]["token_logprobs"][1:], atol=0.05)
+    (scores,) = [choice["prompt_logprobs"] for choice in mini.post(COMPLETIONS, {"prompt": ids, "prompt_logprobs": 2}).body["choices"]]
+    assert (scores[0], len(scores)) == (None, len(ids))
+    assert all(str(token) in score for token, score in zip(ids[1:], scores[1:], strict=True))
+    assert [entry["rank"] for entry in scores[3].values()][:2] == [1, 2]
+    told = mini.post(CHAT, {"messages": HELLO, "max_tokens": 1, "prompt_logprobs": 0}).body
+    assert len(told["prompt_logprobs"]) == told["usage"]["prompt_tokens"]
 
 
 def test_a_longer_answer_than_there_is_room_for(mini):
