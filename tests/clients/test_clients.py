@@ -46,7 +46,7 @@ def urls():
 def test_a_client(script, urls, tmp_path):
     """It ends well; what it says is shown if not. It may talk to nobody else."""
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    environment = keep | {"OPENAI_API_KEY": "none", "NO_PROXY": "127.0.0.1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    environment = keep | {"OPENAI_API_KEY": "none", "NO_PROXY": "127.0.0.1", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1"}
     command = [Path(PYTHON or "").absolute(), script, *urls]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
