@@ -20,7 +20,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 2
 
 clients: $(VENV)/installed-test $(VENV)/clients/installed
-	MAVERICK_CLIENTS=$(VENV)/clients/bin/python $(BIN)/python -m pytest tests/clients
+	MAVERICK_CLIENTS=$(VENV)/clients/bin/python MAVERICK_WHEELS=$(VENV)/clients/wheels $(BIN)/python -m pytest tests/clients
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -45,6 +45,7 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml
 $(VENV)/clients/installed: $(BIN)/python tests/clients/requirements.txt
 	$(BIN)/python -m venv $(VENV)/clients
 	$(VENV)/clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/clients/requirements.txt
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/clients/wheels bfcl-eval
 	touch $@
 
 clean:
