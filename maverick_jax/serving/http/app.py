@@ -22,7 +22,7 @@ from maverick_jax.serving.dialect import Dialect
 from maverick_jax.serving.dialects import chat, completions, messages, responses
 from maverick_jax.serving.failure import Failure, failure_of, openai_body
 from maverick_jax.serving.http import pages
-from maverick_jax.serving.http.exchange import Exchange
+from maverick_jax.serving.http.exchange import Exchange, Gone
 from maverick_jax.serving.http.gate import Gate
 from maverick_jax.serving.http.information import Information
 from maverick_jax.serving.http.keys import Keys
@@ -88,7 +88,7 @@ def make_app(service: Service, settings: Settings) -> Starlette:
         yield
         service.close()
 
-    handlers = {HTTPException: _refused, Exception: _failed, Failure: _failed, ValueError: _failed}
+    handlers = {HTTPException: _refused, Gone: _gone, Exception: _failed, Failure: _failed, ValueError: _failed}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
 
 
@@ -102,6 +102,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json says what there is."
     return JSONResponse(failed_body(request.url.path, Failure(error.status_code, said)), error.status_code, error.headers)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    request.scope["state"]["gone"] = True
+    return Response()  # which nobody gets
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from maverick_jax.inference.checks import shown
@@ -127,6 +127,7 @@ async def read_body(request: Request, longest: int) -> bytes:
     """
     Raises:
       Failure: it is too long, or too slow.
+      Gone: the client is, in its midst.
     """
     parts, length = [], 0
     too_long = Failure(413, f"the body has more than {longest:,} bytes: send less, or smaller pictures.")
@@ -139,6 +140,8 @@ async def read_body(request: Request, longest: int) -> bytes:
                     parts.clear()
                     await _pass_over(request)
                     raise too_long
+    except ClientDisconnect:
+        raise Gone from None
     except TimeoutError:
         raise Failure(408, f"the body took more than {BODY_S:.0f} seconds to come.", headers={"connection": "close"}) from None
     return b"".join(parts)

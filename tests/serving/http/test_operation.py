@@ -1,5 +1,6 @@
 """What those who run a server rely on: keys, limits, the log, and an end in order."""
 
+import contextlib
 import gc
 import json
 import threading
@@ -9,6 +10,7 @@ import pytest
 
 from maverick_jax.errors import UserError
 from maverick_jax.inference.request import Finish
+from maverick_jax.serving.http import exchange
 from maverick_jax.serving.http import keys as keys_module
 from maverick_jax.serving.http import server as server_module
 from maverick_jax.serving.http.app import Settings
@@ -104,6 +106,26 @@ def test_the_log_has_no_prompts(serve):
     assert lines[0]["prompt_tokens"] > 10 < lines[0]["new_tokens"]
     assert "secret" not in json.dumps(lines)
     assert client.get("/health", x_request_id="mine").headers["x-request-id"] == "mine"
+
+
+def test_who_leaves_in_the_midst_of_a_body(serve, caplog):
+    """It is no stumble of the server's: a line with status 499, and nothing else."""
+    lines = []
+    client = serve("yes", written=lambda line: lines.append(json.loads(line)))
+    for path in (COMPLETIONS, "/tokenize"):
+        client.connect(f"POST {path} HTTP/1.1\r\nhost: here\r\ncontent-length: 100\r\n\r\n{{".encode()).close()
+    until(lambda: len(lines) == 2)
+    assert [line["status"] for line in lines] == [499, 499]
+    assert not caplog.records
+
+
+def test_a_body_that_does_not_come(serve, monkeypatch):
+    """It is waited for so long, and no longer."""
+    monkeypatch.setattr(exchange, "BODY_S", 0.2)
+    with contextlib.closing(
+        serve("yes").connect(f"POST {COMPLETIONS} HTTP/1.1\r\nhost: here\r\ncontent-length: 100\r\n\r\n".encode())
+    ) as slow:
+        assert b"408" in slow.recv(4096)
 
 
 def test_pages_of_others_may_ask_where_they_are_allowed(serve):
