@@ -124,7 +124,7 @@ def test_bodies_at_random(serve, path):
     engine = ScriptedEngine(lambda prompt: "[f(a=1)] and more")
     client = serve(engine)
     seen = set()
-    for _ in range(300):
+    for _ in range(1500):
         answer = client.post(path, bytes_of(mutated(GOOD[path], chance), chance))
         seen.add(answer.status)
         assert answer.status == 200 or 400 <= answer.status < 500, answer
