@@ -101,12 +101,13 @@ def require_extra() -> None:
     Raises:
       UserError: what the server is made of is not installed.
     """
+    import importlib
+
     from maverick_jax.errors import UserError
 
     try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
+        for package in ("prometheus_client", "starlette", "uvicorn"):
+            importlib.import_module(package)
     except ImportError as error:
         raise UserError(f"the server takes the extra `server` ({error}): pip install 'maverick-jax[server]'.") from error
 
