@@ -29,6 +29,12 @@ def test_no_folder_is_a_heap():
     assert not {str(folder): len(names) for folder, names in entries.items() if len(names) > MOST}
 
 
+def test_tests_have_names_of_their_own():
+    """Two files of one name, in folders that are no packages, are one module to pytest, which then collects the first alone."""
+    names = [path.name for path in tracked() if path.name.startswith("test_")]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 def test_every_file_says_what_it_is_about():
     """In the first line, in words, and not in the words of another file."""
     openings: dict[str, Path] = {}

@@ -52,7 +52,7 @@ def test_they_are_the_models_own(model, draft):
 def test_who_loses_its_place_keeps_them(model):
     """A request that is preempted and computed again has each once."""
     ids = np.random.default_rng(1).integers(1, 20, (3, 30)).tolist()
-    engine = Engine(model, slots=3, max_length=64, pages=4)
+    engine = Engine(model, slots=3, max_length=64, pages=5)
     handles = engine.run([Request(ids=row, max_new_tokens=30, stop_ids=(), prompt_logprobs=0) for row in ids])
     assert engine.occupancy.preempted
     for handle, row in zip(handles, ids, strict=True):

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import time
 
 import jax
 import numpy as np
@@ -177,13 +176,11 @@ def test_a_form(mini):
 def test_who_goes_away_costs_nothing_more(mini, engine):
     """In the midst of a stream, and while a whole answer is computed: slot and pages are free at once."""
     for stream in (True, False):
-        response_of = mini.connect(request_of({"prompt": "What", "max_tokens": 400, "ignore_eos": True, "stream": stream}))
-        while not engine._serving.by_number:
-            time.sleep(0.01)
-        (served,) = engine._serving.by_number.values()
-        if stream:
-            assert b"data: {" in response_of.recv(4096) + response_of.recv(4096)
-        response_of.close()
+        with mini.connect(request_of({"prompt": "What", "max_tokens": 400, "ignore_eos": True, "stream": stream})) as connection:
+            until(lambda: engine._serving.by_number)
+            (served,) = engine._serving.by_number.values()
+            if stream:
+                assert b"data: {" in connection.recv(4096) + connection.recv(4096)
         until(lambda handle=served.handle: handle.finish)
         assert served.handle.finish is Finish.CANCELLED
     engine._serving.scheduler.check()
