@@ -65,7 +65,7 @@ def static(engine: Engine, seed: int) -> float:
     contents = {}
     for slot, ids in enumerate(prompts):
         request = admitted(ask(ids, MEAN_NEW), config, limits.max_length)
-        row = Row(slot, request, ids.tolist(), prompt=len(ids), total=len(ids), slot=slot)
+        row = Row(slot, request, ids.tolist(), prompt=len(ids), reusable=0, total=len(ids), slot=slot)
         contents[slot] = Content(row=row, request=request, tokens=ids.tolist(), tiles=[], feature_T=None)
     piece = min(limits.chunk or MEAN_PROMPT, MEAN_PROMPT)
     began = time.perf_counter()

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_model_arguments(parser)
     options.add_engine_arguments(parser)
+    parser.add_argument("--routed-experts", action="store_true", help="tell with each answer which experts computed it, for trainers")
     parser.add_argument("--warm-up", action="store_true", help="compile all programs first, so that nobody's first request waits for it")
     parser.add_argument("--queue", type=whole, default=1024, metavar="N", help="requests that may wait; others are refused (default: 1024)")
     parser.add_argument("--keys", metavar="FILE", help="API keys; read again when it has changed")
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     require_extra()
     with contextlib.ExitStack() as stack:
         front = stack.enter_context(_front(args)) if multihost.is_first() else None  # what is wrong is told before a large model is loaded
-        engine = stack.enter_context(options.engine_for(args, queue=args.queue))
+        engine = stack.enter_context(options.engine_for(args, queue=args.queue, routed_experts=args.routed_experts))
         if args.warm_up:
             engine.warm_up(progress=not args.quiet)
         if front is None:

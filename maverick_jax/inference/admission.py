@@ -8,7 +8,7 @@ import numpy as np
 
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
-from maverick_jax.inference.checks import MAX_NEW_TOKENS, NoRoom, shown, stop_tokens, token_rows
+from maverick_jax.inference.checks import MAX_NEW_TOKENS, NoRoom, Range, shown, stop_tokens, token_rows, whole
 from maverick_jax.inference.grammar import Grammar
 from maverick_jax.inference.request import DEADLINE, PROMPT_LOGPROBS, Admitted, Request
 from maverick_jax.inference.sampling import MOST_STOPS, Sampling
@@ -28,8 +28,11 @@ def pixels(tiles: Any, config: Config) -> np.ndarray | None:
     return None if found is None else np.asarray(found, np.float32)
 
 
-def admitted(request: Any, config: Config, max_length: int) -> Admitted:
+def admitted(request: Any, config: Config, max_length: int, *, routed: bool = False) -> Admitted:
     """The request with arrays for lists, and the config's stop tokens where it names none.
+
+    Args:
+      routed: whether the engine can tell experts.
 
     Raises:
       UserError: a value of another type or outside its range, tiles that do not fit the prompt, no room in `max_length`.
@@ -55,6 +58,15 @@ def admitted(request: Any, config: Config, max_length: int) -> Admitted:
     if request.sampling.min_tokens and len(stop_ids) > MOST_STOPS:
         raise UserError(f"min_tokens keeps at most {MOST_STOPS} stop tokens away, and there are {len(stop_ids)}: leave some out.")
     scored = None if request.prompt_logprobs is None else PROMPT_LOGPROBS.check("prompt_logprobs", request.prompt_logprobs)
+    first = request.routed_experts_prompt_start
+    if first is not None and not routed:
+        raise UserError(
+            "routed_experts_prompt_start is given, and this engine tells no experts: make it with routed_experts=True (--routed-experts)."
+        )
+    if first is not None:
+        first = Range(whole, 0, len(ids) - 1, f"a token of the prompt, between 0 and {len(ids) - 1}").check(
+            "routed_experts_prompt_start", first
+        )
     deadline = None if request.deadline is None else DEADLINE.check("deadline", request.deadline)
-    rest = {"sampling": request.sampling, "grammar": request.grammar, "prompt_logprobs": scored}
+    rest = {"sampling": request.sampling, "grammar": request.grammar, "prompt_logprobs": scored, "routed_experts_prompt_start": first}
     return Admitted(ids=ids, tiles=tiles, max_new_tokens=most, stop_ids=stop_ids, deadline=deadline, **rest)

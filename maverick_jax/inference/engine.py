@@ -27,7 +27,7 @@ from maverick_jax.inference.grammar import Grammars, Matcher
 from maverick_jax.inference.handle import Handle, Stopped
 from maverick_jax.inference.request import Admitted, Finish, Full, Request
 from maverick_jax.inference.room import Room, platform_of, room_for
-from maverick_jax.inference.runner import Launched, Scored
+from maverick_jax.inference.runner import Launched, Observed
 from maverick_jax.inference.sampling import NOT_FINITE
 from maverick_jax.inference.scheduling.pace import FIXED, Pace
 from maverick_jax.inference.scheduling.plans import Limits, shapes
@@ -57,6 +57,7 @@ class Engine:
       eight_bits: keep keys and values in 8 bits with a scale per head and slot, in half of the memory; attention is off by
         about 1 %, four times as much as with keys in bfloat16.
       reuse: whether a prompt that begins like an earlier one continues from there.
+      routed_experts: whether requests may ask which experts their tokens went to. A prefill's last layer computes all tokens then.
       trace: a text stream that gets a line for everything the scheduler is told and plans, see `benchmarks/replay_trace.py`.
 
     In a run of several processes each makes the same engine, and either gives it the same requests in the same order (`run`), or
@@ -77,11 +78,13 @@ class Engine:
         draft: int = 0,
         eight_bits: bool = False,
         reuse: bool = True,
+        routed_experts: bool = False,
         trace: TextIO | None = None,
     ):
         check_model(model)
-        self.model = model
-        self.room: Room = room_for(model, slots=slots, max_length=max_length, pages=pages, eight_bits=eight_bits)
+        self.model, self.routed_experts = model, routed_experts
+        sizes = {"slots": slots, "max_length": max_length, "pages": pages}
+        self.room: Room = room_for(model, **sizes, eight_bits=eight_bits, routed=routed_experts)
         geometry = self.room.geometry
         chunk = next((chunk for chunk in geometry.chunks if chunk), None)
         self.limits = Limits(
@@ -98,7 +101,7 @@ class Engine:
             draft=DRAFT.check("draft", draft),
             reuse=reuse,
         )
-        followers.check_same(model, self.limits, self.room.dtype)
+        followers.check_same(model, self.limits, self.room)
         self._trace = trace
         self._turn = threading.Lock()  # held for a whole turn, and taken before the other one
         self._lock = threading.RLock()
@@ -120,7 +123,7 @@ class Engine:
         Raises:
           UserError: it can never fit, the queue is full, or the engine has been stopped by an error.
         """
-        checked = admitted(request, self.model.config, self.limits.max_length)
+        checked = self._admitted(request)
         matcher = self._matcher(checked)  # may take seconds: nobody waits for it
         tiles = pictures.digests(checked.tiles)
         with self._lock:
@@ -188,12 +191,12 @@ class Engine:
 
     def follow(self) -> None:
         """On the other processes: compute what process 0 serves, until it is through."""
-        launched: list[Launched | Scored] = []
+        launched: list[Launched | Observed] = []
         with self._lock:
             for event in followers.told():
                 match event:
                     case {"add": request, "now": now}:
-                        asked = admitted(followers.from_json(request), self.model.config, self.limits.max_length)
+                        asked = self._admitted(followers.from_json(request))
                         handle, tiles = Handle(asked, self._more, self.cancel), pictures.digests(asked.tiles)
                         self._serving.add(asked, handle, self._matcher(asked), tiles, now)
                     case {"cancel": number}:
@@ -317,7 +320,7 @@ class Engine:
         for told in self._listeners:
             told()
 
-    def _launch(self, now: float, budget: int) -> list[Launched | Scored]:
+    def _launch(self, now: float, budget: int) -> list[Launched | Observed]:
         if self._leader:
             self._leader.note(now=now, budget=budget)
             self._leader.tell()
@@ -376,6 +379,9 @@ class Engine:
         if self._decides:
             return time.monotonic()
         return multihost.exchange(time.monotonic())[0] if matters else 0.0
+
+    def _admitted(self, request: Any) -> Admitted:
+        return admitted(request, self.model.config, self.limits.max_length, routed=self.routed_experts)
 
     def _matcher(self, request: Admitted) -> Matcher | None:
         return None if request.grammar is None else self.grammars.matcher(request.grammar)

@@ -21,6 +21,7 @@ import numpy as np
 from maverick_jax.errors import UserError
 from maverick_jax.inference.grammar import Grammar
 from maverick_jax.inference.request import Admitted, Request
+from maverick_jax.inference.room import Room
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.inference.scheduling.plans import Limits, shapes
 from maverick_jax.model import Llama4
@@ -95,7 +96,7 @@ def told() -> Iterator[dict[str, Any]]:
             yield event
 
 
-def check_same(model: Llama4, limits: Limits, dtype: str) -> None:
+def check_same(model: Llama4, limits: Limits, room: Room) -> None:
     """Before anything is compiled: do all processes have the same engine?
 
     Raises:
@@ -105,7 +106,10 @@ def check_same(model: Llama4, limits: Limits, dtype: str) -> None:
         return
     parameters = [(x.shape, x.dtype.name) for x in jax.tree.leaves(model)]
     settings = {f"the engine's {name}": str(value) for name, value in dataclasses.asdict(limits).items()}
-    digests = {"the model": _digest(model.config, parameters), "the engine's programs": _digest(shapes(limits), dtype)}
+    digests = {
+        "the model": _digest(model.config, parameters),
+        "the engine's programs": _digest(shapes(limits), room.dtype, room.geometry.routed),
+    }
     multihost.check_same(settings | digests | {"llguidance": _version_of("llguidance")})
 
 
@@ -127,6 +131,7 @@ def as_json(request: Admitted) -> dict[str, Any]:
         "deadline": request.deadline,
         "grammar": grammar and {grammar.kind: getattr(grammar, grammar.kind)},
         "prompt_logprobs": request.prompt_logprobs,
+        "routed_experts_prompt_start": request.routed_experts_prompt_start,
     }
 
 
@@ -141,6 +146,7 @@ def from_json(told: dict[str, Any]) -> Request:
         deadline=told["deadline"],
         grammar=grammar and Grammar(**grammar),
         prompt_logprobs=told["prompt_logprobs"],
+        routed_experts_prompt_start=told["routed_experts_prompt_start"],
     )
 
 

@@ -22,6 +22,7 @@ class Handle:
       tokens: the new tokens so far, without the stop token.
       logprobs: of each token, if `Sampling.logprobs` asks for them, its own and those of the likeliest tokens by their ids.
       prompt_logprobs: the same of each token of the prompt, if the request asks for them; of the first one None.
+      stop_token: the token that ended it, if one did, and `stop_logprob` what `logprobs` would say of it.
       finish: why it ended; None while it goes on.
       cached_tokens: of the prompt, those that an earlier request had left in the cache.
       waited: seconds until the engine began with it; None before.
@@ -33,10 +34,13 @@ class Handle:
         self.tokens: list[int] = []
         self.logprobs: list[tuple[float, dict[int, float]]] = []
         self.prompt_logprobs: list[tuple[float, dict[int, float]] | None] = []
+        self.stop_token: int | None = None
+        self.stop_logprob: tuple[float, dict[int, float]] | None = None
         self.finish: Finish | None = None
         self.cached_tokens = 0
         self.waited: float | None = None
         self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
+        self._routed: list[tuple[int, np.ndarray]] = []
         self._error: Exception | None = None
         self._more, self._cancel = more, cancel
         self._since = time.perf_counter()
@@ -90,15 +94,33 @@ class Handle:
         """New tokens per second of decoding; the first comes from the prefill."""
         return (self.new_tokens - 1) / self.seconds["decode"] if self.new_tokens > 1 and self.seconds["decode"] > 0 else 0.0
 
+    @property
+    def routed_experts(self) -> np.ndarray:
+        """[T, M] unsigned: the expert of each mixture that each token went to, if the request asks for them.
+
+        From the prompt's token on that the request names, up to the last one that was computed: what was drawn last never is. A
+        request that lost its place has those of the second time.
+        """
+        first = self.request.routed_experts_prompt_start
+        if first is None or not self._routed:
+            return np.zeros((0, 0), np.uint8)
+        drawn = self.new_tokens + (self.stop_token is not None)
+        expert_TM = np.zeros((self.prompt_tokens + max(drawn - 1, 0), self._routed[0][1].shape[1]), self._routed[0][1].dtype)
+        for start, piece_TM in self._routed:  # of a draft that was not taken the next step knows better
+            expert_TM[start : start + len(piece_TM)] = piece_TM[: max(len(expert_TM) - start, 0)]
+        return expert_TM[first:]
+
     def begin(self) -> None:
         """(The engine) its prompt is being read; once more where it lost its place."""
         if self.waited is None:
             self.waited = time.perf_counter() - self._since
 
-    def score(self, start: int, scores: Scores) -> None:
-        """(The engine) how likely the tokens are that come behind places of the prompt, from `start` on."""
+    def observe(self, start: int, scores: Scores | None, expert_TM: np.ndarray | None) -> None:
+        """(The engine) from `start` on: how likely the prompt's tokens are that come behind these places, and the experts of these."""
+        if expert_TM is not None and self.request.routed_experts_prompt_start is not None:
+            self._routed.append((start, expert_TM))
         most = self.request.prompt_logprobs
-        if most is None:
+        if scores is None or most is None:
             return
         known = self.prompt_logprobs = self.prompt_logprobs or [None]
         for place, own, top_N, ids_N in zip(itertools.count(start + 1), *(np.asarray(x_T).tolist() for x_T in scores), strict=False):
@@ -109,15 +131,24 @@ class Handle:
         """(The engine) a token has come, at a place of what was sampled, which matters for log-probabilities."""
         if not self.tokens:
             self._count("prefill")
-        most = self.request.sampling.logprobs
-        if most is not None:
-            assert sampled is not None
-            assert sampled.logprob_B is not None
-            assert sampled.top_ids_BN is not None
-            assert sampled.top_logprobs_BN is not None
-            likely = zip(sampled.top_ids_BN[place].tolist(), sampled.top_logprobs_BN[place].tolist(), strict=True)
-            self.logprobs.append((float(sampled.logprob_B[place]), dict(list(likely)[:most])))
+        if (logprob := self._logprob(sampled, place)) is not None:
+            self.logprobs.append(logprob)
         self.tokens.append(token)
+
+    def stop(self, token: int, sampled: Sampled | None, place: int) -> None:
+        """(The engine) a token has come that ends it."""
+        self.stop_token, self.stop_logprob = token, self._logprob(sampled, place)
+
+    def _logprob(self, sampled: Sampled | None, place: int) -> tuple[float, dict[int, float]] | None:
+        most = self.request.sampling.logprobs
+        if most is None:
+            return None
+        assert sampled is not None
+        assert sampled.logprob_B is not None
+        assert sampled.top_ids_BN is not None
+        assert sampled.top_logprobs_BN is not None
+        likely = zip(sampled.top_ids_BN[place].tolist(), sampled.top_logprobs_BN[place].tolist(), strict=True)
+        return float(sampled.logprob_B[place]), dict(list(likely)[:most])
 
     def end(self, why: Finish, error: Exception | None = None) -> None:
         """(The engine) nothing more comes."""

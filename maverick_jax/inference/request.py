@@ -49,6 +49,8 @@ class Request:
       grammar: the form that the answer shall have, if any.
       prompt_logprobs: with every token of the prompt but the first its log-probability and those of the n most likely ones, as
         `Sampling.logprobs` has it for new tokens (None: none). All of the prompt is computed then, whatever is in the cache.
+      routed_experts_prompt_start: from this token of the prompt on it is told which experts the tokens went to (None: it is not). They are
+        computed then, whatever is in the cache. For an engine that was made with `routed_experts=True`.
     """
 
     ids: Sequence[int] | np.ndarray
@@ -59,6 +61,14 @@ class Request:
     deadline: float | None = None
     grammar: Grammar | None = None
     prompt_logprobs: int | None = None
+    routed_experts_prompt_start: int | None = None
+
+    @property
+    def reusable(self) -> int:
+        """How many tokens of the prompt need not be computed if they are in the cache."""
+        if self.prompt_logprobs is not None:
+            return 0
+        return len(self.ids) if self.routed_experts_prompt_start is None else self.routed_experts_prompt_start
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -83,6 +93,7 @@ class Row:
       cached: tokens whose keys and values were there when it got its slot.
       computed: tokens whose keys and values have been launched into the cache, those that were there included.
       total: tokens of the prompt and tokens drawn, those launched and not yet read included.
+      reusable: the first of them that may be taken from what others have computed.
       ahead: whether its steps are planned before the last one's token is read.
       draws: its newest token was drawn in the slot it holds, where the device finds it: the row decodes.
       sealed: leading pages that others find by their keys.
@@ -95,6 +106,7 @@ class Row:
     request: Request
     keys: list[int]
     prompt: int
+    reusable: int
     slot: int | None = None
     pages: list[Page] = field(default_factory=list)
     cached: int = 0

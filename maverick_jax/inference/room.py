@@ -40,9 +40,17 @@ class Room:
 
 
 def room_for(
-    model: Llama4, *, slots: int | None = None, max_length: int | None = None, pages: int | None = None, eight_bits: bool = False
+    model: Llama4,
+    *,
+    slots: int | None = None,
+    max_length: int | None = None,
+    pages: int | None = None,
+    eight_bits: bool = False,
+    routed: bool = False,
 ) -> Room:
     """Room as asked for, or as much as fits: first one request of full length, then slots, then pages for all of them.
+
+    `routed` goes into its geometry.
 
     Raises:
       UserError: a number out of its range, a length beyond the context, or more than the devices have free.
@@ -72,7 +80,7 @@ def room_for(
         raise UserError(
             f"{room} are asked for, but {there / 2**20:,.1f} MiB are free there: ask for fewer slots or pages, or a smaller max_length."
         )
-    return room
+    return dataclasses.replace(room, geometry=dataclasses.replace(room.geometry, routed=routed))
 
 
 def _row(model: Llama4, max_length: int) -> int:

@@ -68,14 +68,15 @@ class Forwarded(NamedTuple):
     Attributes:
       logits_BTV: float32, of each row's newest token and of its draft.
       draft_BD, rows_BC: see `steps.decode`.
-      scores: of the prompts' tokens, if somebody asked for them.
+      scores, expert_BTM: see `steps.Computed`; None where nobody asked.
     """
 
     call: Call
     logits_BTV: jax.Array
     draft_BD: np.ndarray
     rows_BC: np.ndarray
-    scores: Scores | None = None
+    scores: Scores | None
+    expert_BTM: jax.Array | None
 
     @property
     def drawing(self) -> list[Part]:
@@ -102,18 +103,25 @@ class Launched:
         return [(part, tokens[i][: counts[i]], of_row(i)) for i, part in enumerate(self.parts) if part.samples]
 
 
-class Scored:
-    """Scores of prompts that nobody has read yet."""
+class Traits(NamedTuple):
+    """What was asked about the tokens of a part: how likely those are that come behind them, and which experts they went to."""
 
-    def __init__(self, parts: Sequence[Part], scores: Scores):
-        self.parts, self._scores = parts, scores
-        for x in jax.tree.leaves(scores):
+    scores: Scores | None
+    expert_TM: Any
+
+
+class Observed:
+    """Traits that nobody has read yet."""
+
+    def __init__(self, forwarded: Forwarded):
+        self.parts, self._traits = forwarded.call.parts, Traits(forwarded.scores, forwarded.expert_BTM)
+        for x in jax.tree.leaves(self._traits):
             x.copy_to_host_async()
 
-    def read(self) -> list[tuple[Part, None, Scores]]:
+    def read(self) -> list[tuple[Part, None, Traits]]:
         """Each row's. Waits for the device."""
-        scores = jax.tree.map(np.asarray, self._scores)
-        return [(part, None, Scores(*(x_BT[i, : part.length] for x_BT in scores))) for i, part in enumerate(self.parts)]
+        traits = jax.tree.map(np.asarray, self._traits)
+        return [(part, None, jax.tree.map(lambda x, i=i, n=part.length: x[i, :n], traits)) for i, part in enumerate(self.parts)]
 
 
 class Runner:
@@ -227,19 +235,19 @@ class Runner:
         rows_BC = np.array(rows + [nobody] * (call.rows - len(rows)), np.int32)
         draft_BD = np.full((call.rows, call.tokens - 1 if call.kind == "decode" else 0), -1, np.int32)
         structure, leaves = self._decoder
-        common = (leaves, self.state, self._table)
+        common, requests = (leaves, self.state, self._table), [contents[part.row].request for part in call.parts]
         if call.kind == "decode":
             for i, part in enumerate(call.parts if call.tokens > 1 else ()):
                 draft_BD[i, : part.length - 1] = contents[part.row].draft[: part.length - 1]
-            self.state, logits_BTV = steps.decode(structure, self._geometry, *common, self._token_S, draft_BD, rows_BC)
+            computed = steps.decode(structure, self._geometry, *common, self._token_S, draft_BD, rows_BC)
         else:
             x_BTD = self._embedded(call, contents)
-            given = (structure, self._geometry, call.first, *common, x_BTD, rows_BC)
-            if scored or any(contents[part.row].request.prompt_logprobs is not None for part in call.parts):
-                self.state, logits_BTV, scores = steps.prefill_scored(*given, self._ids(call, contents, 1))
-                return Forwarded(call, logits_BTV, draft_BD, rows_BC, scores)
-            self.state, logits_BTV = steps.prefill(*given)
-        return Forwarded(call, logits_BTV, draft_BD, rows_BC)
+            scored = scored or any(request.prompt_logprobs is not None for request in requests)
+            next_BT = self._ids(call, contents, 1) if scored else None
+            computed = steps.prefill(structure, self._geometry, call.first, *common, x_BTD, rows_BC, next_BT)
+        self.state = computed.state
+        routed = any(request.routed_experts_prompt_start is not None for request in requests)
+        return Forwarded(call, computed.logits_BTV, draft_BD, rows_BC, computed.scores, computed.expert_BTM if routed else None)
 
     def _ids(self, call: Call, contents: Mapping[int, Content], ahead: int = 0) -> np.ndarray:
         """[B, T] tokens of a prefill's pieces, or those so many places ahead."""
@@ -271,7 +279,7 @@ class Runner:
             yield content, tile, index_BT
 
     def _draw(self, forwarded: Forwarded, contents: Mapping[int, Content], *, greedy: bool, extras: bool) -> steps.Drawn:
-        _, logits_BTV, draft_BD, rows_BC, _ = forwarded
+        _, logits_BTV, draft_BD, rows_BC, *_ = forwarded
         settings = None if greedy else self._settings
         if not extras:
             self._token_S, drawn = steps.draw(self._constrain, logits_BTV, self._token_S, settings, draft_BD, rows_BC)

@@ -6,7 +6,6 @@ Always: the state on the devices is what the scheduler believes. Nothing here wa
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -20,18 +19,15 @@ from maverick_jax.inference.handle import Handle
 from maverick_jax.inference.not_finite import explain
 from maverick_jax.inference.request import Admitted, Finish, Row
 from maverick_jax.inference.room import Room
-from maverick_jax.inference.runner import Content, Forwarded, Launched, Runner, Scored
-from maverick_jax.inference.sampling import NOT_FINITE, NOTHING_LEFT, Sampled, Scores
+from maverick_jax.inference.runner import Content, Forwarded, Launched, Observed, Runner, Traits
+from maverick_jax.inference.sampling import NOT_FINITE, NOTHING_LEFT, Sampled
 from maverick_jax.inference.scheduling.plans import Limits, Part, Plan
 from maverick_jax.inference.scheduling.scheduler import Scheduler
 from maverick_jax.inference.scheduling.trace import Recording
 from maverick_jax.inference.speculate import Acceptance, Drafts, PromptLookup
 from maverick_jax.model import Llama4
 
-Drawn = Sequence[tuple[Part, list[int], Sampled | None] | tuple[Part, None, Scores]]  # see `Launched.read`, `Scored.read`
-
-
-UNIQUE = -(2**63)  # and the numbers behind it: the keys of tokens and pictures are nearer to 0
+Drawn = Sequence[tuple[Part, list[int], Sampled | None] | tuple[Part, None, Traits]]  # see `Launched.read`, `Observed.read`
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -78,8 +74,7 @@ class Serving:
         self.drafted = Acceptance()
         self.preempted = 0
         self.closed = False
-        self._launched: list[Launched | Scored] = []  # and not yet read
-        self._unique = itertools.count(UNIQUE)
+        self._launched: list[Launched | Observed] = []  # and not yet read
         self._undrawn: list[Forwarded] = []  # until the tokens are read that their masks are made of
 
     @property
@@ -101,9 +96,8 @@ class Serving:
         config, longest = self.model.config, self.limits.draft
         per_tile = config.vision.tokens_per_tile if config.vision else 0
         keys = pictures.keys(request.ids, config.image_token_index, tiles, per_tile)
-        if request.prompt_logprobs is not None:
-            keys[0] = next(self._unique)  # it begins like no other, so that all of it is computed
-        row = self.scheduler.add(request, keys, now, ahead=not longest)  # a draft is made of the newest token: the row waits for it
+        ahead = not longest  # a draft is made of the newest token: the row waits for it
+        row = self.scheduler.add(request, keys, now, ahead=ahead, reusable=request.reusable)
         is_patch, tokens = request.ids == config.image_token_index, request.ids.tolist()
         feature_T = np.where(is_patch, np.cumsum(is_patch) - 1, -1) if tiles else None
         drafts = PromptLookup(tokens, draft=longest) if longest else None
@@ -117,7 +111,7 @@ class Serving:
         self.scheduler.cancel(served.row)
         self._end(served, Finish.CANCELLED)
 
-    def launch(self, now: float, budget: int) -> tuple[Plan, list[Launched | Scored]]:
+    def launch(self, now: float, budget: int) -> tuple[Plan, list[Launched | Observed]]:
         """Plan a turn and launch it, with so many tokens of prefill beside a decode step. What is to be read next.
 
         Draws that need a mask are launched by `deliver`, which is to follow.
@@ -131,8 +125,8 @@ class Serving:
             self.by_number[part.row].handle.begin()
         before, self._launched = self._launched, []
         for forwarded in self.runner.forward(plan, self.by_number):
-            if forwarded.scores is not None:
-                self._launched.append(Scored(forwarded.call.parts, forwarded.scores))
+            if forwarded.scores is not None or forwarded.expert_BTM is not None:
+                self._launched.append(Observed(forwarded))
             rows = [self.by_number[part.row] for part in forwarded.drawing]
             if any(served.matcher is not None and served.row.ahead for served in rows):
                 self._undrawn.append(forwarded)
@@ -152,8 +146,8 @@ class Serving:
         for part, tokens, sampled in drawn:
             if (served := self.by_number.get(part.row)) is None:
                 continue
-            if isinstance(sampled, Scores):
-                served.handle.score(part.start, sampled)
+            if isinstance(sampled, Traits):
+                served.handle.observe(part.start, *sampled)
             elif tokens is not None:
                 self._deliver(served, part, tokens, sampled)
         undrawn, self._undrawn = self._undrawn, []
@@ -211,6 +205,7 @@ class Serving:
         if not handle.tokens:
             handle.cached_tokens = row.cached  # what it computes again after a preemption is nobody's gain
         if token in request.stop_ids or (matcher is not None and token in matcher.grammars.end_ids):
+            handle.stop(token, sampled, place)
             return self._end(served, Finish.STOP)
         handle.add(token, sampled, place)
         if matcher is not None and matcher.finished:

@@ -4,8 +4,8 @@
 |---|---|---|
 | `encode` | tiles at once | pictures' tiles to features |
 | `embed`, `place` | rows x tokens | token ids to embeddings; a tile's features in the place of its tokens |
-| `prefill` | rows x tokens, first piece or not | a piece of some prompts into the cache, logits of each row's last token |
-| `prefill_scored` | the same | and how likely the prompts' tokens are |
+| `prefill` | rows x tokens, first piece or not, scored or not | a piece of some prompts into the cache, logits of each row's last \
+token; how likely the prompts' tokens are |
 | `decode` | rows, with a draft or not | the newest token of every row, and a draft behind it |
 | `draw`, `draw_with_extras` | rows, with a draft or not, all greedy or not | logits to tokens, which stay on the device for the next step |
 | `set_history` | | what a place has said so far, for penalties |
@@ -38,7 +38,7 @@ from maverick_jax.ops.pages import Pages
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Sizes of an engine's cache, the same in all its programs.
+    """Sizes of an engine's cache, and what else is the same in all its programs.
 
     Attributes:
       places: rows that may be served at once.
@@ -46,6 +46,7 @@ class Geometry:
       max_length: tokens of a row.
       chunks: tokens per chunk of every layer, or None.
       page: slots of a page.
+      routed: whether the programs tell which experts the tokens went to.
     """
 
     places: int
@@ -53,6 +54,7 @@ class Geometry:
     max_length: int
     chunks: tuple[int | None, ...]
     page: int
+    routed: bool = False
 
     @classmethod
     def of(cls, config: TextConfig, places: int, max_length: int, pages: int | None = None) -> Geometry:
@@ -75,7 +77,7 @@ class State:
     Attributes:
       layers: the pages of every layer.
       load_ME: int32, tokens that each expert of each mixture has computed. Of a prefill the last layer computes only the last
-        token of every row.
+        token of every row, unless more is asked of it.
       dropped: [] int32 tokens that found no room at their expert: 0.
     """
 
@@ -157,6 +159,22 @@ def place(constrain: Any, x_BTD: jax.Array, features_PD: jax.Array, index_BT: ja
     return constrain(placed, ("batch", "sequence", None))
 
 
+class Computed(NamedTuple):
+    """What the layers have computed of a call's tokens.
+
+    Attributes:
+      state: as they leave it.
+      logits_BTV: float32, of those tokens that may draw.
+      expert_BTM: unsigned, which expert of each mixture every token went to; None unless the geometry says `routed`.
+      scores: how likely a prompt's tokens are, if that was asked for.
+    """
+
+    state: State
+    logits_BTV: jax.Array
+    expert_BTM: jax.Array | None = None
+    scores: Scores | None = None
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def prefill(
     structure: Structure,
@@ -167,29 +185,21 @@ def prefill(
     table_SJ: jax.Array,
     x_BTD: jax.Array,
     rows_BC: jax.Array,
-) -> tuple[State, jax.Array]:
-    """A piece of each row: the state, and [B, 1, V] logits of its last token. `first`: the rows hold nothing yet."""
-    return _forward(structure, geometry, leaves, state, table_SJ, x_BTD, Call.of(rows_BC), first=first, last_only=True)
+    next_BT: jax.Array | None = None,
+) -> Computed:
+    """A piece of each row, with the logits of its last token.
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def prefill_scored(
-    structure: Structure,
-    geometry: Geometry,
-    first: bool,
-    leaves: list[Any],
-    state: State,
-    table_SJ: jax.Array,
-    x_BTD: jax.Array,
-    rows_BC: jax.Array,
-    next_BT: jax.Array,
-) -> tuple[State, jax.Array, Scores]:
-    """As `prefill`, and how likely the prompt's tokens are: `next_BT` are those that come behind each place."""
-    call = Call.of(rows_BC)
-    state, x_BTD = _hidden(structure, geometry, leaves, state, table_SJ, x_BTD, call, first=first)
-    model, last_B = structure(leaves), jnp.maximum(call.length_B - 1, 0)
-    scores = _whole(model.constrain, score(model.logits, x_BTD, next_BT))
-    return state, model.logits(jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)), scores
+    Args:
+      first: the rows hold nothing yet.
+      next_BT: tokens that come behind each place, for `scores`; None: nobody asks for them.
+    """
+    call, model = Call.of(rows_BC), structure(leaves)
+    last_only = next_BT is None and not geometry.routed
+    state, x_BTD, expert_BTM = _hidden(model, geometry, state, table_SJ, x_BTD, call, first=first, last_only=last_only)
+    scores = None if next_BT is None else _whole(model.constrain, score(model.logits, x_BTD, next_BT))
+    if not last_only:
+        x_BTD = jnp.take_along_axis(x_BTD, jnp.maximum(call.length_B - 1, 0)[:, None, None], axis=1)
+    return Computed(state, model.logits(x_BTD), expert_BTM, scores)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -202,28 +212,26 @@ def decode(
     token_S: jax.Array,
     draft_BD: jax.Array,
     rows_BC: jax.Array,
-) -> tuple[State, jax.Array]:
-    """The newest token of each row, and a draft behind it: the state, and [B, D + 1, V] logits of what comes next."""
-    call = Call.of(rows_BC)
+) -> Computed:
+    """The newest token of each row, and a draft behind it, with the logits of what comes behind each."""
+    call, model = Call.of(rows_BC), structure(leaves)
     ids_BT = jnp.concatenate([token_S[_known(call.place_B, token_S)][:, None], jnp.maximum(draft_BD, 0)], axis=1)
-    x_BTD = structure(leaves).embed(ids_BT)
-    return _forward(structure, geometry, leaves, state, table_SJ, x_BTD, call, first=False, last_only=False)
+    state, x_BTD, expert_BTM = _hidden(model, geometry, state, table_SJ, model.embed(ids_BT), call, first=False, last_only=False)
+    return Computed(state, model.logits(x_BTD), expert_BTM)
 
 
-def _forward(structure, geometry, leaves, state, table_SJ, x_BTD, call, **known):
-    state, x_BTD = _hidden(structure, geometry, leaves, state, table_SJ, x_BTD, call, **known)
-    return state, structure(leaves).logits(x_BTD)
-
-
-def _hidden(structure, geometry, leaves, state, table_SJ, x_BTD, call, **known):
-    model, g = structure(leaves), geometry
-    place_B = _known(call.place_B, table_SJ)
+def _hidden(model, geometry, state, table_SJ, x_BTD, call, **known):
+    g, place_B = geometry, _known(call.place_B, table_SJ)
     cache = KVCache(state.layers, place_B, table_SJ[place_B], call.start_B, g.max_length, g.chunks, g.page)
-    x_BTD, cache, stats = model.hidden(x_BTD, call.length_B, cache, within_chunk=True, **known)
-    load_ME, dropped = state.load_ME, state.dropped
+    hidden_BTD, cache, stats = model.hidden(x_BTD, call.length_B, cache, within_chunk=True, **known)
+    load_ME, dropped, expert_BTM = state.load_ME, state.dropped, None
     if stats:
         load_ME, dropped = load_ME + jnp.stack([s.load_E for s in stats]), dropped + sum(s.dropped for s in stats)
-    return _placed(State(cache.layers, load_ME, dropped), model.constrain), x_BTD
+    if stats and g.routed:
+        experts = load_ME.shape[1]
+        chosen = [s.expert_T.reshape(x_BTD.shape[:2]).astype(np.min_scalar_type(max(experts - 1, 0))) for s in stats]
+        expert_BTM = model.constrain(jnp.stack(chosen, axis=-1), (None, None, None))
+    return _placed(State(cache.layers, load_ME, dropped), model.constrain), hidden_BTD, expert_BTM
 
 
 def _known(place_B, of_S):

@@ -76,6 +76,7 @@ class Answer:
 
     Args:
       stop: texts that end it.
+      stop_token: whether a token that ends it is one of its tokens, though it says nothing.
 
     Attributes:
       new_tokens: how many were read.
@@ -84,7 +85,9 @@ class Answer:
       timing: for whoever measures.
     """
 
-    def __init__(self, handle: Handle, tokenizer: Tokenizer, stop: tuple[str, ...] = (), tools: Tools = NO_TOOLS):
+    def __init__(
+        self, handle: Handle, tokenizer: Tokenizer, stop: tuple[str, ...] = (), tools: Tools = NO_TOOLS, *, stop_token: bool = False
+    ):
         self.handle = handle
         self.new_tokens = 0
         self.finish: str | None = None
@@ -93,6 +96,7 @@ class Answer:
         self._parts: list[str | CallDelta] = []
         self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(stop)
         self._calls = CallReader(tools) if tools.allowed else None
+        self._stop_token = stop_token
         self._length = 0  # of the text, what a stop text may cut off included
         self._certain = 0  # of the text
         self._waiting: list[Token] = []  # that begin behind what is certain
@@ -143,6 +147,8 @@ class Answer:
             self.handle.check()
             text += self._stop.push(self._decoder.flush()) + self._stop.flush()
             self.finish = "length" if self.handle.finish is Finish.LENGTH and not self._stop.met else "stop"
+            if self._stop_token and self.handle.stop_token is not None and not self._stop.met:
+                self._waiting.append(Token(self.handle.stop_token, self._length, *(self.handle.stop_logprob or (None, {}))))
         parts: list[str | CallDelta] = [text] if text else []
         if self._calls is not None:
             parts = self._calls.push(text) + (self._calls.flush() if self.finish else [])

@@ -30,7 +30,8 @@ class Job:
       prompt_logprobs: how many of the likeliest tokens come with each token of the prompt, and its own log-probability; None: none.
       stream: whether the answer is wanted as it comes.
       stream_usage: whether a stream ends with what it cost.
-      return_token_ids: whether the answer comes as token ids too.
+      return_token_ids: whether the answer comes as token ids too, the one that ended it among them.
+      routed_experts_prompt_start: as of a `Request`; None leaves it to the server.
       repeated: fields of the request that the answer repeats.
       unknown: a line for each field that has no effect, since nobody knows it.
     """
@@ -52,5 +53,6 @@ class Job:
     stream: bool = False
     stream_usage: bool = False
     return_token_ids: bool = False
+    routed_experts_prompt_start: int | None = None
     repeated: dict[str, Any] = dataclasses.field(default_factory=dict)
     unknown: tuple[str, ...] = ()

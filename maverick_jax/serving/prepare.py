@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import NoRoom, token_rows
 from maverick_jax.inference.grammar import Grammars
@@ -25,11 +26,13 @@ class Prepared:
     Attributes:
       requests: `job.answers` for the first prompt, then for the next one.
       echoes: what each answer's text begins with: its prompt's, if the job says so.
+      config: the model's.
     """
 
     job: Job
     requests: list[Request]
     echoes: list[str]
+    config: Config
 
 
 class Preparer:
@@ -39,15 +42,25 @@ class Preparer:
       max_length: tokens of a request, prompt and answer together; a longer answer, or one without a limit, goes on to there.
       grammars: the engine's. A form is compiled here, so that nobody who is being answered waits for it.
       fetch: the bytes of a picture that is elsewhere.
+      routed_experts: whether answers tell the experts of their tokens.
 
     Raises:
       UserError: no model that `load` opened, or tokenizer or template files that cannot be read.
     """
 
-    def __init__(self, model: Llama4, max_length: int, grammars: Grammars, fetch: Callable[[Address], bytes] = refuse_address):
+    def __init__(
+        self,
+        model: Llama4,
+        max_length: int,
+        grammars: Grammars,
+        fetch: Callable[[Address], bytes] = refuse_address,
+        *,
+        routed_experts: bool = False,
+    ):
         if model.directory is None:
             raise UserError("this model was not loaded from a directory, so its tokenizer is unknown: open it with maverick_jax.load.")
         self.config, self.max_length, self._grammars, self._fetch = model.config, max_length, grammars, fetch
+        self._routed_experts = routed_experts
         self.tokenizer = Tokenizer.from_directory(model.directory)
         self.template = load_template(model.directory)
 
@@ -67,6 +80,9 @@ class Preparer:
         stop = None
         if job.ignore_eos or job.stop_ids:
             stop = [*job.stop_ids, *(() if job.ignore_eos else self.config.eos_token_id)]
+        told_from = job.routed_experts_prompt_start
+        if told_from is None and self._routed_experts:
+            told_from = 0
         requests = [
             Request(
                 ids=prompt.token_ids,
@@ -76,11 +92,12 @@ class Preparer:
                 stop_ids=stop,
                 grammar=grammar,
                 prompt_logprobs=job.prompt_logprobs,
+                routed_experts_prompt_start=told_from,
             )
             for prompt, sampling in zip(prompts, Sampling(**settings).by_row(len(prompts)), strict=True)
         ]
         texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in job.prompts if job.echo]
-        return Prepared(job, requests, [text for text in texts for _ in range(job.answers)] or [""] * len(requests))
+        return Prepared(job, requests, [text for text in texts for _ in range(job.answers)] or [""] * len(requests), self.config)
 
     def prompts(self, job: Job) -> list[Prompt]:
         """As the model takes them."""

@@ -19,6 +19,7 @@ IGNORED = frozenset(
 )
 ANSWERS = Range(whole, 1, 128, "a whole number between 1 and 128")
 SEEDS = Range(whole, -(2**63), 2**63 - 1, "a whole number of 64 bits")
+POSITIONS = Range(whole, 0, 2**31 - 1, "a token of the prompt, a whole number from 0")
 LONGEST_ID = 10  # digits of a token's
 STRUCTURED = {"json": "json_schema", "json_object": "json_object", "regex": "regex", "choice": "choice", "grammar": "lark"}
 
@@ -43,6 +44,7 @@ def shared(fields: Fields) -> dict[str, Any]:
         stream=fields.flag("stream"),
         stream_usage=options.flag("include_usage"),
         return_token_ids=fields.flag("return_token_ids"),
+        routed_experts_prompt_start=fields.number("routed_experts_prompt_start", POSITIONS),
     )
 
 

@@ -231,7 +231,7 @@ def test_the_last_token_may_come_while_one_looks():
 def test_a_row_that_comes_back_to_a_place_brings_what_it_has_said(model, requests):
     """Preempted twice it may find its own settings there, and a history without what it said elsewhere."""
     runner = engine(model)._serving.runner
-    row = Row(5, requests[0], [4], prompt=1, total=1)
+    row = Row(5, requests[0], [4], prompt=1, reusable=1, total=1)
     asked = admitted(requests[0], model.config, 64)
     content = Content(row=row, request=asked, tokens=[4], tiles=[], feature_T=None)
     for row.slot in (2, 3):

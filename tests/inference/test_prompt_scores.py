@@ -82,6 +82,6 @@ def test_a_warm_engine_compiles_nothing_for_them(model):
     """They are among the programs that a warm-up compiles."""
     engine = Engine(model, slots=1, max_length=32)
     engine.warm_up(progress=False)
-    known = steps.prefill_scored._cache_size()
+    known = steps.prefill._cache_size()
     engine.run([Request(ids=[1, 2, 3], max_new_tokens=2, prompt_logprobs=1)])
-    assert steps.prefill_scored._cache_size() == known > 0
+    assert steps.prefill._cache_size() == known > 0

@@ -74,6 +74,29 @@ class Client:
         return connection
 
 
+def choices_of(events: list) -> list[dict]:
+    """A stream's answers, put together as a client does; only the last chunk of each choice says why it ended."""
+    choices: dict[int, dict] = {}
+    for event in events[:-1]:
+        assert event["object"] in ("chat.completion.chunk", "text_completion")
+        assert event["id"] == events[0]["id"]
+        for part in event["choices"]:
+            choice = choices.setdefault(part["index"], {"text": "", "calls": {}, "logprobs": [], "token_ids": [], "finish_reason": None})
+            assert choice["finish_reason"] is None
+            choice["finish_reason"] = part["finish_reason"]
+            choice["text"] += part.get("text", part.get("delta", {}).get("content")) or ""
+            choice["token_ids"] += part.get("token_ids", [])
+            choice["routed_experts"] = part.get("routed_experts")
+            choice["logprobs"] += ((part["logprobs"] or {}).get("content") or []) if "delta" in part else [part["logprobs"]]
+            for call in part.get("delta", {}).get("tool_calls", []):
+                whole = choice["calls"].setdefault(call["index"], {"id": call.get("id"), "name": "", "arguments": ""})
+                whole["name"] += call["function"].get("name", "")
+                whole["arguments"] += call["function"]["arguments"]
+    assert events[-1] == "[DONE]"
+    assert all(choice["finish_reason"] for choice in choices.values())
+    return [choices[index] for index in sorted(choices)]
+
+
 def until(holds: Callable[[], object], seconds: float = 20.0) -> None:
     """Wait for what soon comes: a server counts and logs a request when it is over, a moment after its client has everything."""
     end = time.monotonic() + seconds

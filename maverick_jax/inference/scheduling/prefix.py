@@ -74,12 +74,12 @@ class Prefix:
         self._page = page
         self._chunk = chunk
 
-    def find(self, keys: list[int], slots: Iterable[tuple[int, Row | Retained]]) -> Resume:
-        """The longest resume point of a row with these tokens, which leaves at least one to compute.
+    def find(self, keys: list[int], slots: Iterable[tuple[int, Row | Retained]], reusable: int) -> Resume:
+        """The longest resume point of a row with these tokens, of which that many may be reused: one at least is left to compute.
 
         Of a prompt like no other, this packs one page of keys and looks at one key of each slot.
         """
-        most = len(keys) - 1
+        most = min(len(keys) - 1, reusable)
         path = self._walk(keys)
         best, pages, source = min(len(path) * self._page, most), path, None
         if self._chunk is not None:

@@ -62,7 +62,7 @@ class Scheduler:
         """Pages that no row holds, those kept for prefixes included."""
         return self._slots.available
 
-    def add(self, request: Request, keys: Sequence[int], now: float, *, ahead: bool = True) -> Row:
+    def add(self, request: Request, keys: Sequence[int], now: float, *, ahead: bool = True, reusable: int | None = None) -> Row:
         """Take a request in.
 
         Args:
@@ -70,6 +70,7 @@ class Scheduler:
           now: seconds, as in `plan`.
           ahead: whether steps are planned before the last one's token is read. If not, the row may have drafts, and after each step
             waits for `accept`.
+          reusable: how many tokens may be taken from what others have computed; None: all.
 
         Raises:
           NoRoom: prompt and answer can never fit.
@@ -84,7 +85,8 @@ class Scheduler:
             raise NoRoom(f"{asked}, but the cache holds {limits.pages * limits.page}: shorten the prompt or lower max_new_tokens.")
         if len(self.rows) >= limits.slots + limits.queue:
             raise Full(f"{limits.queue} requests wait already, as many as may: send this one again later.")
-        row = Row(self._count, request, list(keys), prompt=len(keys), total=len(keys), ahead=ahead)
+        most = len(keys) if reusable is None else reusable
+        row = Row(self._count, request, list(keys), prompt=len(keys), reusable=most, total=len(keys), ahead=ahead)
         self._count += 1
         self.rows[row.number] = row
         self._waiting.append(row)
@@ -219,7 +221,7 @@ class Scheduler:
         """Wait until an older row has computed what both begin with, if half of what is to be computed is saved by that."""
         if not self.limits.reuse:
             return False
-        best, leader, most = (ready + len(row.keys)) // 2, None, len(row.keys) - 1
+        best, leader, most = (ready + len(row.keys)) // 2, None, min(row.reusable, len(row.keys) - 1)
         for other in self._behind:
             if other.number < row.number and best < min(most, other.total) and other.keys[best] == row.keys[best]:
                 shared = common(row.keys, other.keys, 0, min(most, other.total))

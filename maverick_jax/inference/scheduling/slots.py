@@ -43,7 +43,7 @@ class Slots:
 
     def find(self, row: Row) -> Resume:
         """Where a row can begin now."""
-        return self._prefix.find(row.keys, self._holders()) if self.limits.reuse else NOTHING
+        return self._prefix.find(row.keys, self._holders(), row.reusable) if self.limits.reuse else NOTHING
 
     def pages_needed(self, row: Row, resume: Resume) -> int:
         """Of the available ones, to hold all of the row's tokens."""

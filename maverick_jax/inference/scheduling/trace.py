@@ -29,10 +29,10 @@ class Recording(Scheduler):
         self._stream = stream
         self._write(limits=dataclasses.asdict(limits))
 
-    def add(self, request: Request, keys: Sequence[int], now: float, *, ahead: bool = True) -> Row:
-        row = super().add(request, keys, now, ahead=ahead)
+    def add(self, request: Request, keys: Sequence[int], now: float, *, ahead: bool = True, reusable: int | None = None) -> Row:
+        row = super().add(request, keys, now, ahead=ahead, reusable=reusable)
         asked = {"max_new_tokens": request.max_new_tokens, "deadline": request.deadline}
-        self._write(add=row.number, keys=row.keys, now=now, ahead=ahead, **asked)
+        self._write(add=row.number, keys=row.keys, now=now, ahead=ahead, reusable=row.reusable, **asked)
         return row
 
     def cancel(self, row: Row) -> None:
@@ -92,9 +92,9 @@ def replay(lines: Iterable[str]) -> Iterator[tuple[Scheduler, Plan]]:
 
 def _tell(scheduler: Scheduler, rows: dict[int, Row], event: dict[str, Any]) -> Plan | None:
     match event:
-        case {"add": row, "keys": keys, "max_new_tokens": most, "deadline": deadline, "now": now, "ahead": ahead}:
+        case {"add": row, "keys": keys, "max_new_tokens": most, "deadline": deadline, "now": now, "ahead": ahead} as told:
             request = Request(ids=keys, max_new_tokens=most, deadline=deadline)  # the ids themselves decide nothing
-            rows[row] = scheduler.add(request, keys, now, ahead=ahead)
+            rows[row] = scheduler.add(request, keys, now, ahead=ahead, reusable=told.get("reusable"))
         case {"cancel": row}:
             scheduler.cancel(rows[row])
         case {"finish": row, "why": why}:

@@ -165,7 +165,7 @@ class _Batch:
             self._end(task, error)
             return True
         job = task.line.job
-        task.reply.answers.append(Answer(handle, self._prepare.tokenizer, job.stop, job.tools))
+        task.reply.answers.append(Answer(handle, self._prepare.tokenizer, job.stop, job.tools, stop_token=job.return_token_ids))
         self.running.append((task, task.reply.answers[-1]))
         return True
 

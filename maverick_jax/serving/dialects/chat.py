@@ -17,6 +17,7 @@ from maverick_jax.serving.fields import Fields
 from maverick_jax.serving.job import Job
 from maverick_jax.serving.pictures import picture_at
 from maverick_jax.serving.reply import Reply
+from maverick_jax.serving.routed import routed_experts
 from maverick_jax.serving.settings import shared
 from maverick_jax.serving.tools.choice import Tools, arguments_of, function, tools
 from maverick_jax.serving.tools.reader import CallDelta
@@ -182,7 +183,7 @@ def _choice(reply: Reply, index: int, said: dict[str, Any], tokens: Iterable[Tok
         choice["logprobs"] = {"content": logprobs.of_chat(tokens, reply.tokenizer), "refusal": None}
     if reply.job.return_token_ids:
         choice["token_ids"] = [token.id for token in tokens]
-    return choice
+    return choice | (routed_experts(reply, index) if finish else {})
 
 
 def _prompt_ids(reply: Reply) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from maverick_jax.serving.failure import Failure, openai_body
 from maverick_jax.serving.fields import Fields, token_ids
 from maverick_jax.serving.job import Job
 from maverick_jax.serving.reply import Reply
+from maverick_jax.serving.routed import routed_experts
 from maverick_jax.serving.settings import shared
 
 URL = "/v1/completions"
@@ -112,4 +113,4 @@ def _choice(reply: Reply, index: int, text: str, portion: Portion, *, first: boo
     if reply.job.return_token_ids:
         choice["token_ids"] = [token.id for token in portion.tokens]
         choice |= {"prompt_token_ids": list(reply.prepared.requests[index].ids)} if first else {}
-    return choice
+    return choice | (routed_experts(reply, index) if portion.finish else {})

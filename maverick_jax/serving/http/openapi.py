@@ -59,6 +59,7 @@ SHARED = {
     "stream_options": _object({"include_usage": FLAG}),
     "return_token_ids": FLAG,
     "prompt_logprobs": _between(0, 20, WHOLE),
+    "routed_experts_prompt_start": WHOLE,
 }
 TOOLS = {"tools": _listed(ANY_OBJECT), "tool_choice": CHOICE, "parallel_tool_calls": FLAG}
 MESSAGES = _listed(_object({"role": TEXT, "content": _either(TEXT, _listed(ANY_OBJECT), {"type": "null"})}, "role"), minItems=1)

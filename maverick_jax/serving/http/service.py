@@ -41,7 +41,7 @@ class Service:
 
     def __init__(self, engine: Engine, names: list[str], fetch: Callable[[Address], bytes] = refuse_address):
         self.engine, self.names = engine, names
-        self.prepare = Preparer(engine.model, engine.limits.max_length, engine.grammars, fetch)
+        self.prepare = Preparer(engine.model, engine.limits.max_length, engine.grammars, fetch, routed_experts=engine.routed_experts)
         self.running: set[Reply] = set()
         self.metrics = Metrics(names[0], lambda: engine.occupancy, lambda: engine.load_ME)
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="maverick request")
@@ -79,7 +79,8 @@ class Service:
         reply = Reply(prepared=prepared, answers=[], model=self.names[0], tokenizer=self.prepare.tokenizer)
         try:
             for request in prepared.requests:
-                reply.answers.append(Answer(self.engine.submit(request), reply.tokenizer, job.stop, job.tools))
+                handle = self.engine.submit(request)
+                reply.answers.append(Answer(handle, reply.tokenizer, job.stop, job.tools, stop_token=job.return_token_ids))
         except BaseException:
             reply.cancel()
             raise

@@ -206,7 +206,7 @@ def test_a_prompt_like_no_other_pays_for_one_page(monkeypatch):
     pack = Prefix._pack
     monkeypatch.setattr(Prefix, "_pack", lambda self, keys, place: packed.append(place) or pack(self, keys, place))
     monkeypatch.setattr("maverick_jax.inference.scheduling.prefix.common", lambda *args: compared.append(args) or common(*args))
-    row = Row(0, ask(1), [5, 5, 5, *range(100_000, 108_000)], prompt=8003, total=8003)
+    row = Row(0, ask(1), [5, 5, 5, *range(100_000, 108_000)], prompt=8003, reusable=8003, total=8003)
     assert scheduler._slots.find(row).length == 3
     assert packed == [0]
     assert len(compared) == 1

@@ -11,7 +11,7 @@ import pytest
 import maverick_jax as mj
 from maverick_jax.assets.digits import held_out, picture
 from maverick_jax.inference.request import Finish
-from oracle.http_client import until
+from oracle.http_client import choices_of, until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "What is the sum?"}]
@@ -22,28 +22,6 @@ COLD = {"temperature": 0, "max_tokens": 12}
 def chat(engine):
     """The same model offline."""
     return mj.Chat(engine.model, max_new_tokens=12)
-
-
-def choices_of(events: list) -> list[dict]:
-    """Put together as a client does; only the last chunk of each choice says why it ended."""
-    choices: dict[int, dict] = {}
-    for event in events[:-1]:
-        assert event["object"] in ("chat.completion.chunk", "text_completion")
-        assert event["id"] == events[0]["id"]
-        for part in event["choices"]:
-            choice = choices.setdefault(part["index"], {"text": "", "calls": {}, "logprobs": [], "token_ids": [], "finish_reason": None})
-            assert choice["finish_reason"] is None
-            choice["finish_reason"] = part["finish_reason"]
-            choice["text"] += part.get("text", part.get("delta", {}).get("content")) or ""
-            choice["token_ids"] += part.get("token_ids", [])
-            choice["logprobs"] += ((part["logprobs"] or {}).get("content") or []) if "delta" in part else [part["logprobs"]]
-            for call in part.get("delta", {}).get("tool_calls", []):
-                whole = choice["calls"].setdefault(call["index"], {"id": call.get("id"), "name": "", "arguments": ""})
-                whole["name"] += call["function"].get("name", "")
-                whole["arguments"] += call["function"]["arguments"]
-    assert events[-1] == "[DONE]"
-    assert all(choice["finish_reason"] for choice in choices.values())
-    return [choices[index] for index in sorted(choices)]
 
 
 def test_a_chat_is_what_it_is_offline(mini, chat):
