@@ -20,7 +20,8 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 2
 
 clients: $(VENV)/installed-test $(VENV)/clients/installed
-	MAVERICK_CLIENTS=$(VENV)/clients/bin/python MAVERICK_WHEELS=$(VENV)/clients/wheels $(BIN)/python -m pytest tests/clients
+	MAVERICK_CLIENTS=$(VENV)/clients/bin/python MAVERICK_WHEELS=$(VENV)/clients/wheels MAVERICK_NODE=$(abspath $(VENV)/clients/node) \
+	$(BIN)/python -m pytest tests/clients
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -42,10 +43,11 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	touch $(VENV)/installed $@
 
-$(VENV)/clients/installed: $(BIN)/python tests/clients/requirements.txt
+$(VENV)/clients/installed: $(BIN)/python tests/clients/requirements.txt tests/clients/package.json
 	$(BIN)/python -m venv $(VENV)/clients
 	$(VENV)/clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/clients/requirements.txt
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/clients/wheels bfcl-eval
+	command -v npm > /dev/null || exit 0; mkdir -p $(VENV)/clients/node && cp tests/clients/package.json $(VENV)/clients/node && npm install --silent --prefix $(VENV)/clients/node
 	touch $@
 
 clean:

@@ -58,6 +58,13 @@ class Fields:
             raise UserError(f"{field} is {shown(value)}: expected a list.")
         return value
 
+    def objects(self, field: str) -> list[dict[str, Any]]:
+        """Of a list."""
+        items = self.items(field)
+        for wrong in (item for item in items if not isinstance(item, dict)):
+            raise UserError(f"{field} holds {shown(wrong)}: expected objects.")
+        return items
+
     def number(self, field: str, allowed: Range, default: Any = None) -> Any:
         value = self.get(field)
         return default if value is None else allowed.check(field, value)

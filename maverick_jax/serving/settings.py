@@ -12,6 +12,7 @@ from maverick_jax.inference.checks import Range, shown, stop_strings, whole
 from maverick_jax.inference.grammar import Grammar
 from maverick_jax.inference.request import PROMPT_LOGPROBS
 from maverick_jax.serving.fields import Fields
+from maverick_jax.serving.tools.choice import Tools, function, tools
 
 SAMPLING = "top_p top_k min_p repetition_penalty presence_penalty frequency_penalty min_tokens".split()
 IGNORED = frozenset(
@@ -87,3 +88,43 @@ def form(wanted: Any, name: str) -> Grammar | None:
         case {"type": "json_schema", "json_schema": {"schema": schema}}:
             return Grammar(json_schema=schema)
     raise UserError(f"{name} is {shown(wanted)}: expected type text, json_object, or json_schema with a json_schema of a schema.")
+
+
+def chosen_tools(fields: Fields, inner: str | None = None) -> Tools:
+    """Of `tools` and `tool_choice`.
+
+    Args:
+      inner: the field of a tool, or of a choice, that says more about it; None where it does so itself.
+    """
+
+    def inside(value: Any, name: str | None = inner) -> Any:
+        return value.get(name) if inner else value
+
+    functions = []
+    for tool in fields.objects("tools"):
+        if _is_function(tool):
+            functions.append(function(inside(tool), "tools"))
+        else:
+            fields.note(f"tools holds {shown(tool)}, which is no function: the model is not told of it.")
+    choice, parallel = fields.get("tool_choice", "auto" if functions else "none"), fields.flag("parallel_tool_calls", True)
+    match choice:
+        case "none" | "auto" | "required":
+            return tools(functions, choice, parallel=parallel)
+        case {"type": "function"}:
+            return tools(functions, "required", [_name(inside(choice))], parallel=False)
+        case {"type": "allowed_tools"}:
+            match inside(choice, "allowed_tools"):
+                case {"mode": "auto" | "required" as mode, "tools": list() as allowed}:
+                    return tools(functions, mode, [_name(inside(tool)) for tool in allowed if _is_function(tool)], parallel=parallel)
+    raise UserError(f"tool_choice is {shown(choice)}: expected none, auto, required, or a function by its name.")
+
+
+def _is_function(tool: Any) -> bool:
+    return isinstance(tool, dict) and tool.get("type", "function") == "function"
+
+
+def _name(values: Any) -> str:
+    match values:
+        case {"name": str() as name}:
+            return name
+    raise UserError(f"tool_choice names {shown(values)}: expected a function by its name.")

@@ -1,6 +1,7 @@
 """Clients that people use, as they are released, against our server: each does what its users do (`make clients`)."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from oracle.scripted_engine import ScriptedEngine
 
 HERE = Path(__file__).parent
 PYTHON = os.environ.get("MAVERICK_CLIENTS")  # the interpreter of an environment that has them
+NODE = os.environ.get("MAVERICK_NODE", "")  # the folder of those of npm
 pytestmark = [
     pytest.mark.clients,
     pytest.mark.skipif(PYTHON is None, reason="MAVERICK_CLIENTS names no Python that has the clients: make clients"),
@@ -42,11 +44,15 @@ def urls():
         yield scripted.url, mini.url
 
 
-@pytest.mark.parametrize("script", sorted(HERE.glob("by_*.py")), ids=lambda script: script.stem.removeprefix("by_"))
+@pytest.mark.parametrize("script", sorted(HERE.glob("by_*")), ids=lambda script: script.stem.removeprefix("by_"))
 def test_a_client(script, urls, tmp_path):
     """It ends well; what it says is shown if not. It may talk to nobody else."""
-    keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    runner = Path(PYTHON or "").absolute()
+    if script.suffix == ".mjs":
+        runner = shutil.which("node")
+        if runner is None or not Path(NODE, "node_modules").is_dir():
+            pytest.skip("node is not installed, or MAVERICK_NODE names no folder with the clients of npm: make clients")
+    keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "MAVERICK_NODE") if name in os.environ}
     environment = keep | {"OPENAI_API_KEY": "none", "NO_PROXY": "127.0.0.1", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1"}
-    command = [Path(PYTHON or "").absolute(), script, *urls]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run([runner, script, *urls], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -402,10 +402,12 @@ def test_settings_beside_temperature_are_each_row_s_own(model, requests, alone):
 
 
 def test_nothing_compiles_after_the_warm_up(model, requests, alone):
-    """Pictures, drafts, penalties, copies of prefixes, preemption: every program is on a short list, and was run."""
+    """Pictures, drafts, penalties, scores of a prompt, copies of prefixes, preemption: every program is on a short list, and was run."""
     serving = engine(model, pages=10, draft=2)
     serving.warm_up(progress=False)
-    told = Request(ids=requests[6].ids, max_new_tokens=4, sampling=Sampling(presence_penalty=1.0, logprobs=2, temperature=0.7))
+    told = Request(
+        ids=requests[6].ids, max_new_tokens=4, sampling=Sampling(presence_penalty=1.0, logprobs=2, temperature=0.7), prompt_logprobs=1
+    )
     with no_compilation():
         handles = serving.run([*requests, told, *requests[::-1]])
     assert [handle.tokens for handle in handles] == [*alone, handles[len(alone)].tokens, *alone[::-1]]

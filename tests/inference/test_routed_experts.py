@@ -20,10 +20,15 @@ def model():
     return plain_model(**LAYERS)
 
 
+def engine(model, **more) -> Engine:
+    """One geometry for all of them: programs are compiled once."""
+    return Engine(model, slots=3, max_length=64, pages=5, routed_experts=True, **more)
+
+
 def expected(model, ids: list[int]) -> np.ndarray:
     """[T, M] of the whole text at once, without a cache."""
-    _, _, stats = model.hidden(model.embed(np.array([ids])))
-    return np.stack([np.asarray(s.expert_T) for s in stats], axis=1)
+    _, _, stats = model.hidden(model.embed(np.array([ids + [0] * (64 - len(ids))])))
+    return np.stack([np.asarray(s.expert_T) for s in stats], axis=1)[: len(ids)]
 
 
 def check(model, handle, start: int = 0) -> None:
@@ -40,23 +45,23 @@ def test_they_are_the_models_own(model, draft):
     """Of prompts of several pieces and of one token, beside one that does not ask; drafts that are not taken leave nothing."""
     draw = np.random.default_rng(0)
     prompts = [draw.integers(1, 20, n).tolist() for n in (50, 7, 1)] + [[5, 6, 7] * 6, [1, 2]]
-    engine = Engine(model, slots=3, max_length=64, draft=draft, routed_experts=True)
+    serving = engine(model, draft=draft)
     requests = [Request(ids=ids, max_new_tokens=12, stop_ids=(), routed_experts_prompt_start=0) for ids in prompts[:-1]]
-    *handles, other = engine.run([*requests, Request(ids=prompts[-1], max_new_tokens=12, stop_ids=())])
+    *handles, other = serving.run([*requests, Request(ids=prompts[-1], max_new_tokens=12, stop_ids=())])
     for handle in handles:
         check(model, handle)
     assert other.routed_experts.size == 0
     if draft:
-        assert engine.drafted.proposed > engine.drafted.accepted
+        assert serving.drafted.proposed > serving.drafted.accepted
 
 
 def test_from_a_token_on(model):
     """What comes before may be taken from the cache, and nothing behind it."""
     ids = np.random.default_rng(1).integers(1, 20, 40).tolist()
-    engine = Engine(model, slots=1, max_length=64, routed_experts=True)
-    engine.run([Request(ids=ids, max_new_tokens=4, stop_ids=())])
+    serving = engine(model)
+    serving.run([Request(ids=ids, max_new_tokens=4, stop_ids=())])
     for start, cached in ((0, 0), (17, 16), (33, 33), (39, 39)):
-        (handle,) = engine.run([Request(ids=ids, max_new_tokens=4, stop_ids=(), routed_experts_prompt_start=start)])
+        (handle,) = serving.run([Request(ids=ids, max_new_tokens=4, stop_ids=(), routed_experts_prompt_start=start)])
         assert handle.cached_tokens == cached
         check(model, handle, start)
 
@@ -64,8 +69,8 @@ def test_from_a_token_on(model):
 def test_nobody_waits_for_what_he_computes_himself(model):
     """A request follows an older one only as far as it may reuse what that computes."""
     ids = np.random.default_rng(2).integers(1, 20, 40).tolist()
-    engine = Engine(model, slots=2, max_length=64, routed_experts=True)
-    handles = engine.run([Request(ids=ids, max_new_tokens=4, stop_ids=(), routed_experts_prompt_start=start) for start in (0, 0, 32)])
+    serving = engine(model)
+    handles = serving.run([Request(ids=ids, max_new_tokens=4, stop_ids=(), routed_experts_prompt_start=start) for start in (0, 0, 32)])
     for handle, start in zip(handles, (0, 0, 32), strict=True):
         check(model, handle, start)
     assert [handle.cached_tokens for handle in handles] == [0, 0, 32]
@@ -74,20 +79,20 @@ def test_nobody_waits_for_what_he_computes_himself(model):
 def test_who_loses_its_place_has_them_all(model):
     """They come again with what is computed again; and a trace of it says how much was reused."""
     ids, trace = np.random.default_rng(3).integers(1, 20, (3, 30)).tolist(), io.StringIO()
-    engine = Engine(model, slots=3, max_length=64, pages=5, routed_experts=True, trace=trace)
-    handles = engine.run([Request(ids=row, max_new_tokens=30, stop_ids=(), routed_experts_prompt_start=0) for row in ids])
-    assert engine.occupancy.preempted
+    serving = engine(model, trace=trace)
+    handles = serving.run([Request(ids=row, max_new_tokens=30, stop_ids=(), routed_experts_prompt_start=0) for row in ids])
+    assert serving.occupancy.preempted
     for handle in handles:
         check(model, handle)
-    assert sum(len(plan.preempted) for _, plan in replay(trace.getvalue().splitlines())) == engine.occupancy.preempted
+    assert sum(len(plan.preempted) for _, plan in replay(trace.getvalue().splitlines())) == serving.occupancy.preempted
 
 
 def test_the_token_that_ends_an_answer_is_drawn_too(model):
     """So what it came behind has been computed."""
-    engine = Engine(model, slots=1, max_length=64, routed_experts=True)
-    (first,) = engine.run([Request(ids=[3, 1, 4], max_new_tokens=8, stop_ids=())])
+    serving = engine(model)
+    (first,) = serving.run([Request(ids=[3, 1, 4], max_new_tokens=8, stop_ids=())])
     stop = next(token for token in first.tokens[1:] if token != first.tokens[0])
-    (handle,) = engine.run([Request(ids=[3, 1, 4], max_new_tokens=8, stop_ids=[stop], routed_experts_prompt_start=0)])
+    (handle,) = serving.run([Request(ids=[3, 1, 4], max_new_tokens=8, stop_ids=[stop], routed_experts_prompt_start=0)])
     assert handle.stop_token == stop
     assert len(handle.routed_experts) == 3 + len(handle.tokens)
     check(model, handle)
@@ -96,9 +101,9 @@ def test_the_token_that_ends_an_answer_is_drawn_too(model):
 @pytest.mark.parametrize("wrong", [-1, 3, 1.5, True])
 def test_a_token_that_there_is_not(model, wrong):
     """The line says which there are."""
-    engine = Engine(model, slots=1, max_length=64, routed_experts=True)
+    serving = engine(model)
     with pytest.raises(UserError, match=r"routed_experts_prompt_start is .* a token of the prompt, between 0 and 2"):
-        engine.submit(Request(ids=[1, 2, 3], max_new_tokens=1, routed_experts_prompt_start=wrong))
+        serving.submit(Request(ids=[1, 2, 3], max_new_tokens=1, routed_experts_prompt_start=wrong))
 
 
 def test_an_engine_that_cannot_tell(model):

@@ -68,6 +68,8 @@ class ScriptedEngine:
         said = self._answer(b"".join(map(TOKENIZER.spelling, handle.request.ids.tolist())).decode("utf-8", "replace"))
         if isinstance(said, Exception):
             return self._end(handle, Finish.ERROR, said)
+        if handle.request.prompt_logprobs is not None:
+            handle.prompt_logprobs = [None, *[(-1.0, {})] * (handle.prompt_tokens - 1)]
         for token in TOKENIZER.encode(said):
             time.sleep(self._pause)
             with self._news:

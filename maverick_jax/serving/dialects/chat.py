@@ -18,8 +18,8 @@ from maverick_jax.serving.job import Job
 from maverick_jax.serving.pictures import picture_at
 from maverick_jax.serving.reply import Reply
 from maverick_jax.serving.routed import routed_experts
-from maverick_jax.serving.settings import shared
-from maverick_jax.serving.tools.choice import Tools, arguments_of, function, tools
+from maverick_jax.serving.settings import chosen_tools, shared
+from maverick_jax.serving.tools.choice import arguments_of
 from maverick_jax.serving.tools.reader import CallDelta
 
 URL = "/v1/chat/completions"
@@ -50,7 +50,7 @@ def read(body: Any) -> Job:
     return Job(
         **settings,
         messages=[_message(message) for message in messages],
-        tools=_tools(fields),
+        tools=chosen_tools(fields, inner="function"),
         render={name: fields.flag(name) for name in ("continue_final_message", "add_generation_prompt") if fields.has(name)},
         max_new_tokens=_longest(fields),
         unknown=fields.unknown(),
@@ -62,31 +62,6 @@ def _longest(fields: Fields) -> int | None:
     if old is not None and new is not None and old != new:
         raise UserError("both max_tokens and max_completion_tokens are given: give one of them.")
     return old or new
-
-
-def _tools(fields: Fields) -> Tools:
-    functions = []
-    for tool in fields.items("tools"):
-        if isinstance(tool, dict) and tool.get("type", "function") == "function":
-            functions.append(function(tool.get("function"), "tools"))
-        else:
-            fields.note(f"tools holds {shown(tool)}, which is no function: the model is not told of it.")
-    choice, parallel = fields.get("tool_choice", "auto" if functions else "none"), fields.flag("parallel_tool_calls", True)
-    match choice:
-        case "none" | "auto" | "required":
-            return tools(functions, choice, parallel=parallel)
-        case {"type": "function", "function": {"name": str() as name}}:
-            return tools(functions, "required", [name], parallel=False)
-        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list() as allowed}}:
-            return tools(functions, mode, [_allowed(tool) for tool in allowed], parallel=parallel)
-    raise UserError(f"tool_choice is {shown(choice)}: expected none, auto, required, or a function by its name.")
-
-
-def _allowed(tool: Any) -> str:
-    match tool:
-        case {"function": {"name": str() as name}}:
-            return name
-    raise UserError(f"tool_choice allows {shown(tool)}: expected functions by their names.")
 
 
 def _message(message: Any) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def _grammar(fields: Fields) -> Grammar | None:
 
 def _tools(fields: Fields) -> Tools:
     functions = []
-    for tool in fields.items("tools"):
-        if isinstance(tool, dict) and tool.get("type", "custom") == "custom":
+    for tool in fields.objects("tools"):
+        if tool.get("type", "custom") == "custom":
             functions.append(function(tool, "tools", parameters="input_schema"))
         else:
             fields.note(f"tools holds {shown(tool)}, which is a tool of another server: the model is not told of it.")
@@ -93,19 +93,18 @@ def _tools(fields: Fields) -> Tools:
 
 
 def _system(fields: Fields) -> list[dict[str, Any]]:
-    given = fields.get("system")
-    if not given:
-        return []
+    given = fields.get("system", "")
     if isinstance(given, list):
         given = [_block(block) for block in given]
     elif not isinstance(given, str):
         raise UserError(f"system is {shown(given)}: expected a text, or a list of blocks of text.")
-    return [{"role": "system", "content": given}]
+    return [{"role": "system", "content": given}] if given else []
 
 
 def _messages(message: Any) -> list[dict[str, Any]]:
     """What a message is to a chat template: results of tools are messages of their own, in front of what else it says."""
-    if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system"):
+    roles = ("user", "assistant", "system")
+    if not isinstance(message, dict) or message.get("role") not in roles or message.get("content") is None:
         raise UserError(f"messages holds {shown(message)}: expected objects with the role user or assistant, and a content.")
     role, content = message["role"], message.get("content")
     if not isinstance(content, list):

@@ -19,8 +19,8 @@ from maverick_jax.serving.fields import Fields
 from maverick_jax.serving.job import Job
 from maverick_jax.serving.pictures import picture_at
 from maverick_jax.serving.reply import Reply
-from maverick_jax.serving.settings import IGNORED, form, sampling
-from maverick_jax.serving.tools.choice import Tools, arguments_of, function, tools
+from maverick_jax.serving.settings import IGNORED, chosen_tools, form, sampling
+from maverick_jax.serving.tools.choice import arguments_of
 
 URL = "/v1/responses"
 STATELESS = ("previous_response_id", "conversation", "background", "prompt")  # what needs a memory
@@ -63,7 +63,7 @@ def read(body: Any) -> Job:
     return Job(
         model=fields.text("model") or None,
         messages=messages + _messages(fields),
-        tools=_tools(fields),
+        tools=chosen_tools(fields),
         sampling=sampling(fields),
         max_new_tokens=fields.number("max_output_tokens", MAX_NEW_TOKENS),
         grammar=_grammar(written.get("format")),
@@ -78,25 +78,6 @@ def _grammar(wanted: Any) -> Grammar | None:
         case {"type": "json_schema", "schema": schema}:
             return form({"type": "json_schema", "json_schema": {"schema": schema}}, "text.format")
     return form(wanted, "text.format")
-
-
-def _tools(fields: Fields) -> Tools:
-    functions = []
-    for tool in fields.items("tools"):
-        if isinstance(tool, dict) and tool.get("type") == "function":
-            functions.append(function(tool, "tools"))
-        else:
-            fields.note(f"tools holds {shown(tool)}, which is no function: the model is not told of it.")
-    choice, parallel = fields.get("tool_choice", "auto" if functions else "none"), fields.flag("parallel_tool_calls", True)
-    match choice:
-        case "none" | "auto" | "required":
-            return tools(functions, choice, parallel=parallel)
-        case {"type": "function", "name": str() as name}:
-            return tools(functions, "required", [name], parallel=False)
-        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list() as allowed}:
-            names = [tool["name"] for tool in allowed if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
-            return tools(functions, mode, names, parallel=parallel)
-    raise UserError(f"tool_choice is {shown(choice)}: expected none, auto, required, or a function by its name.")
 
 
 def _messages(fields: Fields) -> list[dict[str, Any]]:

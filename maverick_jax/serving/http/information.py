@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import token_rows
 from maverick_jax.serving.dialects import chat, messages
 from maverick_jax.serving.failure import Failure
@@ -87,20 +88,23 @@ class Information:
         return {"input_tokens": len(prompt.token_ids)}
 
     def _tokenize(self, body: Any) -> dict[str, Any]:
-        fields = Fields(body, "/tokenize")
-        prepare = self._service.prepare
+        fields, prepare = Fields(body, "/tokenize"), self._service.prepare
+        text, begun, spelled = fields.text("prompt"), fields.flag("add_special_tokens", True), fields.flag("return_token_strs")
         if fields.has("messages"):
             (prompt,) = prepare.prompts(chat.read(body))
             ids = prompt.token_ids
+        elif fields.has("prompt"):
+            ids = prepare.begun(text) if begun else prepare.tokenizer.encode(text)
         else:
-            text = fields.text("prompt")
-            ids = prepare.begun(text) if fields.flag("add_special_tokens", True) else prepare.tokenizer.encode(text)
-        spelled = [prepare.tokenizer.spelling(id).decode("utf-8", "backslashreplace") for id in ids]
-        strings = {"token_strs": spelled} if fields.flag("return_token_strs") else {}
+            raise UserError("prompt is missing: give a text, or messages.")
+        spellings = [prepare.tokenizer.spelling(id).decode("utf-8", "backslashreplace") for id in ids]
+        strings = {"token_strs": spellings} if spelled else {}
         return {"count": len(ids), "max_model_len": self._service.engine.limits.max_length, "tokens": ids} | strings
 
     def _detokenize(self, body: Any) -> dict[str, Any]:
-        ids = Fields(body, "/detokenize").ids("tokens")
-        if ids:
+        fields = Fields(body, "/detokenize")
+        if not fields.has("tokens"):
+            raise UserError("tokens is missing: give a list of token ids.")
+        if ids := fields.ids("tokens"):
             token_rows([ids], self._service.prepare.config.text.vocab_size)
         return {"prompt": b"".join(map(self._service.prepare.tokenizer.spelling, ids)).decode("utf-8", "replace")}

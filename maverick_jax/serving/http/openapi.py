@@ -19,7 +19,14 @@ def _listed(items: Schema, **more: Any) -> Schema:
 
 
 def _object(properties: dict[str, Schema], *required: str) -> Schema:
-    return {"type": "object", "properties": properties, **({"required": list(required)} if required else {})}
+    """What is not required may be null, which is the same as not there."""
+    nullable = {name: schema if name in required else _either(schema, {"type": "null"}) for name, schema in properties.items()}
+    return {"type": "object", "properties": nullable, **({"required": list(required)} if required else {})}
+
+
+def _typed(kind: str, properties: dict[str, Schema] | None = None, *required: str) -> Schema:
+    """An object that says what it is, with what it then has: all of that, unless some is named."""
+    return _object({"type": {"const": kind}, **(properties or {})}, "type", *(required or properties or ()))
 
 
 def _either(*schemas: Schema) -> Schema:
@@ -30,9 +37,10 @@ def _between(least: float, most: float | None = None, kind: Schema = NUMBER) -> 
     return kind | {"minimum": least} | ({} if most is None else {"maximum": most})
 
 
+SAID = TEXT | {"minLength": 1}
 IDS = _listed(_between(0, None, WHOLE))
 ANY_OBJECT: Schema = {"type": "object"}
-CHOICE = _either({"enum": ["none", "auto", "required"]}, ANY_OBJECT)
+MODE = {"enum": ["none", "auto", "required"]}
 LIMIT = _between(1, None, WHOLE)
 SAMPLING = {
     "temperature": _between(0),
@@ -49,24 +57,32 @@ SAMPLING = {
 SHARED = {
     "model": TEXT,
     **SAMPLING,
-    "stop": _either(TEXT, _listed(TEXT)),
+    "stop": _either(SAID, _listed(SAID)),
     "stop_token_ids": IDS,
     "ignore_eos": FLAG,
     "n": _between(1, 128, WHOLE),
-    "response_format": ANY_OBJECT,
-    "structured_outputs": ANY_OBJECT,
+    "response_format": _either(
+        _typed("text"), _typed("json_object"), _typed("json_schema", {"json_schema": _object({"schema": ANY_OBJECT}, "schema")})
+    ),
+    "structured_outputs": _object({"json": ANY_OBJECT, "json_object": {"const": True}, "regex": SAID, "choice": _listed(SAID, minItems=1)})
+    | {"additionalProperties": False, "minProperties": 1, "maxProperties": 1},
     "stream": FLAG,
     "stream_options": _object({"include_usage": FLAG}),
     "return_token_ids": FLAG,
     "prompt_logprobs": _between(0, 20, WHOLE),
     "routed_experts_prompt_start": WHOLE,
 }
-TOOLS = {"tools": _listed(ANY_OBJECT), "tool_choice": CHOICE, "parallel_tool_calls": FLAG}
-MESSAGES = _listed(_object({"role": TEXT, "content": _either(TEXT, _listed(ANY_OBJECT), {"type": "null"})}, "role"), minItems=1)
+FUNCTION = {"name": SAID | {"maxLength": 256, "pattern": "^[ -~]+$"}, "description": TEXT, "parameters": ANY_OBJECT}
+SAYING = _object({"type": {"const": "text"}, "text": TEXT}, "type", "text")
+CONTENT = _either(TEXT, _listed(SAYING))
+MESSAGES = _listed(_object({"role": TEXT, "content": CONTENT}, "role"), minItems=1)
+TURNS = _listed(_object({"role": {"enum": ["user", "assistant"]}, "content": CONTENT}, "role", "content"), minItems=1)
 CHAT = {
     "messages": MESSAGES,
     **SHARED,
-    **TOOLS,
+    "tools": _listed(_typed("function", {"function": _object(FUNCTION, "name")})),
+    "tool_choice": _either(MODE, _typed("function", {"function": _object({"name": SAID}, "name")})),
+    "parallel_tool_calls": FLAG,
     "max_tokens": LIMIT,
     "max_completion_tokens": LIMIT,
     "logprobs": FLAG,
@@ -75,17 +91,22 @@ CHAT = {
     "add_generation_prompt": FLAG,
     "chat_template_kwargs": ANY_OBJECT,
 }
+FORM = _typed("json_schema", {"schema": ANY_OBJECT})
+SYSTEM = _either(TEXT, _listed(SAYING))
+ANTHROPIC_TOOLS = _listed(_object({"name": FUNCTION["name"], "description": TEXT, "input_schema": ANY_OBJECT}, "name"))
 BODIES = {
     chat.URL: _object(CHAT, "messages"),
     responses.URL: _object(
         {
-            "input": _either(TEXT, _listed(ANY_OBJECT)),
+            "input": _either(TEXT, MESSAGES),
             "instructions": TEXT,
             "model": TEXT,
             **SAMPLING,
-            **TOOLS,
+            "tools": _listed(_typed("function", FUNCTION, "name")),
+            "tool_choice": _either(MODE, _typed("function", {"name": SAID})),
+            "parallel_tool_calls": FLAG,
             "max_output_tokens": LIMIT,
-            "text": _object({"format": ANY_OBJECT}),
+            "text": _object({"format": _either(_typed("text"), _typed("json_object"), _typed("json_schema", {"schema": ANY_OBJECT}))}),
             "stream": FLAG,
         },
         "input",
@@ -102,25 +123,26 @@ BODIES = {
     ),
     messages.URL: _object(
         {
-            "messages": MESSAGES,
+            "messages": TURNS,
             "max_tokens": LIMIT,
             "model": TEXT,
-            "system": _either(TEXT, _listed(ANY_OBJECT)),
-            "tools": _listed(ANY_OBJECT),
-            "tool_choice": ANY_OBJECT,
+            "system": SYSTEM,
+            "tools": ANTHROPIC_TOOLS,
+            "tool_choice": _either(_typed("auto"), _typed("any"), _typed("none"), _typed("tool", {"name": SAID})),
             "temperature": SAMPLING["temperature"],
             "top_p": SAMPLING["top_p"],
             "top_k": LIMIT,
-            "stop_sequences": _listed(TEXT),
-            "output_config": ANY_OBJECT,
-            "output_format": ANY_OBJECT,
+            "stop_sequences": _listed(SAID),
+            "output_config": _object({"format": FORM}),
+            "output_format": FORM,
             "stream": FLAG,
         },
         "messages",
         "max_tokens",
     ),
-    f"{messages.URL}/count_tokens": _object({"messages": MESSAGES, "system": TEXT, "tools": _listed(ANY_OBJECT)}, "messages"),
-    "/tokenize": _object({"prompt": TEXT, "messages": MESSAGES, "add_special_tokens": FLAG, "return_token_strs": FLAG}),
+    f"{messages.URL}/count_tokens": _object({"messages": TURNS, "system": SYSTEM, "tools": ANTHROPIC_TOOLS}, "messages"),
+    "/tokenize": _object({"prompt": TEXT, "messages": MESSAGES, "add_special_tokens": FLAG, "return_token_strs": FLAG})
+    | {"anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}]},
     "/detokenize": _object({"tokens": IDS}, "tokens"),
 }
 ASKED = {
@@ -160,6 +182,6 @@ def _responses(path: str, *, streams: bool = False) -> dict[str, Any]:
     error = ANTHROPIC_ERROR if path.startswith(messages.URL) else OPENAI_ERROR
     content: dict[str, Any] = {"application/json": {"schema": ANY_OBJECT}}
     if streams:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {}
     failed = {str(status): {"description": "What went wrong.", "content": {"application/json": {"schema": error}}} for status in ERRORS}
     return {"200": {"description": "The answer.", "content": content}, **failed}

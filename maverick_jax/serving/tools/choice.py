@@ -94,9 +94,9 @@ def tools(functions: Sequence[Function], mode: str, named: Sequence[str] | None 
         raise UserError(f"tools has two functions of the name {shown(twice)}: give each its own.")
     if (missing := next((name for name in named or () if name not in names), None)) is not None:
         raise UserError(f"tool_choice names {shown(missing)}, and tools has {', '.join(map(shown, names)) or 'none'}.")
-    if mode == "required" and not names:
-        raise UserError("tool_choice asks for a call, and tools has none.")
     allowed = frozenset(() if mode == "none" else names if named is None else named)
+    if mode == "required" and not allowed:
+        raise UserError("tool_choice asks for a call, and there is no tool to call.")
     return Tools(tuple(functions), allowed, mode == "required", parallel)
 
 

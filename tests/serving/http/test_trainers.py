@@ -28,10 +28,10 @@ def told():
 def experts(model, ids: list[int]) -> np.ndarray:
     """[T, L, 1] of the whole text at once; layers without experts have 0."""
     config = model.config.text
-    _, _, stats = model.hidden(model.embed(np.array([ids])))
+    _, _, stats = model.hidden(model.embed(np.array([ids + [0] * (64 - len(ids))])))
     expert_TL1 = np.zeros((len(ids), config.num_hidden_layers, 1), int)
     for layer, s in zip(config.moe_layers, stats, strict=True):
-        expert_TL1[:, layer, 0] = s.expert_T
+        expert_TL1[:, layer, 0] = s.expert_T[: len(ids)]
     return expert_TL1
 
 

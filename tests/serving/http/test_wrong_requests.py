@@ -60,6 +60,24 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize(
+    "path, body, says",
+    [
+        ("/tokenize", {}, "prompt is missing"),
+        ("/tokenize", {"prompt": 5, "messages": HELLO}, "prompt is 5"),
+        ("/tokenize", {"messages": HELLO, "return_token_strs": "yes"}, "return_token_strs is 'yes'"),
+        ("/detokenize", {}, "tokens is missing"),
+        ("/detokenize", {"tokens": "5"}, "tokens is '5'"),
+        ("/detokenize", {"tokens": [-1]}, "token ids outside"),
+    ],
+)
+def test_texts_to_tokens_and_back(mini, path, body, says):
+    """What is given is looked at, also where something else decides."""
+    answer = mini.post(path, body)
+    assert answer.status == 400
+    assert says in answer.error["message"]
+
+
 @pytest.mark.parametrize("path, body, says, field", WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_named(mini, path, body, says, field):
     """Status 400, also where a stream was wanted."""

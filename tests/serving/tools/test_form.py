@@ -25,7 +25,7 @@ def ask():
     """Answers to one prompt, hot, a seed each."""
     model = mj.load()
     tokenizer = Tokenizer.from_directory(model.directory)
-    engine = Engine(model, slots=4, max_length=256)
+    engine = Engine(model, slots=4, max_length=512)
 
     def answers(chosen, form: Grammar | None = None) -> list[Answer]:
         grammar = form_of(chosen, form)
