@@ -24,11 +24,11 @@ from maverick_jax.sharding.placement import Placement
 
 
 class Stats(NamedTuple):
-    """What a dispatch did: tokens that found no room (always 0 at inference), tokens per expert, and each token's expert."""
+    """What a dispatch did: tokens that found no room (always 0 at inference) and tokens per expert; the router adds each token's expert."""
 
     dropped: jax.Array  # [] int32
     load_E: jax.Array  # [E] int32
-    expert_T: jax.Array  # [T] int32, E for padding
+    expert_T: jax.Array | None = None  # [T] int32, E for padding
 
 
 class Dispatcher(Protocol):
@@ -62,7 +62,7 @@ class Local:
         E = experts.shape[0]
         if self.mesh is None or self.layout is None:
             y_TD = run_experts(x_TD, expert_T, experts)
-            return y_TD, Stats(jnp.zeros((), jnp.int32), count_rows(expert_T, E), expert_T)
+            return y_TD, Stats(jnp.zeros((), jnp.int32), count_rows(expert_T, E))
         placement = Placement.of(self.mesh, self.layout, experts)
 
         def on_device(x_LD, expert_L, experts):
@@ -74,7 +74,7 @@ class Local:
             return placement.sum(y_LD.astype(jnp.float32), placement.expert_axes + placement.width_axes), jnp.zeros((), jnp.int32)
 
         y_TD, dropped = placement.run(on_device, x_TD, expert_T, experts, token_axes=placement.gathered_token_axes)
-        return y_TD, Stats(dropped, count_rows(expert_T, E), expert_T)
+        return y_TD, Stats(dropped, count_rows(expert_T, E))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ExpertParallel:
             return placement.sum(y_LD, placement.width_axes), dropped
 
         y_TD, dropped = placement.run(on_device, x_TD, expert_T, experts, token_axes=placement.split_token_axes)
-        return y_TD, Stats(dropped, count_rows(expert_T, experts.shape[0]), expert_T)
+        return y_TD, Stats(dropped, count_rows(expert_T, experts.shape[0]))
 
     def exchange(self, x_LD: jax.Array, expert_L: jax.Array, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
         """On one device: its tokens to their experts and back, and how many this device counts as dropped."""

@@ -54,7 +54,7 @@ class MoE(nnx.Module):
         routed_TD, stats = self.dispatcher(scaled_TD, expert_T, self.experts.weights)
         # Both in float32: where several devices have parts of them, XLA adds the parts before one exchange, instead of two.
         sum_BTD = self.shared.sums(x_BTD) + routed_TD.astype(jnp.float32).reshape(x_BTD.shape)
-        return sum_BTD.astype(x_BTD.dtype), stats
+        return sum_BTD.astype(x_BTD.dtype), stats._replace(expert_T=expert_T)
 
 
 def route(scores_TE: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:
