@@ -94,7 +94,7 @@ def _front(args: argparse.Namespace) -> Iterator[tuple[Settings, socket.socket]]
 
     keys = Keys(args.keys, args.per_key)
     with _log(args.access_log) as written, bound(args.host, args.port) as address:
-        yield Settings(keys=keys, longest=args.max_body, origins=args.origin, written=written), address
+        yield Settings(keys=keys, longest=args.max_body, origins=args.origin, grace_s=args.grace, written=written), address
 
 
 def require_extra() -> None:
@@ -107,7 +107,7 @@ def require_extra() -> None:
     from maverick_jax.errors import UserError
 
     try:
-        for package in ("prometheus_client", "starlette", "uvicorn"):
+        for package in ("llguidance", "prometheus_client", "starlette", "uvicorn"):
             importlib.import_module(package)
     except ImportError as error:
         raise UserError(f"the server takes the extra `server` ({error}): pip install 'maverick-jax[server]'.") from error
@@ -128,7 +128,7 @@ def _serve(args: argparse.Namespace, engine: Engine, settings: Settings, address
     names = args.name or [Path(args.model or mini_directory()).resolve().name]
     with engine:
         fetch = Fetch(args.images_from) if args.images_from else refuse_address
-        server = Server(Service(engine, names, fetch), settings, address, grace_s=args.grace)
+        server = Server(Service(engine, names, fetch), settings, address)
         if not args.quiet:
             say(server, engine, names[0], keyed=settings.keys.needed)
         _until_stopped(server)

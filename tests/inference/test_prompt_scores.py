@@ -54,6 +54,15 @@ def test_they_are_the_models_own(model, draft):
     assert [handle.tokens for handle in handles] == [handle.tokens for handle in plain]
 
 
+def test_what_is_in_the_cache_is_computed_again(model):
+    """Of a prompt that has just been served; nobody knows how likely its tokens were."""
+    ids, serving = np.random.default_rng(2).integers(1, 20, 30).tolist(), engine(model)
+    for wanted, cached in ((None, 0), (None, 16), (0, 0)):
+        (handle,) = serving.run([Request(ids=ids, max_new_tokens=4, stop_ids=(), prompt_logprobs=wanted)])
+        assert handle.cached_tokens == cached
+    assert len(handle.prompt_logprobs) == 30
+
+
 def test_who_loses_its_place_keeps_them(model):
     """A request that is preempted and computed again has each once."""
     ids = np.random.default_rng(1).integers(1, 20, (3, 30)).tolist()

@@ -66,16 +66,6 @@ def test_from_a_token_on(model):
         check(model, handle, start)
 
 
-def test_nobody_waits_for_what_he_computes_himself(model):
-    """A request follows an older one only as far as it may reuse what that computes."""
-    ids = np.random.default_rng(2).integers(1, 20, 40).tolist()
-    serving = engine(model)
-    handles = serving.run([Request(ids=ids, max_new_tokens=4, stop_ids=(), routed_experts_prompt_start=start) for start in (0, 0, 32)])
-    for handle, start in zip(handles, (0, 0, 32), strict=True):
-        check(model, handle, start)
-    assert [handle.cached_tokens for handle in handles] == [0, 0, 32]
-
-
 def test_who_loses_its_place_has_them_all(model):
     """They come again with what is computed again; and a trace of it says how much was reused."""
     ids, trace = np.random.default_rng(3).integers(1, 20, (3, 30)).tolist(), io.StringIO()

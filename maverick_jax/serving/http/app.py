@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from maverick_jax.inference.checks import Range, whole
+from maverick_jax.inference.checks import Range, real, whole
 from maverick_jax.serving.dialect import Dialect
 from maverick_jax.serving.dialects import chat, completions, messages, responses
 from maverick_jax.serving.failure import Failure, failure_of, openai_body
@@ -35,6 +35,7 @@ DIALECTS: dict[str, Dialect] = {
     completions.URL: completions,
     messages.URL: messages,
 }
+GRACE = Range(real, 0.0, 86_400.0, "a number of seconds, at most a day")
 MOST = Range(whole, 1, float("inf"), "a number of bytes, 1 or more")
 log = logging.getLogger("maverick.serve")
 
@@ -47,16 +48,19 @@ class Settings:
       keys: who may ask.
       longest: bytes of a body.
       origins: of pages in browsers that may ask, "*" for all; none but this server's own by default.
+      grace_s: seconds that running answers have when the server closes.
       written: takes a line for each request, JSON without prompts.
     """
 
     keys: Keys = dataclasses.field(default_factory=Keys)
     longest: int = LONGEST
     origins: Sequence[str] = ()
+    grace_s: float = 30.0
     written: Callable[[str], object] | None = None
 
     def __post_init__(self):
         MOST.check("--max-body", self.longest)
+        GRACE.check("--grace", self.grace_s)
 
 
 def make_app(service: Service, settings: Settings) -> Starlette:

@@ -13,14 +13,13 @@ import threading
 import uvicorn
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.checks import Range, real, whole
+from maverick_jax.inference.checks import Range, whole
 from maverick_jax.serving.http.app import Settings, make_app
 from maverick_jax.serving.http.service import Service
 
 STALLED_S = 30  # a client may read nothing; the system ends the connection then
 BACKLOG = 2048  # connections that wait to be taken
 TOLD_S = 5.0  # and in which everybody has been told of the end
-GRACE = Range(real, 0.0, 86_400.0, "a number of seconds, at most a day")
 PORT = Range(whole, 0, 65535, "a whole number between 0 (any that is free) and 65535")
 SWITCH_S = 0.0005  # that a thread may keep Python from others: with its usual 5 ms the streams hold up the engine's next step
 
@@ -30,11 +29,10 @@ class Server:
 
     Args:
       address: from `bound`; it is closed with the server.
-      grace_s: seconds that running answers have when it closes.
     """
 
-    def __init__(self, service: Service, settings: Settings, address: socket.socket, *, grace_s: float = 30.0):
-        self._service, self._grace_s = service, GRACE.check("--grace", grace_s)
+    def __init__(self, service: Service, settings: Settings, address: socket.socket):
+        self._service, self._grace_s = service, settings.grace_s
         self._socket = address
         config = uvicorn.Config(
             make_app(service, settings),
@@ -75,7 +73,7 @@ class Server:
             self._thread.join(1.0)
 
     def close(self, *, now: bool = False) -> None:
-        """Take no more requests, let those that run end within `grace_s`, and tell the rest; or tell all of them at once."""
+        """Take no more requests, let those that run end within their grace, and tell the rest; or tell all of them at once."""
         self._service.stopping = True
         self._server.should_exit = True
         self._thread.join(0 if now else self._grace_s)

@@ -126,6 +126,21 @@ def test_whoever_waits_for_a_prompt_lets_others_pass():
     assert follower.cached == 16
 
 
+@pytest.mark.parametrize("reusable", [0, 10, 16, 29])
+def test_what_may_be_reused_has_an_end(reusable):
+    """A row begins within what it may reuse, be it there already or about to come, and waits for nobody where that is little."""
+    scheduler = Scheduler(limits())
+    served(scheduler, TEXT[:29])
+    row = scheduler.add(ask(5), TEXT[:30], 0.0, reusable=reusable)
+    step(scheduler)
+    assert row.cached == {10: 0}.get(reusable, reusable)
+    scheduler = Scheduler(limits())
+    scheduler.add(ask(3), TEXT[:30], 0.0)
+    row = scheduler.add(ask(3), TEXT[:29], 0.0, reusable=reusable)
+    step(scheduler)
+    assert (row.slot is None) == (reusable > 14)
+
+
 def test_nobody_waits_for_little():
     """Half of what is to be computed must be saved by it."""
     scheduler = Scheduler(limits())

@@ -17,7 +17,7 @@ from oracle.scripted_engine import ScriptedEngine
 @contextlib.contextmanager
 def serving(engine, grace_s: float = 5.0, **settings):
     """A client of a server."""
-    with Server(Service(engine, ["mini", "other-name"]), Settings(**settings), bound("127.0.0.1", 0), grace_s=grace_s) as server:
+    with Server(Service(engine, ["mini", "other-name"]), Settings(grace_s=grace_s, **settings), bound("127.0.0.1", 0)) as server:
         yield Client(server.url)
 
 

@@ -137,7 +137,7 @@ def test_pages_of_others_may_ask_where_they_are_allowed(serve):
 def ending(said: str, pause: float, grace_s: float) -> tuple[list, float, list]:
     """What a stream gets of a server that is closed in its midst, how long closing took, and what still runs."""
     engine, events = ScriptedEngine(lambda prompt: said, pause=pause), []
-    server = Server(Service(engine, ["mini"]), Settings(), bound("127.0.0.1", 0), grace_s=grace_s)
+    server = Server(Service(engine, ["mini"]), Settings(grace_s=grace_s), bound("127.0.0.1", 0))
     with server:
         client = Client(server.url)
         thread = threading.Thread(target=lambda: events.extend(client.events(COMPLETIONS, {**ASK, "max_tokens": 1000})))
