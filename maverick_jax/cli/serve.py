@@ -1,5 +1,5 @@
-"""Serve a model to the clients that people have: OpenAI's chat completions and completions, streamed or whole, with pictures and tools.
-Without -m the mini model serves, so that a client can be tried at once.
+"""Serve a model to the clients that people have: OpenAI's chat completions, responses and completions, Anthropic's messages, streamed or
+whole, with pictures and tools, and a page to chat at. Without -m the mini model serves, so that a client can be tried at once.
 
 API keys are those of --keys FILE (one per line, or an owner's name and a key) or of MAVERICK_API_KEYS, between commas; with neither,
 whoever reaches the port may ask, and by default that is this machine alone. Ctrl-C or SIGTERM ends the server: answers that run have

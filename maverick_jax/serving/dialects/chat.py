@@ -70,17 +70,21 @@ def _message(message: Any) -> dict[str, Any]:
     message = message | {"role": "system"} if message["role"] == "developer" else message
     if isinstance(parts := message.get("content"), list):
         message = message | {"content": [_part(part) for part in parts]}
-    if isinstance(calls := message.get("tool_calls"), list):
+    if (calls := message.get("tool_calls")) is not None:
+        if not isinstance(calls, list):
+            raise UserError(f"messages holds tool_calls that are {shown(calls)}: expected a list.")
         message = message | {"tool_calls": [_call(call) for call in calls]}
     return message
 
 
-def _call(call: Any) -> Any:
+def _call(call: Any) -> dict[str, Any]:
     """A tool's arguments as an object, which OpenAI writes as JSON in a text."""
-    given = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(given, dict) or not isinstance(text := given.get("arguments"), str):
-        return call
-    return call | {"function": given | {"arguments": arguments_of(text)}}
+    match call:
+        case {"function": {"name": str(), "arguments": str() as text} as given}:
+            return call | {"function": given | {"arguments": arguments_of(text)}}
+        case {"function": {"name": str()} as given} if isinstance(given.get("arguments"), dict | None):
+            return call
+    raise UserError(f"messages holds the tool call {shown(call)}: expected an object with a function, its name and its arguments.")
 
 
 def _part(part: Any) -> Any:

@@ -128,6 +128,8 @@ def _messages(message: Any) -> list[dict[str, Any]]:
 
 def _result(content: Any) -> tuple[Any, list[dict[str, Any]]]:
     """What a tool gave, and pictures among it, which stand in a user's message."""
+    if not isinstance(content, list | str | None):
+        raise UserError(f"a tool_result has the content {shown(content)}: expected a text, or a list of blocks.")
     if not isinstance(content, list):
         return content or "", []
     blocks = [_block(block) for block in content]

@@ -39,6 +39,7 @@ def _between(least: float, most: float | None = None, kind: Schema = NUMBER) -> 
 
 SAID = TEXT | {"minLength": 1}
 IDS = _listed(_between(0, None, WHOLE))
+ANY: Schema = {}
 ANY_OBJECT: Schema = {"type": "object"}
 MODE = {"enum": ["none", "auto", "required"]}
 LIMIT = _between(1, None, WHOLE)
@@ -64,7 +65,9 @@ SHARED = {
     "response_format": _either(
         _typed("text"), _typed("json_object"), _typed("json_schema", {"json_schema": _object({"schema": ANY_OBJECT}, "schema")})
     ),
-    "structured_outputs": _object({"json": ANY_OBJECT, "json_object": {"const": True}, "regex": SAID, "choice": _listed(SAID, minItems=1)})
+    "structured_outputs": _object(
+        {"json": ANY_OBJECT, "json_object": {"const": True}, "regex": SAID, "choice": _listed(SAID, minItems=1), "grammar": SAID}
+    )
     | {"additionalProperties": False, "minProperties": 1, "maxProperties": 1},
     "stream": FLAG,
     "stream_options": _object({"include_usage": FLAG}),
@@ -74,9 +77,24 @@ SHARED = {
 }
 FUNCTION = {"name": SAID | {"maxLength": 256, "pattern": "^[ -~]+$"}, "description": TEXT, "parameters": ANY_OBJECT}
 SAYING = _object({"type": {"const": "text"}, "text": TEXT}, "type", "text")
-CONTENT = _either(TEXT, _listed(SAYING))
-MESSAGES = _listed(_object({"role": TEXT, "content": CONTENT}, "role"), minItems=1)
-TURNS = _listed(_object({"role": {"enum": ["user", "assistant"]}, "content": CONTENT}, "role", "content"), minItems=1)
+PICTURE = _typed("image_url", {"image_url": _object({"url": SAID}, "url")})
+CALL = _object({"id": ANY, "type": ANY, "function": _object({"name": TEXT, "arguments": _either(TEXT, ANY_OBJECT)}, "name")}, "function")
+MESSAGE = _object(
+    {"role": TEXT, "content": _either(TEXT, _listed(_either(SAYING, PICTURE))), "tool_calls": _listed(CALL), "tool_call_id": ANY}, "role"
+)
+MESSAGES = _listed(MESSAGE, minItems=1)
+ITEM = _either(
+    _object({"role": TEXT, "content": _either(TEXT, _listed(ANY_OBJECT))}, "role", "content"),
+    _typed("function_call", {"call_id": ANY, "name": TEXT, "arguments": TEXT}),
+    _typed("function_call_output", {"call_id": ANY, "output": TEXT}),
+)
+BLOCK = _either(
+    SAYING,
+    _typed("image", {"source": _typed("base64", {"media_type": TEXT, "data": TEXT})}),
+    _typed("tool_use", {"id": ANY, "name": TEXT, "input": ANY_OBJECT}),
+    _typed("tool_result", {"tool_use_id": ANY, "content": _either(TEXT, _listed(SAYING))}, "tool_use_id"),
+)
+TURNS = _listed(_object({"role": {"enum": ["user", "assistant"]}, "content": _either(TEXT, _listed(BLOCK))}, "role", "content"), minItems=1)
 CHAT = {
     "messages": MESSAGES,
     **SHARED,
@@ -98,7 +116,7 @@ BODIES = {
     chat.URL: _object(CHAT, "messages"),
     responses.URL: _object(
         {
-            "input": _either(TEXT, MESSAGES),
+            "input": _either(TEXT, _listed(ITEM, minItems=1)),
             "instructions": TEXT,
             "model": TEXT,
             **SAMPLING,

@@ -127,6 +127,12 @@ def test_how_many_tokens_it_would_be(serve):
         ({**HELLO, "tool_choice": {"type": "all"}}, 400, "invalid_request_error", "tool_choice has the type 'all'"),
         ({**HELLO, "system": 5}, 400, "invalid_request_error", "system is 5"),
         ({**HELLO, "system": {}}, 400, "invalid_request_error", "system is {}"),
+        (
+            {**HELLO, "messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": 5}]}]},
+            400,
+            "invalid_request_error",
+            "a tool_result has the content 5",
+        ),
         ({**HELLO, "tools": [None]}, 400, "invalid_request_error", "tools holds None"),
         ({**HELLO, "messages": [{"role": "user"}]}, 400, "invalid_request_error", "messages holds"),
         ({**HELLO, "messages": [{"role": "user", "content": [{"type": "video"}]}]}, 400, "invalid_request_error", "a content holds"),
