@@ -82,7 +82,7 @@ class Engine:
         trace: TextIO | None = None,
     ):
         check_model(model)
-        self.model, self.routed_experts = model, routed_experts
+        self.model = model
         sizes = {"slots": slots, "max_length": max_length, "pages": pages}
         self.room: Room = room_for(model, **sizes, eight_bits=eight_bits, routed=routed_experts)
         geometry = self.room.geometry
@@ -207,6 +207,11 @@ class Engine:
                         self._serving.deliver([one for some in launched for one in some.read()])
                     case {"restart": True}:
                         self._restart()
+
+    @property
+    def routed_experts(self) -> bool:
+        """Whether it tells experts."""
+        return self.room.geometry.routed
 
     @property
     def drafted(self) -> Acceptance:
