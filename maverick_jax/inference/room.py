@@ -53,9 +53,11 @@ def room_for(
     `routed` goes into its geometry.
 
     Raises:
-      UserError: a number out of its range, a length beyond the context, or more than the devices have free.
+      UserError: a number out of its range, a length beyond the context, more than the devices have free, or experts that there are not.
     """
     text = model.config.text
+    if routed and not text.moe_layers:
+        raise UserError("routed_experts=True (--routed-experts) is asked for, but the model has no layers with experts.")
     slots, max_length, pages = (
         None if value is None else ROOM.check(name, value)
         for name, value in (("slots", slots), ("max_length", max_length), ("pages", pages))

@@ -100,3 +100,9 @@ def test_an_engine_that_cannot_tell(model):
     """Its programs do not say it."""
     with pytest.raises(UserError, match="make it with routed_experts=True"):
         Engine(model, slots=1, max_length=64).submit(Request(ids=[1], max_new_tokens=1, routed_experts_prompt_start=0))
+
+
+def test_a_model_without_experts():
+    """There is nothing to tell: it is said when the engine is made, not by a request."""
+    with pytest.raises(UserError, match="the model has no layers with experts"):
+        Engine(plain_model(num_hidden_layers=1, moe_layers=(), nope_layers=()), slots=1, max_length=64, routed_experts=True)
