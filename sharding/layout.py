@@ -229,4 +229,8 @@ class Constrain:
         check_placed(self.mesh, self.layout)
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, self.layout.sharding(axes, x.shape, self.mesh))
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+
+    def sharding(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        """Where an array with these axes lies."""
+        return self.layout.sharding(axes, shape, self.mesh)

@@ -16,7 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from maverick_jax.errors import UserError
-from maverick_jax.ops.quantize import QuantizedArray, Weight
+from maverick_jax.ops.low_rank import AdaptedWeight, LowRankArray
+from maverick_jax.ops.quantize import QuantizedArray
 from maverick_jax.ops.swiglu import ExpertWeights
 from maverick_jax.sharding.layout import Layout
 
@@ -89,8 +90,11 @@ class Placement:
         )(x_TD, expert_T, experts)
         return y_TD[:T], dropped
 
-    def _specs(self, weight_EKN: Weight, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
-        """How a stack is divided: scales of groups of inputs with the inputs, one scale for all inputs not."""
+    def _specs(self, weight_EKN: AdaptedWeight, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
+        """How a stack is divided: scales of groups of inputs with the inputs, one scale for all inputs not; thin matrices but for rank."""
+        if isinstance(weight_EKN, LowRankArray):
+            a, b = PartitionSpec(self.expert_axes, inputs, None), PartitionSpec(self.expert_axes, None, outputs)
+            return dataclasses.replace(weight_EKN, base=self._specs(weight_EKN.base, inputs, outputs), a=a, b=b)
         spec = PartitionSpec(self.expert_axes, inputs, outputs)
         if not isinstance(weight_EKN, QuantizedArray):
             return spec

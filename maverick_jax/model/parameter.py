@@ -1,7 +1,7 @@
 """A parameter: shape, logical axes and initial values in one declaration."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,3 +61,11 @@ def zeros(shape: tuple[int, ...], axes: Axes, dtype: DTypeLike) -> nnx.Param:
 def parameter_name(path: tuple) -> str:
     """Dotted name of a leaf of `nnx.state`: ("text", "layers", 0, "attention", "query") -> "text.layers.0.attention.query"."""
     return ".".join(str(part) for part in path)
+
+
+def replace_weight(model: nnx.Module, path: tuple, module: nnx.Module) -> None:
+    """Put a module in the place of a parameter, or of another module that stands in one's."""
+    parent: Any = model
+    for part in path[:-1]:
+        parent = parent[part] if isinstance(part, int) else getattr(parent, str(part))
+    setattr(parent, str(path[-1]), module)

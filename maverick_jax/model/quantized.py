@@ -17,7 +17,7 @@ from jax.experimental.layout import Format, Layout
 
 from maverick_jax.errors import UserError
 from maverick_jax.model.llama4 import Llama4
-from maverick_jax.model.parameter import Axes, Sides, parameter_name
+from maverick_jax.model.parameter import Axes, Sides, parameter_name, replace_weight
 from maverick_jax.ops.grouped_matmul import takes_float8_rows
 from maverick_jax.ops.quantize import FLOAT8, FORMATS, QuantizedArray, Shape, quantized_shapes
 from maverick_jax.ops.toolkit import on_hopper
@@ -29,12 +29,14 @@ SCALES = (jnp.dtype("bfloat16"), jnp.dtype("float16"), jnp.dtype("float32"))
 
 
 class QuantizedWeight(nnx.Module):
-    """In the place of an `nnx.Param`: `weight[...]` is what a product takes, `weight.shape` what it stands for."""
+    """In the place of an `nnx.Param`: `weight[...]` is what a product takes, `weight.shape` what it stands for; axes and sides are its."""
 
-    def __init__(self, values: nnx.Param, scales: nnx.Param, shape: Shape):
+    def __init__(self, values: nnx.Param, scales: nnx.Param, shape: Shape, axes: Axes, sides: Sides):
         self.values = values
         self.scales = scales
         self.shape = shape
+        self.axes = axes
+        self.sides = sides
         self.float8_rows = False
 
     def __getitem__(self, _: EllipsisType) -> QuantizedArray:
@@ -96,10 +98,7 @@ def set_quantized(model: Llama4, stored: Mapping[str, Stored]) -> None:
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = parameter_name(path)
         if f"{name}.values" in stored and "sides" in leaf.get_metadata():
-            parent: Any = model
-            for part in path[:-1]:
-                parent = parent[part] if isinstance(part, int) else getattr(parent, str(part))
-            setattr(parent, str(path[-1]), _quantized(name, leaf, stored))
+            replace_weight(model, path, _quantized(name, leaf, stored))
 
 
 def use_float8_rows(model: Llama4) -> None:
@@ -174,6 +173,8 @@ def _quantized(name: str, leaf: nnx.Param, stored: Mapping[str, Stored]) -> Quan
         _abstract(values, values_dtype, axes),
         _abstract(scales, scales_dtype, (*axes[lead], group_axis, *axes[outputs])),
         tuple(leaf.shape),
+        axes,
+        sides,
     )
 
 

@@ -28,10 +28,14 @@ def describe(model: Any) -> str:
         parts.append(f"{len(text.moe_layers)} with {text.num_local_experts} experts")
     if model.config.vision is not None:
         parts.append("vision")
-    weights = jax.tree.leaves(model, is_leaf=lambda part: hasattr(part, "scales"))  # a quantized weight has the shape it stands for
+    # Quantized and adapted weights have the shapes that they stand for.
+    weights = jax.tree.leaves(model, is_leaf=lambda part: hasattr(part, "scales") or hasattr(part, "base"))
     parts += [f"{sum(math.prod(weight.shape) for weight in weights):,} parameters", embedding.dtype.name]
-    if any(hasattr(weight, "scales") for weight in weights):
+    adapted = [weight for weight in weights if hasattr(weight, "base")]
+    if any(hasattr(getattr(weight, "base", weight), "scales") for weight in weights):
         parts.append("quantized")
+    if adapted:
+        parts.append(f"adapters of {sum(weight.a.size + weight.b.size for weight in adapted):,} parameters")
     if isinstance(embedding, jax.ShapeDtypeStruct):
         parts.append("no weights")
     elif not isinstance(embedding, Tracer):

@@ -122,7 +122,7 @@ class Vision(nnx.Module):
 
     def embed(self, tiles_N3SS: jax.Array) -> jax.Array:
         """[N, 3, S, S] -> [N, P, D]: what the first layer sees."""
-        x_NPD = linear(unfold(tiles_N3SS, self.config.patch_size).astype(self.patch_embedding.dtype), self.patch_embedding[...])
+        x_NPD = linear(unfold(tiles_N3SS, self.config.patch_size).astype(self.class_embedding.dtype), self.patch_embedding[...])
         N, _, D = x_NPD.shape
         class_token = jnp.broadcast_to(self.class_embedding[...][None, None], (N, 1, D))
         x_NPD = jnp.concatenate([x_NPD, class_token], axis=1) + self.position_embedding[...][None]

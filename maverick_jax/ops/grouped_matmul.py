@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from maverick_jax.ops.linear import LEAST_BFLOAT16_ROWS
+from maverick_jax.ops.low_rank import AdaptedWeight, LowRankArray
 from maverick_jax.ops.product import precision, product
-from maverick_jax.ops.quantize import FLOAT8, FORMATS, QuantizedArray, Weight, dequantize, matrix_shape
+from maverick_jax.ops.quantize import FLOAT8, FORMATS, QuantizedArray, dequantize, matrix_shape
 from maverick_jax.ops.toolkit import on_hopper
 
 FEWEST_ROWS = 8
@@ -27,18 +28,22 @@ SHARED = 2  # experts per row on CPU: where there are as many, few rows share on
 INPUTS_AT_ONCE, BYTES_AT_ONCE = 16, 1 << 19  # of a matrix in a sum on CPU
 
 
-def grouped_matmul(x_RK: jax.Array, weight_EKN: Weight, group_sizes_E: jax.Array) -> jax.Array:
+def grouped_matmul(x_RK: jax.Array, weight_EKN: AdaptedWeight, group_sizes_E: jax.Array) -> jax.Array:
     """Row r of x times the matrix of its group.
 
     Args:
       x_RK: rows sorted by group.
       weight_EKN: one matrix per group, in x's dtype or quantized. A quantized one has no gradient of its own. With `float8_rows` x is
-        rounded to float8 first, each row by its largest magnitude.
+        rounded to float8 first, each row by its largest magnitude. Of an adapted one the thin matrices are multiplied one after the other.
       group_sizes_E: int32 rows per group; rows beyond their sum belong to no group.
 
     Returns:
       [R, N] in x's dtype, zero for the rows that belong to no group.
     """
+    if isinstance(weight_EKN, LowRankArray):
+        thin_Rr = grouped_matmul(x_RK, weight_EKN.a.astype(x_RK.dtype), group_sizes_E)
+        learned_RN = grouped_matmul(thin_Rr, weight_EKN.b.astype(x_RK.dtype), group_sizes_E)
+        return grouped_matmul(x_RK, weight_EKN.base, group_sizes_E) + weight_EKN.scale * learned_RN
     if isinstance(weight_EKN, QuantizedArray) and weight_EKN.float8_rows:
         return _by_float8_rows(x_RK, weight_EKN, group_sizes_E)
     branches = {"cpu": _grouped_matmul_cpu, "cuda": _grouped_matmul_cuda, "tpu": _grouped_matmul_tpu, "default": _ragged_dot}

@@ -1,4 +1,4 @@
-"""Matrix products with float32 accumulation, by weights as they are or quantized."""
+"""Matrix products with float32 accumulation, by weights as they are, quantized, or adapted."""
 
 import functools
 import math
@@ -7,20 +7,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from maverick_jax.ops.low_rank import AdaptedWeight, LowRankArray
 from maverick_jax.ops.product import product
-from maverick_jax.ops.quantize import QuantizedArray, Weight, halves, scale
+from maverick_jax.ops.quantize import QuantizedArray, halves, scale
 
 FEW_ROWS, WIDE = 32, 2048  # measured: with more rows, or fewer columns, the usual form is quicker
 LEAST_BFLOAT16_ROWS = 4  # of a product on CPU
 PARTS = 4  # of the sums of a single float32 row on CPU
 
 
-def linear(x: jax.Array, weight: Weight, *, contract: int = 1) -> jax.Array:
+def linear(x: jax.Array, weight: AdaptedWeight, *, contract: int = 1) -> jax.Array:
     """Contract the last `contract` axes of x with the first of `weight`; float32 sums, x's dtype out.
 
     Args:
       x: [..., *K] activations.
-      weight: [*K, *N] in the same dtype, or quantized: dequantized to x's dtype on its way into the product.
+      weight: [*K, *N] in the same dtype, or quantized: dequantized to x's dtype on its way into the product. Of an adapted weight the
+        thin matrices are multiplied by x one after the other.
 
     Returns:
       [..., *N] in x's dtype.
@@ -28,8 +30,12 @@ def linear(x: jax.Array, weight: Weight, *, contract: int = 1) -> jax.Array:
     return linear_float32(x, weight, contract=contract).astype(x.dtype)
 
 
-def linear_float32(x: jax.Array, weight: Weight, *, contract: int = 1) -> jax.Array:
+def linear_float32(x: jax.Array, weight: AdaptedWeight, *, contract: int = 1) -> jax.Array:
     """As `linear`, but the float32 sums are returned as they are (router scores, logits)."""
+    if isinstance(weight, LowRankArray):
+        thin = linear(x, weight.a.astype(x.dtype), contract=contract)
+        learned = linear_float32(thin, weight.b.astype(x.dtype))
+        return linear_float32(x, weight.base, contract=contract) + weight.scale * learned
     if isinstance(weight, QuantizedArray):
         return _quantized(x, weight, contract)
     rows = math.prod(x.shape[: x.ndim - contract])

@@ -6,24 +6,25 @@ import jax
 
 from maverick_jax.ops.grouped_matmul import grouped_matmul
 from maverick_jax.ops.linear import linear, linear_float32
-from maverick_jax.ops.quantize import Weight, matrix_shape
+from maverick_jax.ops.low_rank import AdaptedWeight, base_of
+from maverick_jax.ops.quantize import matrix_shape
 
 
 class ExpertWeights(NamedTuple):
     """The routed experts of one layer. Shapes: E experts, D model width, F feed-forward width."""
 
-    gate_EDF: Weight
-    up_EDF: Weight
-    down_EFD: Weight
+    gate_EDF: AdaptedWeight
+    up_EDF: AdaptedWeight
+    down_EFD: AdaptedWeight
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """E, D and F."""
-        E, D, F = matrix_shape(self.gate_EDF)
+        E, D, F = matrix_shape(base_of(self.gate_EDF))
         return E, D, F
 
 
-def swiglu(x: jax.Array, gate_DF: Weight, up_DF: Weight, down_FD: Weight) -> jax.Array:
+def swiglu(x: jax.Array, gate_DF: AdaptedWeight, up_DF: AdaptedWeight, down_FD: AdaptedWeight) -> jax.Array:
     """x: [..., D] -> [..., D] float32."""
     return linear_float32(jax.nn.silu(linear(x, gate_DF)) * linear(x, up_DF), down_FD)
 

@@ -1,0 +1,59 @@
+"""Adapters on many devices: where they lie, and that they give what they give on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+from maverick_jax.model.low_rank import adapters, add_adapters
+from maverick_jax.sharding import LATENCY, THROUGHPUT, TRAINING, AllToAll, make_mesh
+from oracle.adapted import RANKS, teach
+from oracle.forward import TOLERANCE, logits, text_ids
+from oracle.quantized import model_of, quantize_arrays, small_model
+
+GRADIENT = 1e-4  # relative to the largest entry
+
+
+@pytest.mark.parametrize(
+    "form, sizes, layout",
+    [
+        (None, dict(data=2, expert=2, tensor=2), TRAINING),
+        (None, dict(data=2, expert=2, tensor=2), LATENCY),
+        ("int4", dict(expert=4, tensor=2), THROUGHPUT),
+    ],
+)
+def test_the_same_on_a_mesh(form, sizes, layout):
+    """Random values too, and gradients: nothing of an adapter depends on where it lies."""
+    base, ids = small_model(2), text_ids(8, 20)
+    arrays = quantize_arrays(base, form or "fp8", ("experts", "shared") if form else ())[0]
+    mesh = make_mesh(**sizes)
+    models = [model_of(base, arrays), model_of(base, arrays, mesh=mesh, layout=layout)]
+    if layout is not LATENCY:  # through which a gradient passes
+        models[1].set_attributes(dispatcher=AllToAll(mesh, layout, rounds=2), raise_if_not_found=False)
+    found = []
+    for model in models:
+        add_adapters(model, RANKS)
+        teach(model)
+        graphdef, learned, rest = nnx.split(model, nnx.LoRAParam, ...)
+        gradient = jax.jit(jax.grad(lambda learned: jnp.sin(nnx.merge(graphdef, learned, rest)(ids)).mean()))(learned)  # noqa: B023
+        found.append((adapters(model), logits(model, ids), jax.tree.map(np.asarray, nnx.to_flat_state(gradient))))
+    (here, logits_here, gradient_here), (there, logits_there, gradient_there) = found
+    for name, adapter in there.items():
+        assert_array_equal(adapter.a[...], here[name].a[...])
+    assert_allclose(logits_there, logits_here, atol=TOLERANCE, rtol=0)
+    for (path, one), (_, other) in zip(gradient_here, gradient_there, strict=True):
+        assert_allclose(other[...], one[...], atol=GRADIENT * np.abs(one[...]).max(), rtol=0, err_msg=str(path))
+
+
+def test_they_lie_beside_their_experts():
+    """An adapter of 128 experts that lay whole on every device would take as much room as the experts do."""
+    base = small_model(2)
+    model = model_of(base, quantize_arrays(base, "fp8", ())[0], mesh=make_mesh(data=2, expert=2, tensor=2), layout=TRAINING)
+    add_adapters(model, {"experts": 4, "attention": 4})
+    down = adapters(model)["text.layers.1.feed_forward.experts.down"]
+    assert down.a[...].sharding.spec == jax.sharding.PartitionSpec("expert", "tensor", None)
+    assert down.b[...].sharding.spec == jax.sharding.PartitionSpec("expert", None, "data")
+    query = adapters(model)["text.layers.0.attention.query"]
+    assert query.b[...].sharding.shard_shape(query.b.shape) == (4, 5, 16)
