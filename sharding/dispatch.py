@@ -24,11 +24,12 @@ from maverick_jax.sharding.placement import Placement
 
 
 class Stats(NamedTuple):
-    """What a dispatch did: tokens that found no room (always 0 at inference) and tokens per expert; the router adds each token's expert."""
+    """What a dispatch did: tokens that found no room (always 0 at inference) and tokens per expert; the router adds what it thought."""
 
     dropped: jax.Array  # [] int32
     load_E: jax.Array  # [E] int32
     expert_T: jax.Array | None = None  # [T] int32, E for padding
+    scores_TE: jax.Array | None = None  # [T, E] float32, before the sigmoid
 
 
 class Dispatcher(Protocol):

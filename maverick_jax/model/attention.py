@@ -33,6 +33,7 @@ class Piece:
       start_B: tokens that each row held before.
       lengths_B: real tokens of each row in this call; the rest of the row is padding on the right.
       positions_BT: position of every token, padding included.
+      document_BT: which of its row's documents a token belongs to, each of which sees itself alone; -1 is padding. None: one per row.
       first: no row held any.
       within_chunk: no row begins in one chunk and ends in another.
     """
@@ -40,13 +41,23 @@ class Piece:
     start_B: jax.Array
     lengths_B: jax.Array
     positions_BT: jax.Array
+    document_BT: jax.Array | None = None
     first: bool = dataclasses.field(default=False, metadata={"static": True})
     within_chunk: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(cls, start_B: jax.Array, lengths_B: jax.Array, T: int, *, first: bool = False, within_chunk: bool = False) -> "Piece":
         positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-        return cls(start_B, lengths_B, positions_BT, first, within_chunk or T == 1)
+        return cls(start_B, lengths_B, positions_BT, first=first, within_chunk=within_chunk or T == 1)
+
+    @classmethod
+    def packed(cls, document_BT: jax.Array) -> "Piece":
+        """Rows of several documents, one behind the other: every document begins at position 0."""
+        B, T = document_BT.shape
+        index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        begins_BT = document_BT != jnp.pad(document_BT, ((0, 0), (1, 0)), constant_values=-2)[:, :-1]
+        positions_BT = index_BT - lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
+        return cls(jnp.zeros((B,), jnp.int32), jnp.full((B,), T, jnp.int32), positions_BT, document_BT, first=True)
 
     @property
     def end_B(self) -> jax.Array:
@@ -55,11 +66,20 @@ class Piece:
     @property
     def real_BT(self) -> jax.Array:
         """True for tokens, False for padding."""
+        if self.document_BT is not None:
+            return self.document_BT >= 0
         return jnp.arange(self.positions_BT.shape[1])[None, :] < self.lengths_B[:, None]
 
     def begins_chunks(self, chunk: int) -> jax.Array:
         """[] bool: every row that has tokens begins with the first of a chunk."""
         return ((self.start_B % chunk == 0) | (self.lengths_B == 0)).all()
+
+    def apart(self, chunk: int | None) -> tuple[jax.Array, int]:
+        """Positions at which documents lie so far apart that no chunk holds parts of two, those of padding negative; and that chunk."""
+        assert self.document_BT is not None
+        T = self.positions_BT.shape[1]
+        room = -(-T // chunk) * chunk if chunk else T
+        return self.document_BT * room + self.positions_BT, chunk or room
 
     @property
     def last(self) -> "Piece":
@@ -116,6 +136,9 @@ class Attention(nnx.Module):
 
     def _first(self, query, asking, new, last_only):
         """The piece is all there is."""
+        if asking.document_BT is not None:
+            positions_BT, chunk = asking.apart(self.chunk)
+            return self.attend.over(query, positions_BT, new._replace(positions_BS=positions_BT), chunk).finish(query.dtype)
         if last_only:
             return self.attend.over(query, asking.positions_BT, new, self.chunk).finish(query.dtype)
         return self.attend.in_order(query, new.key_BKSd, new.value_BKSd, self.chunk)

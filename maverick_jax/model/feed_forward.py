@@ -21,7 +21,7 @@ class FeedForward(nnx.Module):
         self.up = weight(rngs, (D, F), ("embed", "mlp"), dtype)
         self.down = weight(rngs, (F, D), ("mlp", "embed"), dtype)
 
-    def __call__(self, x: jax.Array, real: Any = None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, real: Any = None, expert: Any = None) -> tuple[jax.Array, None]:
         """x: [..., D] -> ([..., D], None): a dense layer routes nothing."""
         return self.sums(x).astype(x.dtype), None
 

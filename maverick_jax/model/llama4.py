@@ -175,6 +175,8 @@ class Llama4(nnx.Module):
         last_only: bool = False,
         first: bool = False,
         within_chunk: bool = False,
+        document_BT: Array | None = None,
+        expert_BTM: Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, tuple[Stats, ...]]:
         """Embeddings through the decoder: [B, T, D] normed hidden states, the new cache, and stats per MoE layer.
 
@@ -182,12 +184,18 @@ class Llama4(nnx.Module):
           last_only: only each row's last token comes out, [B, 1, D], and the last layer computes only that.
           first, within_chunk: what the caller knows of the piece, for a quicker program: the cache is empty; no row of the piece crosses
             a border of its attention chunks. If it is not so, the result is wrong.
+          document_BT: int32, several documents per row, that do not see each other (-1: padding); instead of lengths and cache.
+          expert_BTM: integers, the expert of each mixture that tokens go to, as an engine tells them; None: where the routers say.
         """
         B, T = x_BTD.shape[:2]
         lengths = jnp.full((B,), T, jnp.int32) if lengths_B is None else jnp.asarray(lengths_B, jnp.int32)
         start = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths_B
-        piece = Piece.of(start, lengths, T, first=first or cache is None, within_chunk=within_chunk)
-        x_BTD, rows, stats = self.text(x_BTD, piece, None if cache is None else cache.rows(), last_only=last_only)
+        if document_BT is None:
+            piece = Piece.of(start, lengths, T, first=first or cache is None, within_chunk=within_chunk)
+        else:
+            piece = Piece.packed(jnp.asarray(document_BT))
+        rows = None if cache is None else cache.rows()
+        x_BTD, rows, stats = self.text(x_BTD, piece, rows, last_only=last_only, expert_BTM=expert_BTM)
         return x_BTD, None if cache is None else cache.advanced(rows, piece.end_B), stats
 
     def logits(self, x: jax.Array) -> jax.Array:

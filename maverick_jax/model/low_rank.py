@@ -27,6 +27,7 @@ from maverick_jax.ops.low_rank import LowRankArray
 from maverick_jax.ops.quantize import Shape
 from maverick_jax.sharding.layout import Constrain
 
+Leaf = jax.Array | jax.ShapeDtypeStruct
 ADAPTABLE = (*COMPONENTS, "router", "unembedding", "vision")
 LOOKED_UP = ("class_embedding", "position_embedding")  # and not multiplied by
 
@@ -141,7 +142,7 @@ def add_adapters(model: Llama4, ranks: Mapping[str, int], *, scale: float = 2.0,
     return [weight.name for weight in chosen]
 
 
-def set_adapter(model: Llama4, weight: Adaptable, a: jax.Array, b: jax.Array, scale: float) -> None:
+def set_adapter(model: Llama4, weight: Adaptable, a: Leaf, b: Leaf, scale: float) -> None:
     """Put these thin matrices beside a weight."""
     thin = zip((a, b), weight.thin(a.shape[-1]), strict=True)
     a_param, b_param = (nnx.LoRAParam(values, axes=expected.axes) for values, expected in thin)

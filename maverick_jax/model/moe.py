@@ -44,17 +44,21 @@ class MoE(nnx.Module):
         self.dispatcher = dispatcher
         self.constrain = constrain
 
-    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Stats]:
-        """[B, T, D] -> ([B, T, D], stats); padding (`real_BT` False) is routed to no expert."""
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array, expert_BT: jax.Array | None = None) -> tuple[jax.Array, Stats]:
+        """[B, T, D] -> ([B, T, D], stats); padding (`real_BT` False) is routed to no expert, tokens to those of `expert_BT` if given."""
         x_TD = self.constrain(x_BTD.reshape(-1, x_BTD.shape[-1]), ("tokens", None))
         # XLA:GPU would make one product of the router's and the shared expert's, and join their matrices first, in every step.
-        score_T, expert_T = route(linear_float32(lax.optimization_barrier(x_TD), self.router[...]), real_BT.reshape(-1))
+        scores_TE = linear_float32(lax.optimization_barrier(x_TD), self.router[...])
+        if expert_BT is None:
+            score_T, expert_T = route(scores_TE, real_BT.reshape(-1))
+        else:
+            score_T, expert_T = route_again(scores_TE, real_BT.reshape(-1), expert_BT.reshape(-1))
         # The score scales the expert's *input*; behind the non-linear SwiGLU it would be another function.
         scaled_TD = x_TD * score_T.astype(x_TD.dtype)[:, None]
         routed_TD, stats = self.dispatcher(scaled_TD, expert_T, self.experts.weights)
         # Both in float32: where several devices have parts of them, XLA adds the parts before one exchange, instead of two.
         sum_BTD = self.shared.sums(x_BTD) + routed_TD.astype(jnp.float32).reshape(x_BTD.shape)
-        return sum_BTD.astype(x_BTD.dtype), stats._replace(expert_T=expert_T)
+        return sum_BTD.astype(x_BTD.dtype), stats._replace(expert_T=expert_T, scores_TE=scores_TE)
 
 
 def route(scores_TE: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,6 +73,12 @@ def route(scores_TE: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array
     """
     highest_T, expert_T = lax.platform_dependent(scores_TE, real_T, cuda=_highest_in_one, default=_highest)
     return jax.nn.sigmoid(highest_T), expert_T
+
+
+def route_again(scores_TE: jax.Array, real_T: jax.Array, expert_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `route`, to experts that were chosen before: the sigmoid of today's scores of these."""
+    score_T = jnp.take_along_axis(scores_TE, expert_T[:, None], axis=1, mode="clip")[:, 0]
+    return jax.nn.sigmoid(score_T), jnp.where(real_T, expert_T, scores_TE.shape[1]).astype(jnp.int32)
 
 
 def _highest(scores_TE, real_T):

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, D model width, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -39,13 +40,15 @@ class Layer(nnx.Module):
         self.eps = config.rms_norm_eps
         self.constrain = constrain
 
-    def __call__(self, x_BTD: jax.Array, piece: Piece, cache: Any, *, last_only: bool = False) -> tuple[jax.Array, Any, Stats | None]:
+    def __call__(
+        self, x_BTD: jax.Array, piece: Piece, cache: Any, *, last_only: bool = False, expert_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Any, Stats | None]:
         """`last_only` computes every row's last token alone: [B, 1, D]; its keys and values are cached all the same."""
         attended, cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), piece, cache, last_only=last_only)
         if last_only:
             x_BTD, piece = piece.pick_last(x_BTD), piece.last
         x_BTD = self.constrain(x_BTD + attended, RESIDUAL)
-        transformed, stats = self.feed_forward(rms_norm(x_BTD, self.feed_forward_norm[...], self.eps), piece.real_BT)
+        transformed, stats = self.feed_forward(rms_norm(x_BTD, self.feed_forward_norm[...], self.eps), piece.real_BT, expert_BT)
         return self.constrain(x_BTD + transformed, RESIDUAL), cache, stats
 
 
@@ -62,24 +65,31 @@ class Text(nnx.Module):
         self.norm = ones((D,), ("embed",), dtype)
         if not config.tie_word_embeddings:
             self.unembedding = weight(rngs, (D, V), ("embed", "vocab"), dtype)
-        self.eps, self.tied = config.rms_norm_eps, config.tie_word_embeddings
+        self.eps, self.tied, self.moe_layers = config.rms_norm_eps, config.tie_word_embeddings, config.moe_layers
+        self.remat: Any = None  # what a gradient makes again: None nothing, or a policy of `jax.checkpoint_policies` what it keeps
 
     def __call__(
-        self, x_BTD: jax.Array, piece: Piece, caches: Any = None, *, last_only: bool = False
+        self, x_BTD: jax.Array, piece: Piece, caches: Any = None, *, last_only: bool = False, expert_BTM: jax.Array | None = None
     ) -> tuple[jax.Array, Any, tuple[Stats, ...]]:
         """Through all layers and the final norm.
 
         Args:
           caches: one layer cache per layer, or None.
           last_only: the last token of every row is all that is read, so the last layer computes no other.
+          expert_BTM: the expert of each mixture that tokens go to, whatever the routers say now; None: where they say.
 
         Returns:
           [B, T, D] ([B, 1, D] with last_only) normed hidden states, the new layer caches (None without), and the stats of the MoE layers.
         """
         new_caches, all_stats = [], []
         for i, layer in enumerate(self.layers):
-            last_layer = i == len(self.layers) - 1
-            x_BTD, cache, stats = layer(x_BTD, piece, None if caches is None else caches[i], last_only=last_only and last_layer)
+            cache, last = None if caches is None else caches[i], last_only and i == len(self.layers) - 1
+            chosen = i in self.moe_layers and expert_BTM is not None
+            expert_BT = expert_BTM[..., self.moe_layers.index(i)] if chosen else None
+            call = functools.partial(layer, last_only=last)
+            if self.remat is not None:
+                call = jax.checkpoint(call, policy=self.remat)
+            x_BTD, cache, stats = call(x_BTD, piece, cache, expert_BT=expert_BT)
             new_caches.append(cache)
             if stats is not None:
                 all_stats.append(stats)

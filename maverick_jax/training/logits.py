@@ -1,0 +1,57 @@
+"""What is computed from logits, in pieces of the sequence: [B, T, V] float32 are never in memory, neither forward nor backward.
+
+202,048 logits of one token are 808 kB; of a batch of 64 x 8,192 tokens they would be 423 GB.
+
+Shape suffixes: B rows, T tokens, P pieces, C tokens of a piece, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from maverick_jax.model import Llama4
+
+PIECE = 2**25  # logits of a piece on one device: 128 MiB in float32
+Result = TypeVar("Result")
+
+
+def over_pieces(model: Llama4, hidden_BTD: jax.Array, of_logits: Callable[..., Result], *of_tokens: Any) -> Result:
+    """`of_logits(logits_BCV, *parts)` of the whole sequence, piece by piece; a gradient makes each piece's logits again.
+
+    Args:
+      hidden_BTD: normed hidden states.
+      of_logits: float32 logits and the same places of `of_tokens` -> a tree of [B, C, ...].
+      of_tokens: trees of [B, T, ...].
+
+    Returns:
+      The tree, of [B, T, ...].
+    """
+    B, T, _ = hidden_BTD.shape
+    C = piece_length(B, T, model.config.text.vocab_size, model.constrain.mesh.size if hasattr(model.constrain, "mesh") else 1)
+
+    @jax.checkpoint
+    def piece(parts):
+        hidden_BCD, *rest = parts
+        return of_logits(model.logits(hidden_BCD), *rest)
+
+    inputs = (hidden_BTD, *of_tokens)
+    if C == T:
+        return piece(inputs)
+    cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, T // C, C, *x.shape[2:]), 1, 0), inputs)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), lax.map(piece, cut))
+
+
+def piece_length(B: int, T: int, V: int, devices: int) -> int:
+    """Tokens of a row in a piece: the most that divide T evenly and stay below `PIECE`."""
+    return next((T // pieces for pieces in range(1, T) if T % pieces == 0 and B * (T // pieces) * V <= PIECE * devices), 1)
+
+
+def log_probabilities(logits_BCV: jax.Array, target_BC: jax.Array) -> jax.Array:
+    """[B, C] log-probability of each target, whatever axis of the mesh divides the vocabulary."""
+    is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None, :] == target_BC[..., None]
+    return jnp.where(is_target_BCV, logits_BCV, 0).sum(axis=-1) - jax.nn.logsumexp(logits_BCV, axis=-1)

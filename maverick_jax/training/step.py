@@ -1,0 +1,109 @@
+"""One step of training, compiled: gradients of some micro-batches, added up, clipped, and what the optimizer makes of them.
+
+Shape suffixes: A micro-batches, B rows, T tokens, M layers with experts, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from maverick_jax.model import Llama4
+from maverick_jax.training.split import Leaves, Split
+
+
+class Objective(Protocol):
+    """What is to become small: a sum over a batch, divided by a number that all micro-batches of a step have together."""
+
+    def total(self, batch: Any) -> jax.Array:
+        """[] float32: what counts in a batch, such as the tokens that are learned."""
+        ...
+
+    def __call__(self, model: Llama4, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[] float32, and sums over the batch that are worth knowing, by name."""
+        ...
+
+
+class Progress(NamedTuple):
+    """All that changes from step to step.
+
+    Attributes:
+      step: [] int32, steps that were made.
+      learned: by name.
+      moments: the optimizer's.
+    """
+
+    step: jax.Array
+    learned: Leaves
+    moments: optax.OptState
+
+
+Update = Callable[[Progress, Leaves, Any], tuple[Progress, dict[str, jax.Array]]]
+
+
+def begin(split: Split, optimizer: optax.GradientTransformation) -> Progress:
+    """Before the first step. Moments are float32 and lie where what they are of does."""
+    places = {name: array.sharding for name, array in split.learned.items()}
+    everywhere = _everywhere(next(iter(places.values())))
+    abstract = jax.eval_shape(lambda learned: optimizer.init(_float32(learned)), split.learned)
+    placed = optax.tree.map_params(optimizer, lambda _, place: place, abstract, places, transform_non_params=lambda _: everywhere)
+    moments = jax.jit(lambda learned: optimizer.init(_float32(learned)), out_shardings=placed)(split.learned)
+    return Progress(jax.device_put(jnp.zeros((), jnp.int32), everywhere), split.learned, moments)
+
+
+def make_update(split: Split, objective: Objective, optimizer: optax.GradientTransformation) -> Update:
+    """`update(progress, frozen, batches) -> (progress, measures)`, to be compiled; see `compile_update`.
+
+    `batches` is a tree of [A, ...]: gradients of A micro-batches are added up, in float32. Measures are the objective's sums, `loss` (the
+    mean), `total`, and `gradient_norm`, before anything is clipped.
+    """
+
+    def gradient(learned: Leaves, frozen: Leaves, batch: Any, total: jax.Array) -> tuple[dict[str, jax.Array], Leaves]:
+        def loss(learned: Leaves) -> tuple[jax.Array, dict[str, jax.Array]]:
+            value, measures = objective(split.model(learned, frozen), batch)
+            return value / total, measures
+
+        (value, measures), gradients = jax.value_and_grad(loss, has_aux=True)(learned)
+        return {"loss": value, **measures}, _float32(gradients)
+
+    def update(progress: Progress, frozen: Leaves, batches: Any) -> tuple[Progress, dict[str, jax.Array]]:
+        total = jax.vmap(objective.total)(batches).sum()
+        first, others = jax.tree.map(lambda x: x[0], batches), jax.tree.map(lambda x: x[1:], batches)
+        sums = gradient(progress.learned, frozen, first, total)
+        if len(jax.tree.leaves(others)[0]):
+
+            def add(sums, batch):
+                return jax.tree.map(jnp.add, sums, gradient(progress.learned, frozen, batch, total)), None
+
+            sums, _ = lax.scan(add, sums, others)
+        measures, gradients = sums
+        learned = _float32(progress.learned)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
+            updates, moments = optimizer.update(gradients, progress.moments, learned)
+        learned = jax.tree.map(lambda old, new: new.astype(old.dtype), progress.learned, optax.apply_updates(learned, updates))
+        return Progress(progress.step + 1, learned, moments), {
+            **measures, "total": total, "gradient_norm": optax.tree.norm(gradients)
+        }  # fmt: skip
+
+    return update
+
+
+def compile_update(update: Update, progress: Progress) -> Update:
+    """Compiled: what is learned and its moments stay where they are, and the old ones' memory is the new ones'."""
+    places = jax.tree.map(lambda x: x.sharding, progress)
+    return jax.jit(update, donate_argnums=0, out_shardings=(places, None))
+
+
+def _float32(leaves: Leaves) -> Leaves:
+    return {name: leaf.astype(jnp.float32) for name, leaf in leaves.items()}
+
+
+def _everywhere(place: Sharding) -> Sharding:
+    """Whole on all devices of a mesh."""
+    return NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
