@@ -1,5 +1,5 @@
 # make demo    install into .venv, convert the embedded checkpoint, ask it about two pictures on 8 simulated devices
-# make test    install the test and torch extras, run all tests; EXTRAS=test leaves out what compares with PyTorch,
+# make test    install the extras test, torch and peft, run all tests; EXTRAS=test leaves out what compares with PyTorch,
 #              WORKERS=1 takes half the memory (10 GB) and twice the time
 # make clients the clients that people use (openai, anthropic, langchain, ...) against our server, in an environment of their own
 # make lint    ruff and pyright
@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= test,torch
+EXTRAS ?= test,torch,peft
 WORKERS ?= 2
 BIN    := $(VENV)/bin
 

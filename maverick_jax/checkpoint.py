@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from maverick_jax.adapter import load_adapter
 from maverick_jax.assets import mini_directory
 from maverick_jax.config.checks import path_of, show
 from maverick_jax.convert import MANIFEST, PARAMS, ModelDirectory, Source, open_model_directory, open_source
@@ -31,6 +32,7 @@ from maverick_jax.convert.formats.companions import COMPANIONS, TEMPLATES, copy_
 from maverick_jax.convert.formats.recognize import find_directory, local_path
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4, get_abstract_model, parameter_name
+from maverick_jax.model.low_rank import adapters
 from maverick_jax.model.parameter import float_dtype
 from maverick_jax.model.quantized import lay_for_float8_rows, set_quantized, use_float8_rows
 from maverick_jax.sharding import AXES, AttendOnMesh, Constrain, Dispatcher, Layout, check_mesh, get_layout, make_dispatcher
@@ -48,6 +50,7 @@ def load(
     dispatcher: str | Dispatcher | None = None,
     dtype: DTypeLike | None = None,
     activations: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Llama4:
     """A model whose every parameter is on its devices. No host holds more than its own devices need, plus one slice.
 
@@ -60,13 +63,14 @@ def load(
       dtype: of weights and activations; None as stored.
       activations: "fp8" rounds what meets routed experts in fp8 to float8 too, with a scale per token: other results, and on Hopper
         products of float8.
+      adapter: directory of a LoRA, PEFT's or ours, to be used and not learned further (for that there is `load_adapter`).
 
     Raises:
       UserError: no checkpoint there, an incomplete or inconsistent one, a mesh that does not divide the model, or devices without room
-        for it.
+        for it; no adapter, or one for another base.
     """
     checkpoint = open_checkpoint(resolve(path))
-    return read_model(checkpoint, mesh=mesh, layout=layout, dispatcher=dispatcher, dtype=dtype, activations=activations)
+    return read_model(checkpoint, mesh=mesh, layout=layout, dispatcher=dispatcher, dtype=dtype, activations=activations, adapter=adapter)
 
 
 def read_model(
@@ -77,6 +81,7 @@ def read_model(
     dispatcher: str | Dispatcher | None = None,
     dtype: DTypeLike | None = None,
     activations: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Llama4:
     """`load` of what `open_checkpoint` has opened."""
     if activations not in ACTIVATIONS:
@@ -103,6 +108,8 @@ def read_model(
     model = nnx.merge(graphdef, state)
     lay_for_float8_rows(model)
     model.directory = str(checkpoint.directory)
+    if adapter is not None:
+        load_adapter(model, adapter, dtype=options["dtype"])
     return model
 
 
@@ -125,6 +132,8 @@ def save(model: Llama4, path: str | Path, *, companions: str | Path | None = Non
         raise UserError(f"model is {show(model)}: it must be a Llama4, such as load gives.")
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model)):
         raise UserError("this model has no weights, get_abstract_model only describes them: there is nothing to save.")
+    if adapters(model):
+        raise UserError("this model has an adapter: `save_adapter` saves it, and its base is saved already.")
     path, given, companions = local_path(path), companions is not None, model.directory if companions is None else companions
     if companions is not None:
         companions = path_of("companions", companions)

@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from maverick_jax.config import Config
 from maverick_jax.convert.build.building import building, find_destination, refuse_inside, require_space
+from maverick_jax.convert.build.merged import Merged, Parameters
 from maverick_jax.convert.build.model_source import ModelSource, open_model_source
 from maverick_jax.convert.build.steps import PLAIN, check_parameters, plan_steps
 from maverick_jax.convert.formats import names, safetensors
@@ -20,20 +21,12 @@ from maverick_jax.convert.formats.companions import COMPANIONS, copy_companions,
 from maverick_jax.convert.formats.names import find_places, huggingface_name
 from maverick_jax.convert.formats.places import Index, Place, Shape, chunk_indices
 from maverick_jax.convert.formats.prompting import check_prompting
-from maverick_jax.convert.formats.recognize import local_path
+from maverick_jax.convert.formats.recognize import find_directory, local_path
 from maverick_jax.convert.formats.shards import INDEX, SINGLE
 from maverick_jax.errors import UserError
 from maverick_jax.ops.quantize import FORMATS
 
 SHARD = 5_000_000_000  # bytes, as transformers splits; one larger tensor has a file of its own
-
-
-class Parameters(Protocol):
-    """What can be exported: a `ModelSource`, or a view of one."""
-
-    parameters: dict[str, tuple[Shape, np.dtype]]
-
-    def read(self, name: str, index: Index) -> np.ndarray: ...
 
 
 class Layout(NamedTuple):
@@ -61,7 +54,9 @@ class MultipliedOut:
         return step.run(step.read(self.source, index))[0]
 
 
-def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = None, progress: bool = False) -> Path:
+def export(
+    model_dir: str | Path, hf_dir: str | Path, *, target: str | None = None, merge: str | Path | None = None, progress: bool = False
+) -> Path:
     """Write the safetensors files, index, config and tokenizer that transformers and other engines read.
 
     All weights are held against the digests of the model directory as they are read; where it was made without, nothing is checked.
@@ -70,6 +65,7 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
       model_dir: a finished model directory.
       hf_dir: must not exist; it is built in `HF_DIR.partial/` and renamed once.
       target: bfloat16 or float32; None keeps what is stored: plain weights, or FP8 experts in the official layout.
+      merge: directory of a LoRA for this model, or a Hub id, that is added to its weights.
       progress: show a bar with bytes and rate on stderr, if that is a terminal.
 
     Returns:
@@ -77,7 +73,7 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
 
     Raises:
       UserError: no finished model directory, or one that is not what was written; weights that are not `config.json`'s or have no
-        Hugging Face layout; an existing destination, or no space. There is no `hf_dir` then.
+        Hugging Face layout; an adapter for another base; an existing destination, or no space. There is no `hf_dir` then.
     """
     if target is not None and target not in PLAIN:
         raise UserError(f"format {target!r:.100} is unknown: choose one of {', '.join(PLAIN)}, or none to keep what is stored.")
@@ -92,6 +88,8 @@ def export(model_dir: str | Path, hf_dir: str | Path, *, target: str | None = No
         raise UserError(f"{model_dir}: {error}") from error
     if target is not None:
         source = MultipliedOut(stored, target)
+    if merge is not None:
+        source = Merged(source, stored.config, find_directory(merge))
     tensors = lay_out(source, stored.config, model_dir)
     total = sum(tensor.nbytes for tensor in tensors.values())
     stored.check_files()

@@ -32,6 +32,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXES", help="such as data=1,expert=8,tensor=1 (default: all devices on expert)")
     parser.add_argument("--layout", metavar="NAME", help="throughput, latency or training (default: throughput)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights and activations (default: as stored)")
+    parser.add_argument("--adapter", metavar="DIR", help="directory of a LoRA for this model, from `maverick train` or PEFT, or a Hub id")
     parser.add_argument(
         "--activations",
         choices=("fp8",),
@@ -103,7 +104,7 @@ def _arguments(args: argparse.Namespace) -> dict[str, str]:
     values = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("run", "debug", "model", "source", "image", "out", "trace", "plot", "compilation_cache")
+        if name not in ("run", "debug", "model", "adapter", "source", "image", "out", "trace", "plot", "compilation_cache")
     }
     return {
         "the version": f"maverick-jax {__version__} with jax {jax.__version__}",
@@ -127,18 +128,20 @@ def load_model(args: argparse.Namespace, **inputs: str) -> Llama4:
     Args:
       inputs: what else must be the same on every process: name and content, or its digest.
     """
+    from maverick_jax.adapter import identity as adapter_identity
     from maverick_jax.checkpoint import identity, open_checkpoint, read_model, resolve
     from maverick_jax.sharding import make_mesh, multihost, parse_mesh
 
     directory = resolve(args.model)
     if multihost.process_count() > 1:
-        multihost.check_same(identity(directory) | inputs)
+        multihost.check_same(identity(directory) | (adapter_identity(args.adapter) if args.adapter else {}) | inputs)
     checkpoint = open_checkpoint(directory)
     note_all(checkpoint.notes)
     axes = parse_mesh(args.mesh) if args.mesh else default_mesh(checkpoint.config)
     mesh = make_mesh(**axes) if math.prod(axes.values()) > 1 else None
     with status.doing("loading the model"):
-        return read_model(checkpoint, mesh=mesh, layout=args.layout, dtype=args.dtype, activations=args.activations)
+        options = {name: getattr(args, name) for name in ("layout", "dtype", "activations", "adapter")}
+        return read_model(checkpoint, mesh=mesh, **options)
 
 
 def default_mesh(config: Any) -> dict[str, int]:

@@ -195,7 +195,8 @@ class Llama4(nnx.Module):
         else:
             piece = Piece.packed(jnp.asarray(document_BT))
         rows = None if cache is None else cache.rows()
-        x_BTD, rows, stats = self.text(x_BTD, piece, rows, last_only=last_only, expert_BTM=expert_BTM)
+        experts = None if expert_BTM is None else jnp.asarray(expert_BTM)
+        x_BTD, rows, stats = self.text(x_BTD, piece, rows, last_only=last_only, expert_BTM=experts)
         return x_BTD, None if cache is None else cache.advanced(rows, piece.end_B), stats
 
     def logits(self, x: jax.Array) -> jax.Array:

@@ -84,8 +84,7 @@ class Text(nnx.Module):
         new_caches, all_stats = [], []
         for i, layer in enumerate(self.layers):
             cache, last = None if caches is None else caches[i], last_only and i == len(self.layers) - 1
-            chosen = i in self.moe_layers and expert_BTM is not None
-            expert_BT = expert_BTM[..., self.moe_layers.index(i)] if chosen else None
+            expert_BT = None if expert_BTM is None or i not in self.moe_layers else expert_BTM[..., self.moe_layers.index(i)]
             call = functools.partial(layer, last_only=last)
             if self.remat is not None:
                 call = jax.checkpoint(call, policy=self.remat)

@@ -73,7 +73,8 @@ def of_mixtures(stats: Sequence[Stats]) -> dict[str, jax.Array]:
 
 def _probabilities(stats: Stats) -> tuple[jax.Array, jax.Array, jax.Array]:
     """[E] mean of the softmax of a router's scores, [] its mean entropy, and [] the tokens that were routed."""
-    assert stats.scores_TE is not None and stats.expert_T is not None
+    assert stats.scores_TE is not None
+    assert stats.expert_T is not None
     E = stats.scores_TE.shape[1]
     real_T1 = (stats.expert_T < E)[:, None]
     log_TE = jax.nn.log_softmax(stats.scores_TE, axis=-1)

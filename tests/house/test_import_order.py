@@ -14,6 +14,7 @@ ORDER = [  # lowest first; neighbours on one line do not know each other
     {"sharding"},
     {"model"},
     {"convert", "assets"},
+    {"adapter"},
     {"checkpoint"},
     {"inference"},
     {"serving", "training", "plan"},

@@ -1,0 +1,116 @@
+"""Open and save adapters (LoRA) in PEFT's files, routed experts included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
+
+from maverick_jax.config.checks import path_of, show
+from maverick_jax.convert.build.building import building, find_destination
+from maverick_jax.convert.formats import peft, safetensors
+from maverick_jax.convert.formats.adapter_base import BASE, check_base, fingerprint
+from maverick_jax.convert.formats.recognize import find_directory
+from maverick_jax.errors import UserError
+from maverick_jax.model import Llama4
+from maverick_jax.model.low_rank import adaptable, adapters, place, set_adapter
+from maverick_jax.model.parameter import float_dtype, parameter_name
+
+
+def load_adapter(model: Llama4, path: str | Path, *, dtype: DTypeLike | None = None) -> list[str]:
+    """Give a model the adapter of a directory; it lies on the mesh beside the weights.
+
+    Args:
+      model: on its devices, without an adapter.
+      path: what `save_adapter` or PEFT has written, or a Hub id.
+      dtype: of the thin matrices; None as stored. Products take them in the activations' dtype.
+
+    Returns:
+      The names of the adapted weights.
+
+    Raises:
+      UserError: no LoRA there, one for another base, or a model that has an adapter already.
+    """
+    if adapters(model):
+        raise UserError("this model has an adapter already: load the base anew for another one.")
+    directory = find_directory(path)
+    known = peft.read_peft(directory, model.config)
+    check_base(directory, _norms(model))
+    weights = {weight.name: weight for weight in adaptable(model)}
+    for name, (a, b, scale) in known.items():
+        if name not in weights:
+            raise UserError(f"{directory} adapts {name}, which is looked up and not multiplied by: train it without.")
+        kind = a.dtype if dtype is None else float_dtype(dtype)
+        places = [place(model, weights[name], thin) for thin in weights[name].thin(a.shape[-1])]
+        laid_a, laid_b = (_laid(values.astype(kind, copy=False), where) for values, where in zip((a, b), places, strict=True))
+        set_adapter(model, weights[name], laid_a, laid_b, scale)
+    return [*known]
+
+
+def save_adapter(model: Llama4, path: str | Path, *, layout: str = "peft") -> Path:
+    """Write a model's adapter as PEFT does, in the dtype that it is learned in.
+
+    Args:
+      path: must not exist; it is built in `PATH.partial/` and renamed once.
+      layout: of routed experts: "peft", which PEFT reads with transformers' Llama 4, or "vllm".
+
+    Raises:
+      UserError: a model without adapters, another layout; `path` exists, or there is no space left.
+    """
+    if layout not in peft.LAYOUTS:
+        raise UserError(f"layout is {show(layout)}: choose one of {', '.join(peft.LAYOUTS)}.")
+    learned = {name: peft.Matrices(_whole(weight.a[...]), _whole(weight.b[...]), weight.scale) for name, weight in adapters(model).items()}
+    if not learned:
+        raise UserError("this model has no adapter: there is nothing to save.")
+    out = find_destination(path_of("path", path))
+    tensors, fields = peft.spell(learned, model.config, layout)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": model.directory,
+        "bias": "none",
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        **fields,
+    }
+    with building(out, afresh=(peft.CONFIG, peft.WEIGHTS, BASE)) as partial:
+        (partial / peft.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (partial / BASE).write_text(json.dumps({"norms": _norms(model)}, indent=2) + "\n")
+        with open(partial / peft.WEIGHTS, "wb") as stream:
+            stream.write(safetensors.make_header({name: (array.shape, array.dtype) for name, array in tensors.items()}))
+            for array in tensors.values():
+                stream.write(array.reshape(-1).view(np.uint8).data)
+    return out
+
+
+def identity(path: str | Path) -> dict[str, str]:
+    """A digest that tells adapters apart."""
+    directory, digest = find_directory(path), hashlib.sha256()
+    for file in (directory / peft.CONFIG, directory / peft.WEIGHTS):
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return {"the adapter": digest.hexdigest()[:12]}
+
+
+def _norms(model: Llama4) -> str:
+    leaves = {parameter_name(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return fingerprint(model.config, lambda name: _whole(leaves[name][...]))
+
+
+def _laid(values: np.ndarray, where: Sharding) -> jax.Array:
+    """Of values that every process has whole, each device its part."""
+    return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """On the host, of all processes' devices."""
+    if not array.is_fully_addressable and isinstance(array.sharding, NamedSharding):
+        array = jax.jit(jnp.copy, out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
+    return np.asarray(array)
