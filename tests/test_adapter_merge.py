@@ -90,7 +90,7 @@ def test_an_engine_answers_with_it(base, adapter, adapted, tmp_path):
 def test_on_the_command_line(base, tmp_path, capsys):
     """`--adapter` of every command that loads a model; what is none is one line."""
     model = mj.load(base)
-    add_adapters(model, RANKS, scale=2.0)
+    add_adapters(model, RANKS, scale=30.0)
     teach(model)
     adapter = save_adapter(model, tmp_path / "strong")
     picture = tmp_path / "digit.png"
