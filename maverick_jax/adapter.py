@@ -43,7 +43,7 @@ def load_adapter(model: Llama4, path: str | Path, *, dtype: DTypeLike | None = N
         raise UserError("this model has an adapter already: load the base anew for another one.")
     directory = find_directory(path)
     known = peft.read_peft(directory, model.config)
-    check_base(directory, _norms(model))
+    check_base(directory, norms_of(model))
     weights = {weight.name: weight for weight in adaptable(model)}
     for name, (a, b, scale) in known.items():
         if name not in weights:
@@ -83,7 +83,7 @@ def save_adapter(model: Llama4, path: str | Path, *, layout: str = "peft") -> Pa
     }
     with building(out, afresh=(peft.CONFIG, peft.WEIGHTS, BASE)) as partial:
         (partial / peft.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (partial / BASE).write_text(json.dumps({"norms": _norms(model)}, indent=2) + "\n")
+        (partial / BASE).write_text(json.dumps({"norms": norms_of(model)}, indent=2) + "\n")
         with open(partial / peft.WEIGHTS, "wb") as stream:
             stream.write(safetensors.make_header({name: (array.shape, array.dtype) for name, array in tensors.items()}))
             for array in tensors.values():
@@ -99,7 +99,8 @@ def identity(path: str | Path) -> dict[str, str]:
     return {"the adapter": digest.hexdigest()[:12]}
 
 
-def _norms(model: Llama4) -> str:
+def norms_of(model: Llama4) -> str:
+    """The digest by which an adapter knows its base."""
     leaves = {parameter_name(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     return fingerprint(model.config, lambda name: _whole(leaves[name][...]))
 

@@ -51,6 +51,7 @@ def load(
     dtype: DTypeLike | None = None,
     activations: str | None = None,
     adapter: str | Path | None = None,
+    training: bool = False,
 ) -> Llama4:
     """A model whose every parameter is on its devices. No host holds more than its own devices need, plus one slice.
 
@@ -63,14 +64,24 @@ def load(
       dtype: of weights and activations; None as stored.
       activations: "fp8" rounds what meets routed experts in fp8 to float8 too, with a scale per token: other results, and on Hopper
         products of float8.
-      adapter: directory of a LoRA, PEFT's or ours, to be used and not learned further (for that there is `load_adapter`).
+      adapter: directory of a LoRA, PEFT's or ours; in the dtype of the activations to be used, in float32 to be learned further.
+      training: for gradients: the layout is `training` unless another is named, and the dispatcher is one that they pass.
 
     Raises:
       UserError: no checkpoint there, an incomplete or inconsistent one, a mesh that does not divide the model, or devices without room
         for it; no adapter, or one for another base.
     """
     checkpoint = open_checkpoint(resolve(path))
-    return read_model(checkpoint, mesh=mesh, layout=layout, dispatcher=dispatcher, dtype=dtype, activations=activations, adapter=adapter)
+    return read_model(
+        checkpoint,
+        mesh=mesh,
+        layout=layout,
+        dispatcher=dispatcher,
+        dtype=dtype,
+        activations=activations,
+        adapter=adapter,
+        training=training,
+    )
 
 
 def read_model(
@@ -82,11 +93,12 @@ def read_model(
     dtype: DTypeLike | None = None,
     activations: str | None = None,
     adapter: str | Path | None = None,
+    training: bool = False,
 ) -> Llama4:
     """`load` of what `open_checkpoint` has opened."""
     if activations not in ACTIVATIONS:
         raise UserError(f"activations is {show(activations)}: it must be fp8, or None for those of the dtype.")
-    config, table = checkpoint.config, get_layout(layout)
+    config, table = checkpoint.config, get_layout("training" if training and layout is None else layout)
     options: dict[str, Any] = {"dtype": float_dtype(config.dtype if dtype is None else dtype)}
     if mesh is None:
         table.check_axes(AXES)
@@ -94,7 +106,7 @@ def read_model(
         check_mesh(mesh)
         table.check(config, mesh)
         options |= {"constrain": Constrain(mesh, table), "attend": AttendOnMesh(mesh, table)}
-    options["dispatcher"] = make_dispatcher(mesh, table, dispatcher)
+    options["dispatcher"] = make_dispatcher(mesh, table, dispatcher, training=training)
     model = get_abstract_model(config, **options)
     set_quantized(model, checkpoint.parameters)
     if activations:
@@ -109,7 +121,7 @@ def read_model(
     lay_for_float8_rows(model)
     model.directory = str(checkpoint.directory)
     if adapter is not None:
-        load_adapter(model, adapter, dtype=options["dtype"])
+        load_adapter(model, adapter, dtype="float32" if training else options["dtype"])
     return model
 
 

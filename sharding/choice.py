@@ -13,15 +13,17 @@ from maverick_jax.sharding.dispatch import Dispatcher, Local
 from maverick_jax.sharding.layout import Layout, check_placed
 from maverick_jax.sharding.ragged import Ragged
 
+ROUNDS = 2  # each with room for twice an even share: nothing is dropped before a device is sent four times its share
 DISPATCHERS = {"local": Local, "all_to_all": AllToAll, "ragged": Ragged}
 
 
-def make_dispatcher(mesh: Mesh | None, layout: Layout, dispatcher: str | Dispatcher | None = None) -> Dispatcher:
+def make_dispatcher(mesh: Mesh | None, layout: Layout, dispatcher: str | Dispatcher | None = None, *, training: bool = False) -> Dispatcher:
     """The dispatcher for a mesh.
 
     Args:
       dispatcher: one of your own, a name of `DISPATCHERS`, or None: `AllToAll` where the layout divides the experts over
         several devices, else `Local`.
+      training: of those, one that gradients pass: it sends in `ROUNDS` rounds and reports what it drops.
 
     Raises:
       UserError: no mesh, none of these, or one that was made for another mesh.
@@ -39,4 +41,5 @@ def make_dispatcher(mesh: Mesh | None, layout: Layout, dispatcher: str | Dispatc
     if mesh is None or mesh.size == 1:
         return Local()
     divided = any(mesh.shape[axis] > 1 for axis in layout.mesh_axes("expert"))
-    return DISPATCHERS[dispatcher or ("all_to_all" if divided else "local")](mesh, layout)
+    chosen = dispatcher or ("all_to_all" if divided else "local")
+    return DISPATCHERS[chosen](mesh, layout, **({"rounds": ROUNDS} if training and chosen != "local" else {}))

@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "talk, with pictures",
     "serve": "answer clients over HTTP, as OpenAI's servers do",
     "batch": "answer a file of requests",
+    "train": "post-training: adapters on all experts, or all weights",
     "tokens": "how many tokens a prompt has, and which",
     "plan": "will it fit, how fast can it be, on devices that need not be there",
     "check": "is this machine fit: versions, kernels against float64, speeds, links, what is missing",

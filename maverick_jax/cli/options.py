@@ -122,10 +122,11 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def load_model(args: argparse.Namespace, **inputs: str) -> Llama4:
+def load_model(args: argparse.Namespace, *, training: bool = False, **inputs: str) -> Llama4:
     """The model that the arguments name, on its mesh.
 
     Args:
+      training: as of `load`.
       inputs: what else must be the same on every process: name and content, or its digest.
     """
     from maverick_jax.adapter import identity as adapter_identity
@@ -141,7 +142,7 @@ def load_model(args: argparse.Namespace, **inputs: str) -> Llama4:
     mesh = make_mesh(**axes) if math.prod(axes.values()) > 1 else None
     with status.doing("loading the model"):
         options = {name: getattr(args, name) for name in ("layout", "dtype", "activations", "adapter")}
-        return read_model(checkpoint, mesh=mesh, **options)
+        return read_model(checkpoint, mesh=mesh, training=training, **options)
 
 
 def default_mesh(config: Any) -> dict[str, int]:

@@ -1,0 +1,1 @@
+"""From files of conversations to batches: read, made into tokens, packed into rows, shuffled."""
