@@ -8,7 +8,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from maverick_jax.model.low_rank import adapters, add_adapters
-from maverick_jax.sharding import LATENCY, THROUGHPUT, TRAINING, AllToAll, make_mesh
+from maverick_jax.sharding import LATENCY, TRAINING, make_mesh
 from oracle.adapted import RANKS, teach
 from oracle.forward import TOLERANCE, logits, text_ids
 from oracle.quantized import model_of, quantize_arrays, small_model
@@ -19,9 +19,8 @@ GRADIENT = 1e-4  # relative to the largest entry
 @pytest.mark.parametrize(
     "form, sizes, layout",
     [
-        (None, dict(data=2, expert=2, tensor=2), TRAINING),
-        (None, dict(data=2, expert=2, tensor=2), LATENCY),
-        ("int4", dict(expert=4, tensor=2), THROUGHPUT),
+        ("int4", dict(data=2, expert=2, tensor=2), TRAINING),
+        (None, dict(expert=2, tensor=2), LATENCY),
     ],
 )
 def test_the_same_on_a_mesh(form, sizes, layout):
@@ -30,8 +29,6 @@ def test_the_same_on_a_mesh(form, sizes, layout):
     arrays = quantize_arrays(base, form or "fp8", ("experts", "shared") if form else ())[0]
     mesh = make_mesh(**sizes)
     models = [model_of(base, arrays), model_of(base, arrays, mesh=mesh, layout=layout)]
-    if layout is not LATENCY:  # through which a gradient passes
-        models[1].set_attributes(dispatcher=AllToAll(mesh, layout, rounds=2), raise_if_not_found=False)
     found = []
     for model in models:
         add_adapters(model, RANKS)
