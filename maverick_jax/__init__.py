@@ -29,13 +29,16 @@ _HOME = {
     "Tokenizer": "prompt.Tokenizer",
     "UserError": "errors.UserError",
     "VisionConfig": "config.VisionConfig",
+    "add_adapters": "model.low_rank.add_adapters",
     "convert_checkpoint": "convert.convert",
     "export_checkpoint": "convert.export",
     "generate": "inference.generate.generate",
     "get_abstract_model": "model.get_abstract_model",
     "load": "checkpoint.load",
+    "load_adapter": "adapter.load_adapter",
     "make_mesh": "sharding.make_mesh",
     "save": "checkpoint.save",
+    "save_adapter": "adapter.save_adapter",
     "tile_image": "prompt.tile_image",
     "verify_checkpoint": "convert.proof.verify.verify",
 }
@@ -54,13 +57,16 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "VisionConfig",
+    "add_adapters",
     "convert_checkpoint",
     "export_checkpoint",
     "generate",
     "get_abstract_model",
     "load",
+    "load_adapter",
     "make_mesh",
     "save",
+    "save_adapter",
     "tile_image",
     "verify_checkpoint",
 ]
@@ -68,6 +74,7 @@ __all__ = [
 if TYPE_CHECKING:  # for editors; `__getattr__` would tell them that every name is there
     from maverick_jax import convert as convert
     from maverick_jax import sharding as sharding
+    from maverick_jax.adapter import load_adapter, save_adapter
     from maverick_jax.checkpoint import load, save
     from maverick_jax.config import Config, TextConfig, VisionConfig
     from maverick_jax.convert import convert as convert_checkpoint
@@ -82,6 +89,7 @@ if TYPE_CHECKING:  # for editors; `__getattr__` would tell them that every name 
     from maverick_jax.inference.request import Request
     from maverick_jax.inference.sampling import Sampling
     from maverick_jax.model import Llama4, get_abstract_model
+    from maverick_jax.model.low_rank import add_adapters
     from maverick_jax.prompt import Tokenizer, tile_image
     from maverick_jax.sharding import make_mesh
 else:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from maverick_jax.errors import UserError
-from maverick_jax.ops.low_rank import AdaptedWeight, LowRankArray
+from maverick_jax.ops.linear import AdaptedWeight, LowRankArray
 from maverick_jax.ops.quantize import QuantizedArray
 from maverick_jax.ops.swiglu import ExpertWeights
 from maverick_jax.sharding.layout import Layout

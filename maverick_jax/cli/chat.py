@@ -18,8 +18,8 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from maverick_jax.cli import compilation, interrupt, options
-from maverick_jax.cli.answers import receive
-from maverick_jax.cli.keyboard import Keyboard
+from maverick_jax.cli.terminal.answers import receive
+from maverick_jax.cli.terminal.keyboard import Keyboard
 
 if TYPE_CHECKING:
     from maverick_jax.inference.chat import Chat

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from maverick_jax import __version__
 from maverick_jax.cli import compilation, options, status
-from maverick_jax.cli.answers import receive
 from maverick_jax.cli.parser import whole
+from maverick_jax.cli.terminal.answers import receive
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,8 +11,8 @@ examples:
 import argparse
 
 from maverick_jax.cli import compilation, options, streams
-from maverick_jax.cli.answers import receive
 from maverick_jax.cli.parser import words
+from maverick_jax.cli.terminal.answers import receive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

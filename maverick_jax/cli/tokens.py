@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from maverick_jax.cli import streams
-from maverick_jax.cli.answers import harmless
 from maverick_jax.cli.parser import given_words, words
+from maverick_jax.cli.terminal.answers import harmless
 
 if TYPE_CHECKING:
     from maverick_jax.prompt.listing import Token

@@ -1,7 +1,7 @@
 """Adapters (LoRA) in a model: which weights can have one, and the module that then takes a weight's place.
 
 An adapted weight `X` has the leaves `X.base` (or `X.base.values` and `X.base.scales`), which stays as it is, and `X.a` and `X.b`, which
-are learned; what they stand for says `ops.low_rank`. They lie on the mesh as the weight does, the rank undivided.
+are learned; what they stand for says `ops.linear`. They lie on the mesh as the weight does, the rank undivided.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from maverick_jax.errors import UserError
 from maverick_jax.model.llama4 import Llama4
 from maverick_jax.model.parameter import Axes, Sides, float_dtype, parameter_name, replace_weight
 from maverick_jax.model.quantized import COMPONENTS, QuantizedWeight, component
-from maverick_jax.ops.low_rank import LowRankArray
+from maverick_jax.ops.linear import LowRankArray
 from maverick_jax.ops.quantize import Shape
 from maverick_jax.sharding.layout import Constrain
 

@@ -78,7 +78,7 @@ def route(scores_TE: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array
 def route_again(scores_TE: jax.Array, real_T: jax.Array, expert_T: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As `route`, to experts that were chosen before: the sigmoid of today's scores of these."""
     score_T = jnp.take_along_axis(scores_TE, expert_T[:, None], axis=1, mode="clip")[:, 0]
-    return jax.nn.sigmoid(score_T), jnp.where(real_T, expert_T, scores_TE.shape[1]).astype(jnp.int32)
+    return jax.nn.sigmoid(score_T), jnp.where(real_T, expert_T.astype(jnp.int32), scores_TE.shape[1])
 
 
 def _highest(scores_TE, real_T):

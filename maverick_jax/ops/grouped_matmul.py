@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maverick_jax.ops.linear import LEAST_BFLOAT16_ROWS
-from maverick_jax.ops.low_rank import AdaptedWeight, LowRankArray
+from maverick_jax.ops.linear import LEAST_BFLOAT16_ROWS, AdaptedWeight, LowRankArray
 from maverick_jax.ops.product import precision, product
 from maverick_jax.ops.quantize import FLOAT8, FORMATS, QuantizedArray, dequantize, matrix_shape
 from maverick_jax.ops.toolkit import on_hopper

@@ -1,5 +1,10 @@
-"""Matrix products with float32 accumulation, by weights as they are, quantized, or adapted."""
+"""Matrix products with float32 accumulation, by weights as they are, quantized, or adapted (LoRA).
 
+Of an adapted weight, `base + scale * a b`, the thin matrices are multiplied one after the other: no merged copy is made.
+Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+"""
+
+import dataclasses
 import functools
 import math
 
@@ -7,13 +12,37 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maverick_jax.ops.low_rank import AdaptedWeight, LowRankArray
 from maverick_jax.ops.product import product
-from maverick_jax.ops.quantize import QuantizedArray, halves, scale
+from maverick_jax.ops.quantize import QuantizedArray, Weight, halves, scale
 
 FEW_ROWS, WIDE = 32, 2048  # measured: with more rows, or fewer columns, the usual form is quicker
 LEAST_BFLOAT16_ROWS = 4  # of a product on CPU
 PARTS = 4  # of the sums of a single float32 row on CPU
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRankArray:
+    """An adapted weight on its way through a computation.
+
+    Attributes:
+      base: [*E, *K, *N], or quantized.
+      a: [*E, *K, r] in any float dtype; products take it in that of the activations.
+      b: [*E, r, *N].
+    """
+
+    base: Weight
+    a: jax.Array
+    b: jax.Array
+    scale: float = dataclasses.field(metadata={"static": True})
+
+
+AdaptedWeight = Weight | LowRankArray
+
+
+def base_of(weight: AdaptedWeight) -> Weight:
+    """What was there before anything was learned."""
+    return weight.base if isinstance(weight, LowRankArray) else weight
 
 
 def linear(x: jax.Array, weight: AdaptedWeight, *, contract: int = 1) -> jax.Array:
@@ -21,8 +50,7 @@ def linear(x: jax.Array, weight: AdaptedWeight, *, contract: int = 1) -> jax.Arr
 
     Args:
       x: [..., *K] activations.
-      weight: [*K, *N] in the same dtype, or quantized: dequantized to x's dtype on its way into the product. Of an adapted weight the
-        thin matrices are multiplied by x one after the other.
+      weight: [*K, *N] in the same dtype, or adapted, or quantized: dequantized to x's dtype on its way into the product.
 
     Returns:
       [..., *N] in x's dtype.

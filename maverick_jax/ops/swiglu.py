@@ -5,8 +5,7 @@ from typing import NamedTuple
 import jax
 
 from maverick_jax.ops.grouped_matmul import grouped_matmul
-from maverick_jax.ops.linear import linear, linear_float32
-from maverick_jax.ops.low_rank import AdaptedWeight, base_of
+from maverick_jax.ops.linear import AdaptedWeight, base_of, linear, linear_float32
 from maverick_jax.ops.quantize import matrix_shape
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from maverick_jax.cli import options
-from maverick_jax.cli.answers import harmless, receive
+from maverick_jax.cli.terminal.answers import harmless, receive
 from maverick_jax.errors import UserError
 from maverick_jax.inference import chat as chat_module
 from oracle.scripted import TOKENIZER, Model, Scripted

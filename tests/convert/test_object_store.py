@@ -19,7 +19,7 @@ from maverick_jax.convert.build import remote
 from maverick_jax.errors import UserError
 
 BUCKET = "models-of-ours"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMPARE = """
 import sys, jax, numpy as np
 from flax import nnx
