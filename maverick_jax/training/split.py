@@ -45,10 +45,11 @@ class Split:
         ]
         if not chosen:
             raise UserError("nothing is left to be learned: name fewer parameters that stay as they are, or give the model adapters.")
-        self._leaves = leaves
-        self._computes_in = {} if adapted else {name: leaves[name][1].dtype for name in chosen}
-        self.learned: Leaves = {name: leaves[name][1][...].astype(jnp.float32) if master else leaves[name][1][...] for name in chosen}
-        self.frozen: Leaves = {name: leaf[...] for name, (_, leaf) in leaves.items() if name not in self.learned}
+        values: Leaves = {name: leaf.get_value() for name, (_, leaf) in leaves.items()}
+        self._computes_in = {} if adapted else {name: values[name].dtype for name in chosen}
+        self._leaves = {name: (path, leaf.replace(None)) for name, (path, leaf) in leaves.items()}  # which hold no array alive
+        self.learned: Leaves = {name: values[name].astype(jnp.float32) if master else values[name] for name in chosen}
+        self.frozen: Leaves = {name: value for name, value in values.items() if name not in self.learned}
 
     def model(self, learned: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> Llama4:
         """The model of these values, which may be traced ones."""

@@ -22,6 +22,7 @@ from PIL import Image
 from maverick_jax.assets import digits, mini_directory
 from maverick_jax.cli import compilation, demo
 from maverick_jax.cli.main import COMMANDS, main, make_parser
+from maverick_jax.cli.train import KINDS
 from maverick_jax.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -145,11 +146,11 @@ def test_docstring(name, text, desk):
     assert runner.failures == 0, report.getvalue()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"train.{kind}" for kind in KINDS)])
 def test_help(command):
     """The examples of `--help` are of models and machines that are not here, but every option in them exists."""
     text = importlib.import_module(f"maverick_jax.cli.{command}").__doc__ or ""
-    examples = re.findall(rf"^  (?:[\w.]+ )?maverick ({command}\b.*)$", text, re.MULTILINE)
+    examples = re.findall(rf"^  (?:[\w.]+ )?maverick ({command.replace('.', ' ')}\b.*)$", text, re.MULTILINE)
     assert examples
     for example in examples:
         make_parser().parse_args(shlex.split(re.split(r" (?:[|<]|>>?) ", example)[0]))

@@ -5,7 +5,7 @@ killed even, it goes on when the same command is run again.
 
 examples:
   maverick train sft conversations.jsonl run
-  maverick train sft --help
+  maverick train sft -m maverick --mesh expert=8 conversations.jsonl run
 """
 
 import argparse
