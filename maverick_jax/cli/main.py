@@ -6,13 +6,12 @@ jax only inside `run`, so that `--help` is quick.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 
 from maverick_jax import __version__
 from maverick_jax.cli import interrupt, status, streams
-from maverick_jax.cli.parser import Parser, refuse_unknown
+from maverick_jax.cli.parser import Parser, add_commands, refuse_unknown
 from maverick_jax.errors import UserError, first_line
 
 COMMANDS = {
@@ -101,13 +100,7 @@ def make_parser() -> Parser:
         epilog="maverick COMMAND --help, or maverick help COMMAND, says the rest, with examples.",
     )
     parser.add_argument("-V", "--version", action="version", version=f"maverick-jax {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"maverick_jax.cli.{name}")
-        sub = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(sub)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        sub.set_defaults(run=module.run)
+    add_commands(parser.add_subparsers(metavar="COMMAND"), "maverick_jax.cli", COMMANDS, "run")
     return parser
 
 

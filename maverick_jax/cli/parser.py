@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from maverick_jax.cli.streams import strange_byte
@@ -35,6 +37,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} ({self.prog} --help).")
+
+
+def add_commands(commands: Any, package: str, summaries: Mapping[str, str], entry: str) -> None:
+    """A parser for every command of a package: the module's docstring is its help; its `run` is kept under the name `entry`."""
+    for name, summary in summaries.items():
+        module = importlib.import_module(f"{package}.{name}")
+        sub = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(sub)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(**{entry: module.run})
 
 
 def refuse_unknown(command: str, commands: list[str]) -> None:

@@ -34,12 +34,10 @@ class Progress(NamedTuple):
     """All that changes from step to step.
 
     Attributes:
-      step: [] int32, steps that were made.
       learned: by name.
       moments: the optimizer's.
     """
 
-    step: jax.Array
     learned: Leaves
     moments: optax.OptState
 
@@ -54,7 +52,7 @@ def begin(split: Split, optimizer: optax.GradientTransformation) -> Progress:
     abstract = jax.eval_shape(lambda learned: optimizer.init(_float32(learned)), split.learned)
     placed = optax.tree.map_params(optimizer, lambda _, place: place, abstract, places, transform_non_params=lambda _: everywhere)
     moments = jax.jit(lambda learned: optimizer.init(_float32(learned)), out_shardings=placed)(split.learned)
-    return Progress(jax.device_put(jnp.zeros((), jnp.int32), everywhere), split.learned, moments)
+    return Progress(split.learned, moments)
 
 
 def make_update(split: Split, objective: Objective, optimizer: optax.GradientTransformation) -> Update:
@@ -87,9 +85,7 @@ def make_update(split: Split, objective: Objective, optimizer: optax.GradientTra
         with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
             updates, moments = optimizer.update(gradients, progress.moments, learned)
         learned = jax.tree.map(lambda old, new: new.astype(old.dtype), progress.learned, optax.apply_updates(learned, updates))
-        return Progress(progress.step + 1, learned, moments), {
-            **measures, "total": total, "gradient_norm": optax.tree.norm(gradients)
-        }  # fmt: skip
+        return Progress(learned, moments), {**measures, "total": total, "gradient_norm": optax.tree.norm(gradients)}
 
     return update
 

@@ -114,7 +114,7 @@ def train(
                 raise UserError(_not_finite(step, record, checkpoints.latest, out))
             record["learning_rate"] = float(optimization.rate(step - 1))
             if report is not None:
-                report.step(step, record, tokens=tokens_of(batch), flops=loop.flops_per_step, peak=loop.peak_flops)
+                report.step(step, record, tokens=batch.ids_BT.size, flops=loop.flops_per_step, peak=loop.peak_flops)
             last = step == optimization.steps or loop.stop(step, record)
             if last or step % loop.save_every == 0:
                 checkpoints.save(step, progress, {"data": place})
@@ -139,11 +139,6 @@ def laid_out(model: Llama4, batch: Any) -> Any:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(place, batch)
-
-
-def tokens_of(batch: Any) -> int:
-    """Places of all rows of a batch, padding included."""
-    return sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(batch) if "ids_BT" in jax.tree_util.keystr(path))
 
 
 def _shapes(split: Split) -> dict[str, Any]:

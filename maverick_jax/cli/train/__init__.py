@@ -9,7 +9,8 @@ examples:
 """
 
 import argparse
-import importlib
+
+from maverick_jax.cli.parser import add_commands
 
 KINDS = {
     "sft": "learn the assistant's answers in a file of conversations",
@@ -17,13 +18,7 @@ KINDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(metavar="KIND")
-    for name, summary in KINDS.items():
-        module = importlib.import_module(f"maverick_jax.cli.train.{name}")
-        sub = kinds.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(sub)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        sub.set_defaults(kind=module.run)
+    add_commands(parser.add_subparsers(metavar="KIND"), "maverick_jax.cli.train", KINDS, "kind")
 
 
 def run(args: argparse.Namespace) -> int:

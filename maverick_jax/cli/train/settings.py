@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from maverick_jax.training.optimization import Optimization
     from maverick_jax.training.trainer import Loop
 
+REMAT, READERS = ("none", "products", "layers"), ("peft", "vllm")  # refused before a model is loaded
 PARTS = ("attention", "dense", "shared", "experts")
 LEARNING_RATE, OF_ALL = 2e-4, 1e-5  # of adapters, of all weights
 
@@ -50,10 +51,10 @@ def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight-decay", type=real, default=0.0, metavar="W", help="of matrices (default: 0)")
     parser.add_argument("--clip", type=real, default=1.0, metavar="N", help="largest norm of the gradients (default: 1)")
     parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of new adapters and of the order of the data (default: 0)")
-    parser.add_argument("--remat", default="none", metavar="R", help="layers or products: made again for the gradient, to save memory")
+    parser.add_argument("--remat", choices=REMAT, default="none", help="what the gradient makes again, to save memory (default: none)")
     parser.add_argument("--save-every", type=positive, default=100, metavar="N", help="steps between checkpoints (default: 100)")
     parser.add_argument("--keep", type=positive, default=2, metavar="N", help="checkpoints that stay (default: 2)")
-    parser.add_argument("--for", dest="layout_of_experts", default="peft", metavar="READER", help="peft (default) or vllm")
+    parser.add_argument("--for", dest="reader", choices=READERS, default="peft", help="what is to read the adapter (default: peft)")
 
 
 def prepare(model: Llama4, args: argparse.Namespace) -> None:
@@ -89,10 +90,8 @@ def optimization(args: argparse.Namespace, steps_per_epoch: float) -> Optimizati
 
 
 def loop(args: argparse.Namespace, flops_per_step: float = 0.0) -> Loop:
-    from maverick_jax.training.trainer import REMAT, Loop
+    from maverick_jax.training.trainer import Loop
 
-    if args.remat not in REMAT:
-        raise UserError(f"--remat is {args.remat!r:.40}: choose one of {', '.join(REMAT)}.")
     progress = not (args.quiet or args.json)
     return Loop(args.save_every, args.keep, args.remat, progress, flops_per_step, peak_flops())
 
@@ -116,7 +115,7 @@ def keep(model: Llama4, args: argparse.Namespace, out: Path) -> Path:
     place = out / ("model" if args.full else "adapter")
     if place.exists():
         return place
-    return save(model, place) if args.full else save_adapter(model, place, layout=args.layout_of_experts)
+    return save(model, place) if args.full else save_adapter(model, place, layout=args.reader)
 
 
 def unseen(model: Llama4, examples: Sequence[Example]) -> list[str]:
@@ -145,4 +144,4 @@ def identity(model: Llama4, args: argparse.Namespace, *files: Path, **more: Any)
 
     names = ("batch", "accumulate", "length", "seed", "rank", "expert_rank", "alpha", "adapt", "full", "master", "freeze")
     asked = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    return {"base (by its norms)": norms_of(model), "data": digest_of(*files), **asked, **more}
+    return {"base (by its norms)": norms_of(model), "data": digest_of(*files), "dtype": model.text.embedding.dtype.name, **asked, **more}

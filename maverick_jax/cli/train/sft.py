@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from maverick_jax.checkpoint import open_checkpoint, resolve
+    from maverick_jax.checkpoint import resolve
     from maverick_jax.cli.train import settings
+    from maverick_jax.config import Config
     from maverick_jax.training.data.files import read_examples
     from maverick_jax.training.data.pipeline import Batches, Order
     from maverick_jax.training.flops import flops_per_token
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     out, file = Path(args.out), Path(args.data)
     check_place(out)
     directory = resolve(args.model)
-    config = open_checkpoint(directory).config
+    config = Config.from_directory(directory)
     length = min(args.length, config.text.max_position_embeddings)
     examples, reading, told = read_examples(
         file, directory, config, length=length, long=args.long, skip_bad=args.skip_bad, progress=not (args.quiet or args.json)
