@@ -55,10 +55,12 @@ def only_routed_experts(self: Llama4TextMoe, hidden: torch.Tensor) -> tuple[torc
     order = torch.argsort(expert)
     rows = (x * torch.sigmoid(value)[:, None])[order]
     result, start = torch.empty_like(rows), 0
+    # Apart at once: the gradient of an index into the stack would be as large as the stack, for each expert.
+    gate_ups, downs = self.experts.gate_up_proj.unbind(), self.experts.down_proj.unbind()
     for index, count in enumerate(torch.bincount(expert, minlength=self.num_experts).tolist()):
         if count:
-            gate, up = (rows[start : start + count] @ self.experts.gate_up_proj[index]).chunk(2, dim=-1)
-            result[start : start + count] = (up * self.experts.act_fn(gate)) @ self.experts.down_proj[index]
+            gate, up = (rows[start : start + count] @ gate_ups[index]).chunk(2, dim=-1)
+            result[start : start + count] = (up * self.experts.act_fn(gate)) @ downs[index]
             start += count
     return self.shared_expert(x).index_add(0, order, result), scores
 
