@@ -46,8 +46,9 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.checkpoint import resolve
     from maverick_jax.cli.train import settings
     from maverick_jax.config import Config
-    from maverick_jax.training.data.files import read_examples
+    from maverick_jax.training.data.files import read_examples, reading_of
     from maverick_jax.training.data.pipeline import Batches, Order
+    from maverick_jax.training.data.rows import Conversations
     from maverick_jax.training.flops import flops_per_token
     from maverick_jax.training.next_token import NextToken
     from maverick_jax.training.trainer import check_place, train
@@ -57,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
     directory = resolve(args.model)
     config = Config.from_directory(directory)
     length = min(args.length, config.text.max_position_embeddings)
-    examples, reading, told = read_examples(
-        file, directory, config, length=length, long=args.long, skip_bad=args.skip_bad, progress=not (args.quiet or args.json)
+    reading = reading_of(directory, config)
+    examples, told = read_examples(
+        file, reading, length=length, long=args.long, skip_bad=args.skip_bad, progress=not (args.quiet or args.json)
     )
     for line in told:
         options.note(line)
-    order = Order(length, args.batch, args.accumulate, not args.no_packing, args.seed)
-    data = Batches(examples, reading, order)
+    data = Batches(Conversations(examples, reading, length, packing=not args.no_packing), Order(args.batch, args.accumulate, args.seed))
     optimization = settings.optimization(args, data.steps_per_epoch)
     model = options.load_model(args, training=True)
     settings.prepare(model, args)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +53,20 @@ class Skipped:
 
 
 def read_conversations(
-    file: Path, *, skipped: Skipped | None = None, check: Callable[[Mapping[str, Any]], None] | None = None
+    file: Path, *, skipped: Skipped | None = None, shape: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 ) -> Iterator[Conversation]:
     """Every conversation of a file.
 
     Args:
       skipped: takes what is wrong with a line, which is passed over; None: the first such line is an error.
-      check: refuses what a line lacks beyond messages.
+      shape: gives the object of a line, which may be written otherwise, its messages; refuses what a line lacks beyond them.
 
     Raises:
       UserError: there is no such file, or a line is no conversation; names the line.
     """
     for number, text in _lines(file):
         try:
-            yield _conversation(number, text, file.parent, check)
+            yield _conversation(number, text, file.parent, shape)
         except UserError as error:
             reason = f"{file}, line {number}: {error}"
             if skipped is None:
@@ -84,7 +84,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
 
 
-def _conversation(number: int, text: bytes, folder: Path, check: Callable[[Mapping[str, Any]], None] | None) -> Conversation:
+def _conversation(number: int, text: bytes, folder: Path, shape: Callable[[dict[str, Any]], dict[str, Any]] | None) -> Conversation:
     if len(text) > MAX_LINE:
         raise UserError(f"it has more than {MAX_LINE:,} bytes.")
     try:
@@ -93,8 +93,8 @@ def _conversation(number: int, text: bytes, folder: Path, check: Callable[[Mappi
         raise UserError(f"it is no JSON ({error}).") from error
     if not isinstance(fields, dict):
         raise UserError('it is no JSON object: give {"messages": [...]}.')
-    if check is not None:
-        check(fields)
+    if shape is not None:
+        fields = shape(fields)
     pictures = iter(fields.get("images") or [])
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:

@@ -1,14 +1,20 @@
-"""Examples in rows of equal length: one behind the other, each of which sees itself alone, or one per row."""
+"""Examples in rows of equal length: one behind the other, each of which sees itself alone, or one per row.
+
+Shape suffixes: B rows.
+"""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from maverick_jax.training.batch import Batch
 from maverick_jax.training.data.examples import Example
+
+Item = TypeVar("Item")
 
 
 def pack(lengths: Sequence[int], room: int, *, most: int | None = None) -> list[list[int]]:
@@ -31,22 +37,34 @@ def pack(lengths: Sequence[int], room: int, *, most: int | None = None) -> list[
     return rows
 
 
+def laid(rows: Sequence[Sequence[Item]], length: int, of_item: Callable[[int, Item], np.ndarray], *, empty: float = 0) -> np.ndarray:
+    """[B, length, ...]: what `of_item(number in its row, item)` gives for an item's tokens, one item behind the other; then `empty`."""
+    values = [[of_item(number, item) for number, item in enumerate(row)] for row in rows]
+    sample = next(value for row in values for value in row)
+    out = np.full((len(rows), length, *sample.shape[1:]), empty, sample.dtype)
+    for row, parts in enumerate(values):
+        if parts:
+            joined = np.concatenate(parts)
+            out[row, : len(joined)] = joined
+    return out
+
+
 def batch_of(rows: Sequence[Sequence[Example]], length: int, *, packed: bool) -> Batch:
-    """Rows of examples as a batch, without their pictures.
+    """Rows of examples, one of them at least, as a batch without their pictures.
 
     Args:
       length: tokens of a row.
       packed: whether a row may hold several examples.
     """
-    shape = (len(rows), length)
-    ids, target, document = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-    weight, lengths = np.zeros(shape, np.float32), np.zeros(len(rows), np.int32)
-    for row, examples in enumerate(rows):
-        at = 0
-        for number, example in enumerate(examples):
-            end = at + len(example.ids)
-            ids[row, at:end], document[row, at:end] = example.ids, number
-            target[row, at : end - 1], weight[row, at : end - 1] = example.ids[1:], example.learned[1:]
-            at = end
-        lengths[row] = at
-    return Batch(ids, lengths, target, weight, document if packed else None)
+    return Batch(
+        ids_BT=laid(rows, length, lambda _, example: example.ids),
+        lengths_B=np.array([sum(len(example.ids) for example in row) for row in rows], np.int32),
+        target_BT=laid(rows, length, lambda _, example: behind(example.ids)),
+        weight_BT=laid(rows, length, lambda _, example: behind(example.learned).astype(np.float32)),
+        document_BT=laid(rows, length, lambda number, example: np.full(len(example.ids), number, np.int32), empty=-1) if packed else None,
+    )
+
+
+def behind(values: np.ndarray) -> np.ndarray:
+    """What the next token has, at every token but the last, which has zero."""
+    return np.append(values[1:], np.zeros_like(values[:1]), axis=0)

@@ -16,6 +16,7 @@ from maverick_jax.training.data.conversations import Skipped, read_conversations
 from maverick_jax.training.data.examples import Reading, fit
 from maverick_jax.training.data.files import read_examples
 from maverick_jax.training.data.pipeline import Batches, Order
+from maverick_jax.training.data.rows import Conversations
 
 CONFIG = mj.Config.from_directory(mini_directory())
 READING = Reading(CONFIG, Tokenizer.from_directory(mini_directory()), load_template(mini_directory()))
@@ -105,8 +106,8 @@ def test_a_bad_line(tmp_path, line, words):
     """Its number and the reason; --skip-bad goes on, and says how many it passed over."""
     file = write(tmp_path, GOOD, line, GOOD)
     with pytest.raises(UserError, match=words):
-        read_examples(file, mini_directory(), CONFIG, length=64)
-    examples, _, told = read_examples(file, mini_directory(), CONFIG, length=64, skip_bad=True)
+        read_examples(file, READING, length=64)
+    examples, told = read_examples(file, READING, length=64, skip_bad=True)
     assert len(examples) == 2
     assert told[0].startswith(f"1 lines were passed over, such as: {file}, line 2:")
 
@@ -116,11 +117,11 @@ def test_files_that_have_nothing(tmp_path):
     with pytest.raises(UserError, match=r"no\.jsonl cannot be read: No such file"):
         [*read_conversations(tmp_path / "no.jsonl")]
     with pytest.raises(UserError, match="has nothing to learn: it is empty"):
-        read_examples(write(tmp_path, ""), mini_directory(), CONFIG, length=64)
+        read_examples(write(tmp_path, ""), READING, length=64)
     with pytest.raises(UserError, match=r"nothing to learn: 1 examples have more than 4 tokens and were dropped"):
-        read_examples(write(tmp_path, GOOD), mini_directory(), CONFIG, length=4)
+        read_examples(write(tmp_path, GOOD), READING, length=4)
     with pytest.raises(UserError, match="long is 'keep': it must be one of drop, cut-start, cut-end"):
-        read_examples(write(tmp_path, GOOD), mini_directory(), CONFIG, length=4, long="keep")
+        read_examples(write(tmp_path, GOOD), READING, length=4, long="keep")
     skipped = Skipped()
     assert not [*read_conversations(write(tmp_path, "?", "?"), skipped=skipped)]
     assert skipped.count == 2
@@ -142,20 +143,20 @@ def test_longer_examples(tmp_path):
 def test_batches_from_any_step_on(tmp_path):
     """The same order for the same seed, taken up where it was left, every example once in an epoch."""
     lines = [{"messages": [turn("user", f"{n}"), turn("assistant", f"{n % 7}" * (1 + n % 5))]} for n in range(23)]
-    examples, reading, _ = read_examples(write(tmp_path, *lines), mini_directory(), CONFIG, length=64)
-    order = Order(64, rows=2, accumulate=2, seed=3)
-    one, other = (Batches(examples, reading, order) for _ in range(2))
+    examples, _ = read_examples(write(tmp_path, *lines), READING, length=64)
+    order, rows = Order(rows=2, accumulate=2, seed=3), Conversations(examples, READING, 64)
+    one, other = (Batches(rows, order) for _ in range(2))
     first = [next(one) for _ in range(4)]
     state = one.state()
     rest = [next(one) for _ in range(3)]
     for batch in first:
         assert batch.ids_BT.shape == (2, 2, 64)
         assert (next(other).ids_BT == batch.ids_BT).all()
-    fresh = Batches(examples, reading, order)
+    fresh = Batches(rows, order)
     fresh.go_to(json.loads(json.dumps(state)))
     for batch in rest:
         assert (next(fresh).ids_BT == batch.ids_BT).all()
-    alone = Batches(examples, reading, Order(64, rows=1, packing=False))
+    alone = Batches(Conversations(examples, READING, 64, packing=False), Order(rows=1))
     epochs = [[next(alone).ids_BT.tobytes() for _ in range(23)] for _ in range(2)]
     assert len(set(epochs[0])) == 23
     assert epochs[0] != epochs[1]
