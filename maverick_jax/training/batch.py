@@ -1,18 +1,20 @@
 """What a training step learns from, and a model's way through it.
 
-Shape suffixes: B rows, T tokens, N tiles, S pixels, M layers with experts, D model width.
+Shape suffixes: A micro-batches, B rows, T tokens, N tiles, S pixels, M layers with experts, D model width.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from maverick_jax.model import Llama4
 from maverick_jax.sharding.dispatch import Stats
+from maverick_jax.sharding.layout import Constrain
 
 Array = jax.Array | np.ndarray
 
@@ -50,3 +52,17 @@ def read(model: Llama4, batch: Batch) -> tuple[jax.Array, tuple[Stats, ...]]:
     x_BTD = model.embed(batch.ids_BT, features, index_BT)
     x_BTD, _, stats = model.hidden(x_BTD, batch.lengths_B, document_BT=batch.document_BT, expert_BTM=batch.expert_BTM)
     return x_BTD, stats
+
+
+def laid_out(model: Llama4, batch: Any) -> Any:
+    """A batch of [A, B, ...] on the model's devices: rows divided as the layout divides batches."""
+    if not isinstance(model.constrain, Constrain):
+        return batch
+    constrain = model.constrain
+
+    def place(array: np.ndarray) -> jax.Array:
+        rows = constrain.layout.spec(("batch",), array.shape[1:2], constrain.mesh)
+        sharding = NamedSharding(constrain.mesh, PartitionSpec(None, *rows))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, batch)

@@ -18,15 +18,17 @@ from maverick_jax.training.step import Progress
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a run.
+    """The last `keep` checkpoints of a run, and of those that have a loss the best.
 
     Always: what is listed is whole. One that was being written when the process died has another name, and is removed.
     """
 
     def __init__(self, directory: Path, *, keep: int):
         self.directory = directory.absolute()
+        which = ocp.training.preservation_policies
+        best = which.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
         policies: dict[str, Any] = {
-            "preservation_policy": ocp.training.preservation_policies.LatestN(keep),
+            "preservation_policy": which.AnyPreservationPolicy([which.LatestN(keep), best]),
             "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         }
         with quiet():
@@ -38,15 +40,17 @@ class Checkpoints:
         found = self._kept.latest
         return None if found is None else found.step
 
-    def save(self, step: int, progress: Progress, beside: dict[str, Any]) -> None:
+    def save(self, step: int, progress: Progress, beside: dict[str, Any], *, loss: float | None = None) -> None:
         """Begin to write one; what was begun before is finished first.
 
         Args:
           beside: small values, of JSON.
+          loss: by which the best one is chosen, of those that have one.
         """
         self.wait()
+        metrics: Any = None if loss is None else {"loss": loss}
         with quiet(), self._telling():
-            self._kept.save_async(step, unflatten(_named(progress)), custom_metadata=beside, overwrite=True)
+            self._kept.save_async(step, unflatten(_named(progress)), custom_metadata=beside, metrics=metrics, overwrite=True)
 
     def wait(self) -> None:
         """Until all is on disk."""

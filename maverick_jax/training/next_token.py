@@ -39,7 +39,7 @@ class NextToken:
 
         logprob_BT, right_BT = over_pieces(model, hidden_BTD, of_logits, batch.target_BT)
         lost = -(batch.weight_BT * logprob_BT).sum()
-        measures = {"cross_entropy": lost, "right": jnp.where(right_BT, batch.weight_BT, 0).sum(), **of_mixtures(stats)}
+        measures = {"cross_entropy": lost, "accuracy": jnp.where(right_BT, batch.weight_BT, 0).sum(), **of_mixtures(stats)}
         if self.balance and stats:
             lost += self.balance * unevenness(stats) * self.total(batch)
         return lost, measures

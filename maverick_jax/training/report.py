@@ -14,18 +14,18 @@ import numpy as np
 from tqdm import tqdm
 
 METRICS, CURVES = "metrics.jsonl", "tensorboard"
-MEANS = {"cross_entropy": "cross_entropy", "accuracy": "right"}  # of what counts: as it is reported -> the objective's sum
+NO_SUMS = ("loss", "gradient_norm", "total", "dropped")
 
 
 def summarize(measures: dict[str, Any]) -> dict[str, Any]:
-    """Sums over a step as what people read.
+    """Sums over a step as what people read: means of what counts.
 
     Args:
       measures: of `make_update`, on the host.
     """
     total = max(float(measures["total"]), 1e-30)
-    record: dict[str, Any] = {name: float(measures[name]) for name in ("loss", "gradient_norm")}
-    record |= {name: float(measures[sums]) / total for name, sums in MEANS.items() if sums in measures}
+    record: dict[str, Any] = {name: float(measures[name]) for name in ("loss", "gradient_norm") if name in measures}
+    record |= {name: float(value) / total for name, value in measures.items() if np.ndim(value) == 0 and name not in NO_SUMS}
     if "load" in measures:
         load_ME = np.asarray(measures["load"], np.float64)
         tokens_M = np.maximum(load_ME.sum(axis=1), 1)

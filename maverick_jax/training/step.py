@@ -25,7 +25,7 @@ class Objective(Protocol):
         """[] float32: what counts in a batch, such as the tokens that are learned."""
         ...
 
-    def __call__(self, model: Llama4, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, model: Llama4, batch: Any) -> tuple[jax.Array, Measures]:
         """[] float32, and sums over the batch that are worth knowing, by name."""
         ...
 
@@ -42,7 +42,8 @@ class Progress(NamedTuple):
     moments: optax.OptState
 
 
-Update = Callable[[Progress, Leaves, Any], tuple[Progress, dict[str, jax.Array]]]
+Measures = dict[str, jax.Array]
+Update = Callable[[Progress, Leaves, Any], tuple[Progress, Measures]]
 
 
 def begin(split: Split, optimizer: optax.GradientTransformation) -> Progress:
@@ -62,15 +63,15 @@ def make_update(split: Split, objective: Objective, optimizer: optax.GradientTra
     mean), `total`, and `gradient_norm`, before anything is clipped.
     """
 
-    def gradient(learned: Leaves, frozen: Leaves, batch: Any, total: jax.Array) -> tuple[dict[str, jax.Array], Leaves]:
-        def loss(learned: Leaves) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def gradient(learned: Leaves, frozen: Leaves, batch: Any, total: jax.Array) -> tuple[Measures, Leaves]:
+        def loss(learned: Leaves) -> tuple[jax.Array, Measures]:
             value, measures = objective(split.model(learned, frozen), batch)
             return value / total, measures
 
         (value, measures), gradients = jax.value_and_grad(loss, has_aux=True)(learned)
         return {"loss": value, **measures}, _float32(gradients)
 
-    def update(progress: Progress, frozen: Leaves, batches: Any) -> tuple[Progress, dict[str, jax.Array]]:
+    def update(progress: Progress, frozen: Leaves, batches: Any) -> tuple[Progress, Measures]:
         total = jax.vmap(objective.total)(batches).sum()
         first, others = jax.tree.map(lambda x: x[0], batches), jax.tree.map(lambda x: x[1:], batches)
         sums = gradient(progress.learned, frozen, first, total)
@@ -88,6 +89,20 @@ def make_update(split: Split, objective: Objective, optimizer: optax.GradientTra
         return Progress(learned, moments), {**measures, "total": total, "gradient_norm": optax.tree.norm(gradients)}
 
     return update
+
+
+def make_measure(split: Split, objective: Objective) -> Callable[[Leaves, Leaves, Any], Measures]:
+    """`measure(learned, frozen, batches)`: what `update` would say of some micro-batches, without learning from them."""
+
+    def measure(learned: Leaves, frozen: Leaves, batches: Any) -> Measures:
+        def one(batch: Any) -> Measures:
+            value, measures = objective(split.model(learned, frozen), batch)
+            return {"loss": value, **measures, "total": objective.total(batch)}
+
+        sums = jax.tree.map(lambda x: x.sum(axis=0), lax.map(one, batches))
+        return {**sums, "loss": sums["loss"] / sums["total"]}
+
+    return jax.jit(measure)
 
 
 def compile_update(update: Update, progress: Progress) -> Update:

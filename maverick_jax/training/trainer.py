@@ -1,6 +1,6 @@
 """The loop: take a batch, make a step, say how it went, keep what was learned. One for every kind of training.
 
-RUN/run.json        what a run is; the same command goes on with it, another is refused
+RUN/run.json        what it is (`run.py`)
 RUN/checkpoints/    the last few, by Orbax
 RUN/metrics.jsonl   a line per step; RUN/tensorboard/ the same as curves
 """
@@ -8,7 +8,6 @@ RUN/metrics.jsonl   a line per step; RUN/tensorboard/ the same as curves
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,26 +15,28 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from maverick_jax.config.checks import show
 from maverick_jax.errors import UserError
-from maverick_jax.json_file import read_json
 from maverick_jax.model import Llama4
 from maverick_jax.sharding import multihost
-from maverick_jax.sharding.layout import Constrain
+from maverick_jax.training.batch import laid_out
 from maverick_jax.training.checkpoints import Checkpoints
+from maverick_jax.training.held_out import HeldOut
 from maverick_jax.training.optimization import Optimization
 from maverick_jax.training.report import Report, summarize
+from maverick_jax.training.run import begin_run
 from maverick_jax.training.split import Split
-from maverick_jax.training.step import Objective, begin, compile_update, make_update
+from maverick_jax.training.step import Objective, begin, compile_update, make_measure, make_update
 
-RUN, CHECKPOINTS = "run.json", "checkpoints"
+CHECKPOINTS = "checkpoints"
 REMAT = {"none": None, "products": jax.checkpoint_policies.dots_saveable, "layers": jax.checkpoint_policies.nothing_saveable}
 
 
 class Data(Protocol):
-    """Batches without end, in an order that can be taken up anywhere."""
+    """Batches without end, in an order that can be taken up anywhere.
+
+    Batches are trees of [A, B, ...] that have `ids_BT`.
+    """
 
     def __next__(self) -> Any: ...
 
@@ -75,6 +76,7 @@ def train(
     *,
     identity: Mapping[str, Any],
     loop: Loop = Loop(),
+    held_out: HeldOut | None = None,
     frozen: Sequence[str] = (),
     master: bool = False,
 ) -> Llama4:
@@ -85,27 +87,33 @@ def train(
       data: gives trees of [A, B, ...], for A micro-batches.
       out: the run's directory.
       identity: what this run must have in common with what is there, in words or numbers.
+      held_out: what is not learned from and ends the run when it gets no better.
       frozen, master: as of `Split`.
 
     Returns:
-      The model with what was learned.
+      The model with what was learned: where something was held out, as it was when that went best.
 
     Raises:
       UserError: the run there is another one; a loss that is no number; no room on the disk.
     """
     model.text.remat = REMAT[loop.remat]
     split, optimizer = Split(model, frozen=frozen, master=master), optimization.optimizer()
-    _check_run(out, {**identity, **_shapes(split), **{f"optimizer {k}": v for k, v in dataclasses.asdict(optimization).items()}})
+    begin_run(out, {**identity, **_shapes(split), **{f"optimizer {k}": v for k, v in dataclasses.asdict(optimization).items()}})
     progress = begin(split, optimizer)
     checkpoints = Checkpoints(out / CHECKPOINTS, keep=loop.keep)
     done = checkpoints.latest or 0
+    losses: dict[int, float] = {}  # of what is held out, by step
     if done:
-        progress = checkpoints.load(done, progress)
-        data.go_to(checkpoints.beside(done)["data"])
+        progress, beside = checkpoints.load(done, progress), checkpoints.beside(done)
+        data.go_to(beside["data"])
+        losses = {int(step): loss for step, loss in beside["losses"].items()}
+    measure = make_measure(split, objective)
     update = compile_update(make_update(split, objective, optimizer), progress)
     report = Report(out, steps=optimization.steps, done=done, progress=loop.progress) if multihost.is_first() else None
     try:
         for step in range(done + 1, optimization.steps + 1):
+            if held_out is not None and held_out.is_over(losses):
+                break
             batch = next(data)
             place = data.state()
             progress, measures = update(progress, split.frozen, laid_out(model, batch))
@@ -113,13 +121,22 @@ def train(
             if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
                 raise UserError(_not_finite(step, record, checkpoints.latest, out))
             record["learning_rate"] = float(optimization.rate(step - 1))
+            last = step == optimization.steps or loop.stop(step, record)
+            looks = held_out is not None and (last or step % held_out.every == 0)
+            if held_out is not None and looks:
+                sums = measure(progress.learned, split.frozen, laid_out(model, held_out.batches))
+                found = summarize(jax.tree.map(np.asarray, sums))
+                record |= {f"held_out_{name}": value for name, value in found.items() if np.ndim(value) == 0}
+                losses[step] = found["loss"]
             if report is not None:
                 report.step(step, record, tokens=batch.ids_BT.size, flops=loop.flops_per_step, peak=loop.peak_flops)
-            last = step == optimization.steps or loop.stop(step, record)
-            if last or step % loop.save_every == 0:
-                checkpoints.save(step, progress, {"data": place})
+            if last or looks or step % loop.save_every == 0:
+                checkpoints.save(step, progress, {"data": place, "losses": losses}, loss=losses.get(step))
             if last:
                 break
+        if held_out is not None:
+            checkpoints.wait()
+            progress = checkpoints.load(min(losses, key=lambda step: (losses[step], -step)), progress)
     finally:
         checkpoints.close()
         if report is not None:
@@ -127,50 +144,8 @@ def train(
     return split.model(progress.learned, split.frozen)
 
 
-def laid_out(model: Llama4, batch: Any) -> Any:
-    """A batch of [A, B, ...] on the model's devices: rows divided as the layout divides batches."""
-    if not isinstance(model.constrain, Constrain):
-        return batch
-    constrain = model.constrain
-
-    def place(array: np.ndarray) -> jax.Array:
-        rows = constrain.layout.spec(("batch",), array.shape[1:2], constrain.mesh)
-        sharding = jax.NamedSharding(constrain.mesh, PartitionSpec(None, *rows))
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    return jax.tree.map(place, batch)
-
-
 def _shapes(split: Split) -> dict[str, Any]:
     return {"number of learned parameters": len(split.learned), **{name: [*split.learned[name].shape] for name in sorted(split.learned)}}
-
-
-def check_place(out: Path) -> None:
-    """Refuse a directory that holds something else than a run, before anything is read."""
-    if out.is_file():
-        raise UserError(f"{out} is a file: name the directory of a run.")
-    if out.is_dir() and any(out.iterdir()) and not (out / RUN).is_file():
-        raise UserError(f"{out} exists and is no run: name a new directory.")
-
-
-def _check_run(out: Path, identity: Mapping[str, Any]) -> None:
-    """Begin a run, or see that the one that is there is this one."""
-    check_place(out)
-    file, mine = out / RUN, json.loads(json.dumps(identity))
-    if file.is_file():
-        there = read_json(file)
-        for name in {**there, **mine}:
-            if there.get(name) != mine.get(name):
-                raise UserError(
-                    f"{out} is a run with another {name}: {show(there.get(name))} there, {show(mine.get(name))} now. Name a new directory, "
-                    "or run the command that began it."
-                )
-        return
-    if multihost.is_first():
-        out.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(".new")
-        beside.write_text(json.dumps(mine, indent=1) + "\n")
-        beside.replace(file)
 
 
 def _not_finite(step: int, record: Mapping[str, Any], latest: int | None, out: Path) -> str:

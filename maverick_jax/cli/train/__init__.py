@@ -14,6 +14,7 @@ from maverick_jax.cli.parser import add_commands
 
 KINDS = {
     "sft": "learn the assistant's answers in a file of conversations",
+    "dpo": "learn which of two answers is preferred",
 }
 
 

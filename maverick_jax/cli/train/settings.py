@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fnmatch
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maverick_jax.cli import interrupt
 from maverick_jax.cli.parser import positive, real, whole
 from maverick_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from maverick_jax.config import Config
     from maverick_jax.model import Llama4
-    from maverick_jax.training.data.examples import Example
+    from maverick_jax.training.data.examples import Reading
+    from maverick_jax.training.data.pipeline import Batches, Rows
+    from maverick_jax.training.held_out import HeldOut
     from maverick_jax.training.optimization import Optimization
     from maverick_jax.training.trainer import Loop
 
@@ -55,6 +61,56 @@ def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-every", type=positive, default=100, metavar="N", help="steps between checkpoints (default: 100)")
     parser.add_argument("--keep", type=positive, default=2, metavar="N", help="checkpoints that stay (default: 2)")
     parser.add_argument("--for", dest="reader", choices=READERS, default="peft", help="what is to read the adapter (default: peft)")
+
+
+def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
+    """For what learns from a file of conversations, of which a part may be held out."""
+    parser.add_argument(
+        "--long", default="drop", metavar="HOW", help="examples beyond --length: drop, cut-start or cut-end (default: drop)"
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="pass over lines that are no conversation, and count them")
+    parser.add_argument("--hold-out", type=real, metavar="SHARE", help="of the rows: not learned from, but looked at (default: none)")
+    parser.add_argument("--look-every", type=positive, default=20, metavar="N", help="steps between looks at them (default: 20)")
+    parser.add_argument("--patience", type=positive, default=3, metavar="N", help="looks without a lower loss that end it (default: 3)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What every kind of training begins with, before a model is loaded."""
+
+    out: Path
+    directory: Path
+    config: Config
+    reading: Reading
+    length: int
+
+
+def start(args: argparse.Namespace) -> Start:
+    from maverick_jax.checkpoint import resolve
+    from maverick_jax.config import Config
+    from maverick_jax.training.data.files import reading_of
+    from maverick_jax.training.run import check_place
+
+    out = Path(args.out)
+    check_place(out)
+    directory = resolve(args.model)
+    config = Config.from_directory(directory)
+    interrupt.hint(f"{out} has checkpoints: run the same command again to go on.")
+    return Start(out, directory, config, reading_of(directory, config), min(args.length, config.text.max_position_embeddings))
+
+
+def batches(rows: Rows, args: argparse.Namespace) -> tuple[Batches, HeldOut | None]:
+    """What is learned from, and what is looked at."""
+    from maverick_jax.training.data.pipeline import Batches, Order
+    from maverick_jax.training.held_out import HeldOut, apart
+
+    order = Order(args.batch, args.accumulate, args.seed)
+    if args.hold_out is None:
+        return Batches(rows, order), None
+    if not 0 < args.hold_out < 1:
+        raise UserError(f"--hold-out is {args.hold_out:g}: give a share between 0 and 1.")
+    learned, looked_at = apart(len(rows), args.hold_out, args.batch, args.seed)
+    return Batches(rows, order, learned), HeldOut(rows(looked_at), args.look_every, args.patience)
 
 
 def prepare(model: Llama4, args: argparse.Namespace) -> None:
@@ -107,24 +163,24 @@ def peak_flops() -> float | None:
     return None if chip is None else chip.flops * jax.device_count()
 
 
-def keep(model: Llama4, args: argparse.Namespace, out: Path) -> Path:
-    """Write what was learned: an adapter, or a model."""
+def keep(model: Llama4, args: argparse.Namespace, out: Path) -> None:
+    """Write what was learned, an adapter or a model, and say where it is."""
     from maverick_jax.adapter import save_adapter
     from maverick_jax.checkpoint import save
 
     place = out / ("model" if args.full else "adapter")
-    if place.exists():
-        return place
-    return save(model, place) if args.full else save_adapter(model, place, layout=args.reader)
+    if not place.exists():
+        save(model, place) if args.full else save_adapter(model, place, layout=args.reader)
+    print(json.dumps({"out": str(out), "learned": str(place)}) if args.json else place)
 
 
-def unseen(model: Llama4, examples: Sequence[Example]) -> list[str]:
+def unseen(model: Llama4, pictures: bool) -> list[str]:
     """The vision tower, where no example has a picture: weight decay would wear it away."""
     from flax import nnx
 
     from maverick_jax.model.parameter import parameter_name
 
-    if model.config.vision is None or any(example.tiles for example in examples):
+    if model.config.vision is None or pictures:
         return []
     names = [parameter_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     return [pattern for pattern in ("vision.*", "projector*") if fnmatch.filter(names, pattern)]
@@ -138,10 +194,15 @@ def digest_of(*files: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def identity(model: Llama4, args: argparse.Namespace, *files: Path, **more: Any) -> dict[str, Any]:
-    """What a run that goes on must have in common with the one that began."""
+def identity(model: Llama4, args: argparse.Namespace, *files: Path, own: Sequence[str]) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that began.
+
+    Args:
+      own: arguments of this kind of training, by their names.
+    """
     from maverick_jax.adapter import norms_of
 
-    names = ("batch", "accumulate", "length", "seed", "rank", "expert_rank", "alpha", "adapt", "full", "master", "freeze")
+    names = ("batch", "accumulate", "length", "seed", "rank", "expert_rank", "alpha", "adapt", "full", "master", "freeze", *own)
     asked = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    return {"base (by its norms)": norms_of(model), "data": digest_of(*files), "dtype": model.text.embedding.dtype.name, **asked, **more}
+    kind = {"kind of training": args.kind.__module__.rpartition(".")[2]}
+    return {**kind, "base (by its norms)": norms_of(model), "data": digest_of(*files), "dtype": model.text.embedding.dtype.name, **asked}

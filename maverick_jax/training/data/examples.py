@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maverick_jax.config import Config
+from maverick_jax.config.checks import one_of
 from maverick_jax.errors import UserError
 from maverick_jax.prompt import ChatTemplate, Tokenizer, as_tiles, render
 from maverick_jax.training.data.conversations import Conversation
@@ -73,6 +74,12 @@ class Reading:
         return render(
             messages, self.tokenizer, self.config, template=self.template, tools=tools, add_generation_prompt=add_generation_prompt
         )
+
+
+def check_long(long: str) -> None:
+    """Refuse what is not of `LONG`."""
+    if not (rule := one_of(*LONG)).holds(long):
+        raise UserError(f"long is {long!r:.40}: it must be {rule.words}.")
 
 
 def fit(example: Example, length: int, long: str, patch: int) -> Example | None:

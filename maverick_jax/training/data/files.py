@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from maverick_jax.config import Config
-from maverick_jax.config.checks import one_of
 from maverick_jax.errors import UserError
 from maverick_jax.prompt import Tokenizer, load_template
 from maverick_jax.training.data.conversations import Conversation, Skipped, read_conversations
-from maverick_jax.training.data.examples import LONG, Example, Reading, fit
+from maverick_jax.training.data.examples import Example, Reading, check_long, fit
 
 Item = TypeVar("Item")
 
@@ -68,8 +67,7 @@ def read_examples(
     Raises:
       UserError: a line that is no conversation, unless they are skipped; nothing to learn.
     """
-    if not (rule := one_of(*LONG)).holds(long):
-        raise UserError(f"long is {long!r:.40}: it must be {rule.words}.")
+    check_long(long)
     whole, told = read_items(file, reading.example, skip_bad=skip_bad, progress=progress)
     fitting = [fit(example, length, long, reading.config.image_token_index) for example in whole]
     examples = [example for example in fitting if example is not None]

@@ -46,19 +46,24 @@ class Order:
 
 
 class Batches:
-    """An endless iterator over [A, B, ...] batches; every epoch in an order of its own."""
+    """An endless iterator over [A, B, ...] batches; every epoch in an order of its own.
 
-    def __init__(self, rows: Rows, order: Order):
+    Args:
+      chosen: which of the rows it has; None: all.
+    """
+
+    def __init__(self, rows: Rows, order: Order, chosen: np.ndarray | None = None):
         import grain
 
-        if not len(rows):
+        chosen = np.arange(len(rows)) if chosen is None else chosen
+        if not len(chosen):
             raise UserError("there are no examples to learn from.")
-        self.steps_per_epoch = len(rows) / (order.rows * order.accumulate)
+        self.steps_per_epoch = len(chosen) / (order.rows * order.accumulate)
 
-        def make(chosen: np.ndarray) -> Any:
-            return rows(np.asarray(chosen).reshape(order.accumulate, order.rows))
+        def make(places: np.ndarray) -> Any:
+            return rows(chosen[np.asarray(places)].reshape(order.accumulate, order.rows))
 
-        taken = grain.MapDataset.range(len(rows)).shuffle(seed=order.seed).repeat(EPOCHS).batch(order.rows * order.accumulate)
+        taken = grain.MapDataset.range(len(chosen)).shuffle(seed=order.seed).repeat(EPOCHS).batch(order.rows * order.accumulate)
         self._iterator = iter(taken.map(make).to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
 
     def __next__(self) -> Any:
