@@ -58,6 +58,8 @@ class Engine:
         about 1 %, four times as much as with keys in bfloat16.
       reuse: whether a prompt that begins like an earlier one continues from there.
       routed_experts: whether requests may ask which experts their tokens went to. A prefill's last layer computes all tokens then.
+      paced: measure how much of a prompt may be read beside those who are decoding. Without it the same requests take the same calls,
+        whatever time they take, and have the same results to the last bit.
       trace: a text stream that gets a line for everything the scheduler is told and plans, see `benchmarks/replay_trace.py`.
 
     In a run of several processes each makes the same engine, and either gives it the same requests in the same order (`run`), or
@@ -79,6 +81,7 @@ class Engine:
         eight_bits: bool = False,
         reuse: bool = True,
         routed_experts: bool = False,
+        paced: bool = True,
         trace: TextIO | None = None,
     ):
         check_model(model)
@@ -102,7 +105,7 @@ class Engine:
             reuse=reuse,
         )
         followers.check_same(model, self.limits, self.room)
-        self._trace = trace
+        self._paced, self._trace = paced, trace
         self._turn = threading.Lock()  # held for a whole turn, and taken before the other one
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
@@ -308,7 +311,8 @@ class Engine:
                 if self._serving.closed:
                     return
                 self._broken = True  # until this turn is over: an interrupt may come anywhere
-                launched = self._launch(self._now(self._serving.scheduler.has_deadlines), self._pace.tokens if self._decides else FIXED)
+                budget = self._pace.tokens if self._paced and self._decides else FIXED
+                launched = self._launch(self._now(self._serving.scheduler.has_deadlines), budget)
             drawn = [one for some in launched for one in some.read()]
             with self._lock:
                 if self._leader:

@@ -21,11 +21,11 @@ from maverick_jax.training.split import Leaves, Split
 class Objective(Protocol):
     """What is to become small: a sum over a batch, divided by a number that all micro-batches of a step have together."""
 
-    def total(self, batch: Any) -> jax.Array:
+    def total(self, batch: Any, /) -> jax.Array:
         """[] float32: what counts in a batch, such as the tokens that are learned."""
         ...
 
-    def __call__(self, model: Llama4, batch: Any) -> tuple[jax.Array, Measures]:
+    def __call__(self, model: Llama4, batch: Any, /) -> tuple[jax.Array, Measures]:
         """[] float32, and sums over the batch that are worth knowing, by name."""
         ...
 

@@ -8,6 +8,7 @@ RUN/metrics.jsonl   a line per step; RUN/tensorboard/ the same as curves
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,12 +34,11 @@ REMAT = {"none": None, "products": jax.checkpoint_policies.dots_saveable, "layer
 
 
 class Data(Protocol):
-    """Batches without end, in an order that can be taken up anywhere.
+    """Batches without end, in an order that can be taken up anywhere."""
 
-    Batches are trees of [A, B, ...] that have `ids_BT`.
-    """
-
-    def __next__(self) -> Any: ...
+    def take(self, model: Callable[[], Llama4]) -> tuple[Any, dict[str, Any]]:
+        """A tree of [A, B, ...] that has `ids_BT`, and what there is to say of it. `model()` is the model as it is now."""
+        ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -114,13 +114,13 @@ def train(
         for step in range(done + 1, optimization.steps + 1):
             if held_out is not None and held_out.is_over(losses):
                 break
-            batch = next(data)
+            batch, said = data.take(functools.partial(split.model, progress.learned, split.frozen))
             place = data.state()
             progress, measures = update(progress, split.frozen, laid_out(model, batch))
             record = summarize(jax.tree.map(np.asarray, measures))
             if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
                 raise UserError(_not_finite(step, record, checkpoints.latest, out))
-            record["learning_rate"] = float(optimization.rate(step - 1))
+            record |= {"learning_rate": float(optimization.rate(step - 1)), **said}
             last = step == optimization.steps or loop.stop(step, record)
             looks = held_out is not None and (last or step % held_out.every == 0)
             if held_out is not None and looks:

@@ -31,14 +31,14 @@ class Counted:
     def __init__(self, spoilt: int = -1):
         self.at, self.spoilt = 0, spoilt
 
-    def __next__(self) -> Batch:
+    def take(self, model) -> tuple[Batch, dict]:
         random = np.random.default_rng(self.at)
         self.at += 1
         ids = random.integers(5, 50, (2, 4, 16)).astype(np.int32)
         weight = np.ones(ids.shape, np.float32)
         if self.at == self.spoilt:
             weight[0, 0, 0] = np.inf
-        return Batch(ids, np.full((2, 4), 16, np.int32), np.roll(ids, -1, axis=2), weight)
+        return Batch(ids, np.full((2, 4), 16, np.int32), np.roll(ids, -1, axis=2), weight), {}
 
     def state(self) -> dict:
         return {"at": self.at}
@@ -50,9 +50,9 @@ class Counted:
 class Slow(Counted):
     """Leaves time to be killed in."""
 
-    def __next__(self) -> Batch:
+    def take(self, model) -> tuple[Batch, dict]:
         time.sleep(0.3)
-        return super().__next__()
+        return super().take(model)
 
 
 def model(mesh=None, ranks={"attention": 2, "experts": 2}):  # noqa: B006

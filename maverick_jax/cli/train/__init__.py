@@ -14,7 +14,9 @@ from maverick_jax.cli.parser import add_commands
 
 KINDS = {
     "sft": "learn the assistant's answers in a file of conversations",
+    "filter": "keep what is hard in a file of conversations",
     "dpo": "learn which of two answers is preferred",
+    "rl": "learn from its own answers by what they are worth",
 }
 
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     rows = PairRows(pairs, start.reading, start.length)
     model = options.load_model(args, training=True)
     settings.prepare(model, args)
-    identity = settings.identity(model, args, file, own=("long", "beta", "smoothing", "normalize", "hold_out"))
+    identity = settings.identity(model, args, file, own=("accumulate", "long", "beta", "smoothing", "normalize", "hold_out"))
     begin_run(start.out, identity)
     rows.reference_P2 = reference(model, rows, start.out / "reference.npy", batch=args.batch, progress=progress)
     data, held_out = settings.batches(rows, args)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         model,
         objective,
         data,
-        settings.optimization(args, data.steps_per_epoch),
+        settings.optimization(args, settings.steps(args, data.steps_per_epoch)),
         start.out,
         identity=identity,
         loop=settings.loop(args, per_token * start.length * 2 * args.batch * args.accumulate),

@@ -44,10 +44,7 @@ def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
         "--freeze", action="append", default=[], metavar="PATTERN", help="parameters that stay, such as 'vision.*'; repeatable"
     )
     parser.add_argument("--master", action="store_true", help="keep what --full learns in float32, whatever the model computes in")
-    parser.add_argument("--steps", type=positive, metavar="N", help="of the optimizer (default: --epochs)")
-    parser.add_argument("--epochs", type=real, default=1.0, metavar="N", help="times through the data (default: 1)")
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="rows of a micro-batch (default: 8)")
-    parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="micro-batches of a step (default: 1)")
     parser.add_argument("--length", type=positive, default=2048, metavar="N", help="tokens of a row (default: 2048, or the context)")
     parser.add_argument(
         "--learning-rate", type=real, metavar="R", help=f"the highest (default: {LEARNING_RATE:g} for adapters, {OF_ALL:g} with --full)"
@@ -65,6 +62,9 @@ def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
     """For what learns from a file of conversations, of which a part may be held out."""
+    parser.add_argument("--steps", type=positive, metavar="N", help="of the optimizer (default: --epochs)")
+    parser.add_argument("--epochs", type=real, default=1.0, metavar="N", help="times through the data (default: 1)")
+    parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="micro-batches of a step (default: 1)")
     parser.add_argument(
         "--long", default="drop", metavar="HOW", help="examples beyond --length: drop, cut-start or cut-end (default: drop)"
     )
@@ -135,13 +135,16 @@ def prepare(model: Llama4, args: argparse.Namespace) -> None:
     )
 
 
-def optimization(args: argparse.Namespace, steps_per_epoch: float) -> Optimization:
-    from maverick_jax.training.optimization import Optimization
-
+def steps(args: argparse.Namespace, steps_per_epoch: float) -> int:
     if not args.epochs > 0:
         raise UserError(f"--epochs is {args.epochs:g}: give a number above 0.")
+    return args.steps or max(1, round(args.epochs * steps_per_epoch))
+
+
+def optimization(args: argparse.Namespace, steps: int) -> Optimization:
+    from maverick_jax.training.optimization import Optimization
+
     rate = args.learning_rate if args.learning_rate is not None else OF_ALL if args.full else LEARNING_RATE
-    steps = args.steps or max(1, round(args.epochs * steps_per_epoch))
     return Optimization(steps, rate, args.schedule, args.warmup, args.weight_decay, args.clip)
 
 
@@ -202,7 +205,7 @@ def identity(model: Llama4, args: argparse.Namespace, *files: Path, own: Sequenc
     """
     from maverick_jax.adapter import norms_of
 
-    names = ("batch", "accumulate", "length", "seed", "rank", "expert_rank", "alpha", "adapt", "full", "master", "freeze", *own)
+    names = ("batch", "length", "seed", "rank", "expert_rank", "alpha", "adapt", "full", "master", "freeze", *own)
     asked = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     kind = {"kind of training": args.kind.__module__.rpartition(".")[2]}
     return {**kind, "base (by its norms)": norms_of(model), "data": digest_of(*files), "dtype": model.text.embedding.dtype.name, **asked}

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         options.note(line)
     rows = Conversations(examples, start.reading, start.length, packing=not args.no_packing)
     data, held_out = settings.batches(rows, args)
-    optimization = settings.optimization(args, data.steps_per_epoch)
+    optimization = settings.optimization(args, settings.steps(args, data.steps_per_epoch))
     model = options.load_model(args, training=True)
     settings.prepare(model, args)
     per_token = flops_per_token(start.config, start.length, adapters_only=not args.full)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         data,
         optimization,
         start.out,
-        identity=settings.identity(model, args, file, own=("long", "balance", "no_packing", "hold_out")),
+        identity=settings.identity(model, args, file, own=("accumulate", "long", "balance", "no_packing", "hold_out")),
         loop=settings.loop(args, per_token * start.length * args.batch * args.accumulate),
         held_out=held_out,
         frozen=[*args.freeze, *settings.unseen(model, rows.pictures)],

@@ -62,8 +62,13 @@ class Reading:
             learned[len(before) : len(until)] = True
         if not learned.any():
             raise UserError("no message of the assistant is in it: there is nothing to learn.")
-        pictures = tuple(part["image"] for m in messages if isinstance(m.get("content"), list) for part in m["content"] if "image" in part)
-        return Example(ids, learned, pictures, 0 if whole.tiles is None else len(whole.tiles))
+        return Example(ids, learned, _pictures(messages), 0 if whole.tiles is None else len(whole.tiles))
+
+    def prompt(self, messages: Sequence[dict[str, Any]], tools: Any) -> Example:
+        """What an assistant's answer would follow; nothing of it is learned."""
+        asked = self._ids(messages, tools, add_generation_prompt=True)
+        ids = np.array(asked.token_ids, np.int32)
+        return Example(ids, np.zeros(len(ids), bool), _pictures(messages), 0 if asked.tiles is None else len(asked.tiles))
 
     def tiles(self, pictures: Sequence[Any]) -> list[np.ndarray]:
         """[n, 3, S, S] of each."""
@@ -74,6 +79,10 @@ class Reading:
         return render(
             messages, self.tokenizer, self.config, template=self.template, tools=tools, add_generation_prompt=add_generation_prompt
         )
+
+
+def _pictures(messages: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+    return tuple(part["image"] for m in messages if isinstance(m.get("content"), list) for part in m["content"] if "image" in part)
 
 
 def check_long(long: str) -> None:

@@ -46,7 +46,7 @@ class Order:
 
 
 class Batches:
-    """An endless iterator over [A, B, ...] batches; every epoch in an order of its own.
+    """[A, B, ...] batches without end; every epoch in an order of its own.
 
     Args:
       chosen: which of the rows it has; None: all.
@@ -66,11 +66,9 @@ class Batches:
         taken = grain.MapDataset.range(len(chosen)).shuffle(seed=order.seed).repeat(EPOCHS).batch(order.rows * order.accumulate)
         self._iterator = iter(taken.map(make).to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
 
-    def __next__(self) -> Any:
-        return next(self._iterator)
-
-    def __iter__(self) -> Batches:
-        return self
+    def take(self, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """The next one, whatever the model; there is nothing to say of it."""
+        return next(self._iterator), {}
 
     def state(self) -> dict[str, Any]:
         """Where it is; what was made ahead is made again."""

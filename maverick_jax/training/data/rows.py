@@ -6,7 +6,7 @@ Shape suffixes: A micro-batches, B rows, N tiles, S pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -43,7 +43,17 @@ def stacked(batches: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *parts: np.stack(parts), *batches)
 
 
-def tiles_of(micro: Sequence[Sequence[Sequence[Example]]], reading: Reading) -> np.ndarray:
+class Pictured(Protocol):
+    """`pictures` and `tiles` as of `Example`."""
+
+    @property
+    def pictures(self) -> tuple[Any, ...]: ...
+
+    @property
+    def tiles(self) -> int: ...
+
+
+def tiles_of(micro: Sequence[Sequence[Sequence[Pictured]]], reading: Reading) -> np.ndarray:
     """[A, N, 3, S, S] float32: all pictures' tiles, and zeros behind them: few numbers of tiles, few programs."""
     vision = reading.config.vision
     assert vision is not None

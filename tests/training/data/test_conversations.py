@@ -146,18 +146,18 @@ def test_batches_from_any_step_on(tmp_path):
     examples, _ = read_examples(write(tmp_path, *lines), READING, length=64)
     order, rows = Order(rows=2, accumulate=2, seed=3), Conversations(examples, READING, 64)
     one, other = (Batches(rows, order) for _ in range(2))
-    first = [next(one) for _ in range(4)]
+    first = [one.take()[0] for _ in range(4)]
     state = one.state()
-    rest = [next(one) for _ in range(3)]
+    rest = [one.take()[0] for _ in range(3)]
     for batch in first:
         assert batch.ids_BT.shape == (2, 2, 64)
-        assert (next(other).ids_BT == batch.ids_BT).all()
+        assert (other.take()[0].ids_BT == batch.ids_BT).all()
     fresh = Batches(rows, order)
     fresh.go_to(json.loads(json.dumps(state)))
     for batch in rest:
-        assert (next(fresh).ids_BT == batch.ids_BT).all()
+        assert (fresh.take()[0].ids_BT == batch.ids_BT).all()
     alone = Batches(Conversations(examples, READING, 64, packing=False), Order(rows=1))
-    epochs = [[next(alone).ids_BT.tobytes() for _ in range(23)] for _ in range(2)]
+    epochs = [[alone.take()[0].ids_BT.tobytes() for _ in range(23)] for _ in range(2)]
     assert len(set(epochs[0])) == 23
     assert epochs[0] != epochs[1]
     assert set(epochs[0]) == set(epochs[1])
