@@ -2,19 +2,20 @@
 
 202,048 logits of one token are 808 kB; of a batch of 64 x 8,192 tokens they would be 423 GB.
 
-Shape suffixes: B rows, T tokens, P pieces, C tokens of a piece, D model width, V vocabulary.
+Shape suffixes: B rows, T tokens, P pieces, C tokens of a piece, D model width, V vocabulary, K likeliest tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from maverick_jax.model import Llama4
+from maverick_jax.training.batch import Array
 
 PIECE = 2**25  # logits of a piece on one device: 128 MiB in float32
 Result = TypeVar("Result")
@@ -55,3 +56,25 @@ def log_probabilities(logits_BCV: jax.Array, target_BC: jax.Array) -> jax.Array:
     """[B, C] log-probability of each target, whatever axis of the mesh divides the vocabulary."""
     is_target_BCV = jnp.arange(logits_BCV.shape[-1])[None, None, :] == target_BC[..., None]
     return jnp.where(is_target_BCV, logits_BCV, 0).sum(axis=-1) - jax.nn.logsumexp(logits_BCV, axis=-1)
+
+
+class Top(NamedTuple):
+    """The K likeliest tokens and their log-probabilities, likeliest first: `ids` int32, `logprobs` float; both [..., K]."""
+
+    ids: Array
+    logprobs: Array
+
+
+def top(logits_BCV: jax.Array, k: int) -> Top:
+    """[B, C, K] of all tokens; log-probabilities in float16, which is off by less than 1 / 1,024 of a log-probability."""
+    logprobs_BCK, ids_BCK = lax.top_k(jax.nn.log_softmax(logits_BCV, axis=-1), k)
+    return Top(ids_BCK, logprobs_BCK.astype(jnp.float16))
+
+
+def apart(logits_BCV: jax.Array, ids_BCK: Array) -> tuple[jax.Array, jax.Array]:
+    """[B, C, K] log-probabilities of some tokens, and [B, C] that of all others together."""
+    whole_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    row_B11, place_1C1 = (jnp.arange(n).reshape(shape) for n, shape in zip(logits_BCV.shape[:2], ((-1, 1, 1), (1, -1, 1)), strict=True))
+    others_BCV = logits_BCV.at[row_B11, place_1C1, ids_BCK].set(-jnp.inf)
+    chosen_BCK = jnp.take_along_axis(logits_BCV, ids_BCK, axis=-1)
+    return chosen_BCK - whole_BC[..., None], jax.nn.logsumexp(others_BCV, axis=-1) - whole_BC

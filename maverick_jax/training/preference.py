@@ -21,11 +21,11 @@ from maverick_jax.config.checks import POSITIVE, check, number
 from maverick_jax.model import Llama4
 from maverick_jax.sharding import multihost
 from maverick_jax.sharding.dispatch import Stats
+from maverick_jax.training.asked import over_rows
 from maverick_jax.training.batch import Array, Batch, read
 from maverick_jax.training.data.pipeline import Rows
 from maverick_jax.training.logits import log_probabilities, over_pieces
 from maverick_jax.training.next_token import of_mixtures
-from maverick_jax.training.over_rows import over_rows
 
 
 class Pairs(NamedTuple):

@@ -17,6 +17,7 @@ KINDS = {
     "filter": "keep what is hard in a file of conversations",
     "dpo": "learn which of two answers is preferred",
     "rl": "learn from its own answers by what they are worth",
+    "distill": "learn what a larger model says of every token",
 }
 
 

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     objective = Preference(args.beta, args.smoothing, args.normalize)
     start, file = settings.start(args), Path(args.data)
-    progress = not (args.quiet or args.json)
+    progress = settings.progress(args)
     pairs, told = read_pairs(file, start.reading, length=start.length, long=args.long, skip_bad=args.skip_bad, progress=progress)
     for line in told:
         options.note(line)

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     reward, file = parse(args.reward or ["exact"]), Path(args.data)
     if (args.endpoint is None) != (args.endpoint_model is None):
         raise UserError("--endpoint and --endpoint-model go together: where the judge is, and its name there.")
-    start, progress = settings.start(args), not (args.quiet or args.json)
+    start, progress = settings.start(args), settings.progress(args)
     prompts, told = read_prompts(file, start.reading, length=start.length - args.max_new_tokens, skip_bad=args.skip_bad, progress=progress)
     for line in told:
         options.note(line)

@@ -59,12 +59,13 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.training.rollouts.groups import Draws, Groups
     from maverick_jax.training.rollouts.prompts import read_prompts
     from maverick_jax.training.rollouts.rewards import parse
+    from maverick_jax.training.rollouts.sampling import Sampler
     from maverick_jax.training.trainer import train
 
     objective, reward = Policy(args.below, args.above, args.kl), parse(args.reward or ["exact"])
-    draws = Draws(args.prompts, args.group, args.max_new_tokens, args.rest, rows=args.batch, seed=args.seed)
+    draws = Draws(args.prompts, args.group, args.rest, rows=args.batch, seed=args.seed)
     start, file = settings.start(args), Path(args.data)
-    room, progress = start.length - args.max_new_tokens, not (args.quiet or args.json)
+    room, progress = start.length - args.max_new_tokens, settings.progress(args)
     prompts, told = read_prompts(file, start.reading, length=room, skip_bad=args.skip_bad, progress=progress)
     for line in told:
         options.note(line)
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     model = train(
         model,
         objective,
-        Groups(prompts, start.reading, reward, draws, engine, options.note, reference),
+        Groups(prompts, Sampler(engine, start.reading, max_new_tokens=args.max_new_tokens), reward, draws, options.note, reference),
         settings.optimization(args, args.steps),
         start.out,
         identity=settings.identity(model, args, file, own=own),

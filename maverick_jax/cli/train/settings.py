@@ -151,8 +151,12 @@ def optimization(args: argparse.Namespace, steps: int) -> Optimization:
 def loop(args: argparse.Namespace, flops_per_step: float = 0.0) -> Loop:
     from maverick_jax.training.trainer import Loop
 
-    progress = not (args.quiet or args.json)
-    return Loop(args.save_every, args.keep, args.remat, progress, flops_per_step, peak_flops())
+    return Loop(args.save_every, args.keep, args.remat, progress(args), flops_per_step, peak_flops())
+
+
+def progress(args: argparse.Namespace) -> bool:
+    """Whether bars are wanted."""
+    return not (args.quiet or args.json)
 
 
 def peak_flops() -> float | None:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.training.trainer import train
 
     start, file = settings.start(args), Path(args.data)
-    reading = {"long": args.long, "skip_bad": args.skip_bad, "progress": not (args.quiet or args.json)}
+    reading = {"long": args.long, "skip_bad": args.skip_bad, "progress": settings.progress(args)}
     examples, told = read_examples(file, start.reading, length=start.length, **reading)
     for line in told:
         options.note(line)

@@ -32,6 +32,11 @@ class Conversations:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def learned_R(self) -> np.ndarray:
+        """[R] tokens of each row that count."""
+        return np.array([sum(np.count_nonzero(example.learned[1:]) for example in row) for row in self.rows])
+
     def __call__(self, rows_AB: np.ndarray) -> Batch:
         found = [[self.rows[row] for row in rows_B] for rows_B in rows_AB]
         batch = stacked([batch_of(rows, self.length, packed=self.packing) for rows in found])

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from maverick_jax.model import Llama4
-from maverick_jax.training.batch import Batch, laid_out, read
+from maverick_jax.training.asked import asked
+from maverick_jax.training.batch import Batch, read
 from maverick_jax.training.data.examples import Reading
 from maverick_jax.training.data.packing import laid
 from maverick_jax.training.data.rows import stacked, tiles_of
@@ -86,19 +87,12 @@ class Reference:
     """The model as it is now, of which a trainer may use up what it learns: that is copied."""
 
     def __init__(self, model: Llama4):
+        def likely(model: Llama4, batch: Batch) -> jax.Array:
+            return over_pieces(model, read(model, batch)[0], log_probabilities, batch.target_BT)
+
         split = Split(model)
-        self._model, self._frozen = model, split.frozen
-        self._learned = jax.tree.map(jnp.copy, split.learned)
-
-        def likely(learned: Any, frozen: Any, batches: Batch) -> jax.Array:
-            def of_batch(batch: Batch) -> jax.Array:
-                made = split.model(learned, frozen)
-                return over_pieces(made, read(made, batch)[0], log_probabilities, batch.target_BT)
-
-            return jax.lax.map(of_batch, batches)
-
-        self._likely = jax.jit(likely)
+        self._likely = asked(split.model(jax.tree.map(jnp.copy, split.learned), split.frozen), likely)
 
     def __call__(self, batches: Batch) -> np.ndarray:
         """[A, B, T] float32 log-probability of every target; its own routers choose the experts."""
-        return np.asarray(self._likely(self._learned, self._frozen, laid_out(self._model, batches._replace(expert_BTM=None))))
+        return self._likely(batches._replace(expert_BTM=None))

@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 
 from maverick_jax.errors import UserError
-from maverick_jax.inference.engine import Engine
 from maverick_jax.model import Llama4
-from maverick_jax.training.data.examples import Reading
 from maverick_jax.training.policy import Drawn
 from maverick_jax.training.rollouts.drawn import Reference, Row, batch_of
 from maverick_jax.training.rollouts.prompts import Pool, Prompt
 from maverick_jax.training.rollouts.rewards import BadReward, Reward, worth
-from maverick_jax.training.rollouts.sampling import Answer, draw
+from maverick_jax.training.rollouts.sampling import Answer, Sampler
 
 LEAST_SPREAD = 1e-4  # added to the standard deviation
 BAD_IN_A_ROW = 3  # groups whose reward failed
@@ -37,7 +35,6 @@ class Draws:
     Attributes:
       prompts: of a step, each with a group.
       group: answers to a prompt.
-      max_new_tokens: of an answer.
       rest: steps for which a prompt whose answers were all worth the same is left alone, before it is tried again.
       refills: times that others are drawn for groups that teach nothing, in one step.
       rows: of a micro-batch.
@@ -46,7 +43,6 @@ class Draws:
 
     prompts: int = 8
     group: int = 8
-    max_new_tokens: int = 256
     rest: int = 50
     refills: int = 4
     rows: int = 8
@@ -63,7 +59,6 @@ class Groups:
     """What the trainer takes, drawn by an engine that has the trainer's own weights.
 
     Args:
-      make_engine: for a model; called once.
       reward: what an answer is worth.
       told: takes a sentence that people should read.
       reference: the model before training, where the objective asks for it.
@@ -72,16 +67,14 @@ class Groups:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        reading: Reading,
+        sampler: Sampler,
         reward: Reward,
         draws: Draws,
-        make_engine: Callable[[Llama4], Engine],
         told: Callable[[str], object],
         reference: Reference | None = None,
     ):
-        self.prompts, self.reading, self.reward, self.draws = prompts, reading, reward, draws
-        self._make_engine, self._told, self._reference = make_engine, told, reference
-        self._engine: Engine | None = None
+        self.prompts, self.sampler, self.reward, self.draws = prompts, sampler, reward, draws
+        self._told, self._reference = told, reference
         self._pool = Pool(len(prompts), draws.seed)
         self._step, self._bad = 0, 0
         self._pictures = any(prompt.tiles for prompt in prompts)
@@ -100,7 +93,7 @@ class Groups:
           UserError: no prompt has answers that are worth more than others; the reward failed for three groups in a row.
         """
         began, draws = time.perf_counter(), self.draws
-        engine = self._engine_of(model())
+        now = model()
         rows: list[Row] = []
         tried, rewards, tokens = 0, [], 0
         for attempt in range(1 + draws.refills):
@@ -110,7 +103,7 @@ class Groups:
                 break
             seed = draws.seed + 1_000_003 * (self._step * (1 + draws.refills) + attempt)
             asked = [self.prompts[number] for number in chosen]
-            groups = draw(engine, asked, self.reading, count=draws.group, max_new_tokens=draws.max_new_tokens, seed=seed)
+            groups = self.sampler(now, asked, count=draws.group, seed=seed)
             for number, prompt, answers in zip(chosen, asked, groups, strict=True):
                 tokens += sum(len(answer.ids_A) for answer in answers)
                 reward_G = self._worth(prompt, answers)
@@ -140,14 +133,8 @@ class Groups:
             "answer_tokens": round(tokens / max(1, tried * draws.group), 2),
             "seconds_drawing": round(time.perf_counter() - began, 4),
         }
-        drawn = batch_of(rows, self.reading, count=draws.prompts * draws.group, at_once=draws.rows, pictures=self._pictures)
+        drawn = batch_of(rows, self.sampler.reading, count=draws.prompts * draws.group, at_once=draws.rows, pictures=self._pictures)
         return drawn if self._reference is None else drawn._replace(reference_BT=self._reference(drawn.batch)), said
-
-    def _engine_of(self, model: Llama4) -> Engine:
-        if self._engine is None:
-            self._engine = self._make_engine(model)
-        self._engine.model = model  # which sees that its weights are others, and begins with an empty cache
-        return self._engine
 
     def _worth(self, prompt: Prompt, answers: Sequence[Answer]) -> np.ndarray | None:
         """[G] float64; None where the reward failed."""

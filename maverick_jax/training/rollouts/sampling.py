@@ -8,7 +8,7 @@ Shape suffixes: A tokens of an answer, T tokens of prompt and answer but for the
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.handle import Handle
 from maverick_jax.inference.request import Request
 from maverick_jax.inference.sampling import Sampling
+from maverick_jax.model import Llama4
 from maverick_jax.training.data.examples import Reading
 from maverick_jax.training.rollouts.prompts import Prompt
 
@@ -35,6 +36,26 @@ class Answer(NamedTuple):
     logprob_A: np.ndarray
     text: str
     expert_TM: np.ndarray | None = None
+
+
+class Sampler:
+    """An engine with the weights of a model that learns.
+
+    Args:
+      make_engine: for a model; called once.
+    """
+
+    def __init__(self, make_engine: Callable[[Llama4], Engine], reading: Reading, *, max_new_tokens: int):
+        self.reading, self.max_new_tokens = reading, max_new_tokens
+        self._make_engine = make_engine
+        self._engine: Engine | None = None
+
+    def __call__(self, model: Llama4, prompts: Sequence[Prompt], *, count: int, seed: int) -> Iterator[list[Answer]]:
+        """Answers by the model as it is now; see `draw`."""
+        if self._engine is None:
+            self._engine = self._make_engine(model)
+        self._engine.model = model  # which sees that its weights are others, and begins with an empty cache
+        return draw(self._engine, prompts, self.reading, count=count, max_new_tokens=self.max_new_tokens, seed=seed)
 
 
 def draw(
