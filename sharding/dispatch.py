@@ -7,6 +7,7 @@ Shape suffixes: T tokens, L tokens of one device, R rows, D model width, F exper
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -148,10 +149,13 @@ def run_rounds(
       rounds: exactly so many (training: reverse mode cannot pass a `while_loop`), or None for as many as any device needs.
       like: an array of the result's shape and dtype.
     """
-    if rounds is not None:
-        return sum((one_round(number) for number in range(1, rounds)), start=one_round(0)), jnp.int32(rounds)
     # The same number on every device of the mesh, or the collectives of some would wait for ever.
     needed = lax.pmax(needed, tuple(mesh.axis_names))
+    if rounds is not None:
+        y = one_round(0)
+        for number in range(1, rounds):
+            y += lax.cond(number < needed, functools.partial(one_round, number), lambda: jnp.zeros_like(like))
+        return y, jnp.int32(rounds)
     number, y = lax.while_loop(
         lambda state: state[0] < needed,
         lambda state: (state[0] + 1, state[1] + one_round(state[0])),

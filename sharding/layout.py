@@ -23,11 +23,11 @@ Axes = tuple[str | None, ...]
 MOST_SHARES = 256  # an error lists divisors up to here
 # The logical axes: of weights, those of one weight together, and of activations.
 WEIGHTS = (
-    ("vocab", "embed"),
+    ("vocab", "table_embed"),
     ("embed", "heads"),
     ("embed", "kv_heads"),
     ("embed", "mlp"),
-    ("expert", "embed", "expert_mlp"),
+    ("expert", "expert_embed", "expert_mlp"),
     ("vision_output", "embed"),
     ("vision_embed", "vision_heads"),
     ("vision_embed", "vision_mlp"),
@@ -177,8 +177,18 @@ LATENCY = Layout.from_table(
         "vocab": ("expert", "tensor"),
     },
 )
-# As throughput, with parameters and optimizer state also over data; they are gathered where they are used.
-TRAINING = Layout.from_table("training", {**dict(THROUGHPUT.rows), "embed": "data", "vision_embed": "data"})
+# As throughput, with parameters and optimizer state over all devices: a part of every matrix's model width, gathered where it is used.
+# Embedding and unembedding have whole vocabularies, so that a token's row is looked up, and its logits are made, without another device.
+TRAINING = Layout.from_table(
+    "training",
+    {
+        **{axis: to for axis, to in THROUGHPUT.rows if axis != "vocab"},
+        "embed": ("data", "expert"),
+        "table_embed": ("data", "expert"),
+        "expert_embed": "data",
+        "vision_embed": ("data", "expert"),
+    },
+)
 
 INFERENCE = (THROUGHPUT, LATENCY)
 LAYOUTS = {layout.name: layout for layout in (THROUGHPUT, LATENCY, TRAINING)}

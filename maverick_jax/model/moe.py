@@ -24,9 +24,9 @@ class Experts(nnx.Module):
     """The weights of the routed experts of one layer."""
 
     def __init__(self, E: int, D: int, F: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate = weight(rngs, (E, D, F), ("expert", "embed", "expert_mlp"), dtype, stack=1)
-        self.up = weight(rngs, (E, D, F), ("expert", "embed", "expert_mlp"), dtype, stack=1)
-        self.down = weight(rngs, (E, F, D), ("expert", "expert_mlp", "embed"), dtype, stack=1)
+        self.gate = weight(rngs, (E, D, F), ("expert", "expert_embed", "expert_mlp"), dtype, stack=1)
+        self.up = weight(rngs, (E, D, F), ("expert", "expert_embed", "expert_mlp"), dtype, stack=1)
+        self.down = weight(rngs, (E, F, D), ("expert", "expert_mlp", "expert_embed"), dtype, stack=1)
 
     @property
     def weights(self) -> ExpertWeights:

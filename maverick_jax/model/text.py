@@ -15,7 +15,7 @@ from maverick_jax.model.attention import Attention, Piece
 from maverick_jax.model.feed_forward import FeedForward
 from maverick_jax.model.moe import MoE
 from maverick_jax.model.parameter import ones, weight
-from maverick_jax.ops.linear import linear_float32
+from maverick_jax.ops.linear import AdaptedWeight, linear_float32
 from maverick_jax.ops.norm import rms_norm
 from maverick_jax.sharding.attend import Attend
 from maverick_jax.sharding.dispatch import Dispatcher, Stats
@@ -57,14 +57,14 @@ class Text(nnx.Module):
 
     def __init__(self, config: TextConfig, *, dispatcher: Dispatcher, attend: Attend, constrain: Any, dtype: DTypeLike, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.hidden_size
-        self.embedding = weight(rngs, (V, D), ("vocab", "embed"), dtype, fan_in=1)
+        self.embedding = weight(rngs, (V, D), ("vocab", "table_embed"), dtype, fan_in=1)
         self.layers = nnx.List(
             Layer(config, i, dispatcher=dispatcher, attend=attend, constrain=constrain, dtype=dtype, rngs=rngs)
             for i in range(config.num_hidden_layers)
         )
         self.norm = ones((D,), ("embed",), dtype)
         if not config.tie_word_embeddings:
-            self.unembedding = weight(rngs, (D, V), ("embed", "vocab"), dtype)
+            self.unembedding = weight(rngs, (D, V), ("table_embed", "vocab"), dtype)
         self.eps, self.tied, self.moe_layers = config.rms_norm_eps, config.tie_word_embeddings, config.moe_layers
         self.remat: Any = None  # what a gradient makes again: None nothing, or a policy of `jax.checkpoint_policies` what it keeps
 
@@ -96,4 +96,9 @@ class Text(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] normed hidden states -> [..., V] float32."""
-        return linear_float32(x, self.embedding[...].T if self.tied else self.unembedding[...])
+        return linear_float32(x, self.head)
+
+    @property
+    def head(self) -> AdaptedWeight:
+        """[D, V] what hidden states are multiplied by."""
+        return self.embedding[...].T if self.tied else self.unembedding[...]

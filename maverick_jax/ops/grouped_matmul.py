@@ -93,10 +93,35 @@ def _ragged_dot(x_RK, weight_EKN, group_sizes_E):
     return y_RN.astype(x_RK.dtype)[:rows]
 
 
+@jax.custom_vjp
+def _ragged_dot_tpu(x_RK, weight_EKN, group_sizes_E):
+    """With gradients of our own, in bfloat16."""
+    return _ragged_dot(x_RK, weight_EKN, group_sizes_E)
+
+
+def _ragged_dot_forward(x_RK, weight_EKN, group_sizes_E):
+    return _ragged_dot(x_RK, weight_EKN, group_sizes_E), (x_RK, weight_EKN, group_sizes_E)
+
+
+def _ragged_dot_backward(residuals, dy_RN):
+    """The compiler's own gradient of the matrices multiplies all rows for every expert, and that of the rows takes float32 for dy."""
+    from maverick_jax.ops.grouped_matmul_tpu import outer_products_tpu
+
+    x_RK, weight_EKN, group_sizes_E = residuals
+    inputs = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
+    dx_RK = lax.ragged_dot_general(
+        dy_RN, weight_EKN, group_sizes_E, inputs, precision=precision(dy_RN.dtype), preferred_element_type=jnp.float32
+    )
+    return dx_RK.astype(x_RK.dtype), outer_products_tpu(x_RK, dy_RN, group_sizes_E), None
+
+
+_ragged_dot_tpu.defvjp(_ragged_dot_forward, _ragged_dot_backward)
+
+
 # Importing Pallas takes a while, and much that imports this module never multiplies anything.
 def _grouped_matmul_tpu(x_RK, weight_EKN, group_sizes_E):
     if not isinstance(weight_EKN, QuantizedArray):
-        return _ragged_dot(x_RK, weight_EKN, group_sizes_E)
+        return (_ragged_dot_tpu if x_RK.dtype == jnp.bfloat16 else _ragged_dot)(x_RK, weight_EKN, group_sizes_E)
     from maverick_jax.ops.grouped_matmul_tpu import grouped_matmul_tpu, suits
 
     return (grouped_matmul_tpu if suits(weight_EKN) else _ragged_dot)(x_RK, weight_EKN, group_sizes_E)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
 from maverick_jax.ops.product import product
 from maverick_jax.ops.quantize import QuantizedArray, matrix_shape
@@ -26,6 +27,7 @@ MATRIX_BYTES = 8 * 2**20  # of a matrix, that a program multiplies by
 MOST_COLUMNS = 1024
 LANES, SUBLANES = 128, 8
 VMEM_BYTES = 64 * 2**20
+OUTER_ROWS, LEAST_OUTER_ROWS, OUTER_SIDE = 512, 128, 1024  # of a tile
 
 
 def suits(weight_EKN: QuantizedArray) -> bool:
@@ -53,6 +55,22 @@ def _backward(interpret, residuals, dy_RN):
 
 
 grouped_matmul_tpu.defvjp(_forward, _backward)
+
+
+def outer_products_tpu(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """[E, K, N] gradient of a stack that is not quantized: per expert the sum of x^T dy over its rows, in x's dtype.
+
+    By the kernel that ships with jax: XLA:TPU would multiply all rows, masked, once for every expert of the device.
+
+    Args:
+      x_RK, dy_RN: bfloat16: float32 the kernel would multiply as such.
+      interpret: run the kernel as ordinary JAX operations, on any platform (for tests).
+    """
+    (rows, K), N = x_RK.shape, dy_RN.shape[1]
+    tile = OUTER_ROWS if rows >= OUTER_ROWS else LEAST_OUTER_ROWS
+    x_RK, dy_RN = (jnp.pad(a, ((0, -rows % tile), (0, 0))) for a in (x_RK, dy_RN))
+    tiling = (tile, min(OUTER_SIDE, K), min(OUTER_SIDE, N))
+    return tgmm(x_RK.T, dy_RN, group_sizes_E, x_RK.dtype, tiling, interpret=interpret)
 
 
 # Under `jit` the kernel is traced and lowered once for all layers of a model.

@@ -155,7 +155,9 @@ def _collective_kind(instruction: Instruction, program: Program) -> str | None:
     """The collective that an instruction is, starts, or has in its fusion."""
     if instruction.opcode == "fusion":
         parts = [part.opcode.removesuffix("-start") for part in program.called_by(instruction).instructions.values()]
-        return next((opcode for opcode in reversed(parts) if opcode in COLLECTIVES), None)
+        kind = next((opcode for opcode in reversed(parts) if opcode in COLLECTIVES), None)
+        # So XLA:TPU writes a reduce-scatter: an all-reduce of which every device keeps its slice.
+        return "reduce-scatter" if kind == "all-reduce" and "dynamic-slice" in parts else kind
     started = opcode_started(instruction, program)
     return started if started in COLLECTIVES else None
 

@@ -7,22 +7,33 @@ Shape suffixes: B rows, T tokens, P pieces, C tokens of a piece, D model width, 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from maverick_jax.model import Llama4
+from maverick_jax.ops.linear import AdaptedWeight, LowRankArray, base_of, linear_float32
+from maverick_jax.ops.quantize import matrix_shape
+from maverick_jax.sharding.layout import Constrain, Layout
+from maverick_jax.sharding.placement import gather
 from maverick_jax.training.batch import Array
 
-PIECE = 2**25  # logits of a piece on one device: 128 MiB in float32
+PIECE = 2**27  # logits of a piece on one device: 512 MiB in float32. Every piece reads the unembedding, and writes its gradient
 Result = TypeVar("Result")
 
 
 def over_pieces(model: Llama4, hidden_BTD: jax.Array, of_logits: Callable[..., Result], *of_tokens: Any) -> Result:
     """`of_logits(logits_BCV, *parts)` of the whole sequence, piece by piece; a gradient makes each piece's logits again.
+
+    On a mesh every device goes through its own tokens: the unembedding is gathered once, before the first piece, and its gradient summed
+    over devices once, after the last.
 
     Args:
       hidden_BTD: normed hidden states.
@@ -32,13 +43,42 @@ def over_pieces(model: Llama4, hidden_BTD: jax.Array, of_logits: Callable[..., R
     Returns:
       The tree, of [B, T, ...].
     """
+    here = functools.partial(_over_pieces, of_logits)
+    if not isinstance(model.constrain, Constrain):
+        return here(model.text.head, hidden_BTD, *of_tokens)
+    mesh, layout = model.constrain.mesh, model.constrain.layout
+    tokens = PartitionSpec(*_token_axes(mesh, layout, *hidden_BTD.shape[:2]))
+    head_DV = model.text.head
+    embed, vocab = layout.split(("table_embed", "vocab"), (hidden_BTD.shape[2], model.config.text.vocab_size), mesh)
+    of_head = PartitionSpec(embed, vocab)
+    if isinstance(head_DV, LowRankArray):
+        of_head = dataclasses.replace(head_DV, base=of_head, a=PartitionSpec(embed), b=PartitionSpec(None, vocab))
+
+    def on_device(head_DV, hidden_BTD, *of_tokens):
+        return here(jax.tree.map(gather, head_DV, of_head), hidden_BTD, *of_tokens)
+
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(of_head, tokens, *[tokens] * len(of_tokens)), out_specs=tokens, check_vma=False
+    )(head_DV, hidden_BTD, *of_tokens)
+
+
+def _token_axes(mesh: Mesh, layout: Layout, B: int, T: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes that divide rows and sequence: those of the layout, and of the others as many as divide the sequence too."""
+    rows, sequence = layout.split(("batch", "sequence"), (B, T), mesh)
+    for axis in mesh.axis_names:
+        if axis not in (*rows, *sequence) and T % math.prod(mesh.shape[name] for name in (*sequence, axis)) == 0:
+            sequence = (*sequence, axis)
+    return rows, sequence
+
+
+def _over_pieces(of_logits, head_DV: AdaptedWeight, hidden_BTD, *of_tokens):
     B, T, _ = hidden_BTD.shape
-    C = piece_length(B, T, model.config.text.vocab_size, model.constrain.mesh.size if hasattr(model.constrain, "mesh") else 1)
+    C = piece_length(B, T, matrix_shape(base_of(head_DV))[-1])
 
     @jax.checkpoint
     def piece(parts):
         hidden_BCD, *rest = parts
-        return of_logits(model.logits(hidden_BCD), *rest)
+        return of_logits(linear_float32(hidden_BCD, head_DV), *rest)
 
     inputs = (hidden_BTD, *of_tokens)
     if C == T:
@@ -47,9 +87,9 @@ def over_pieces(model: Llama4, hidden_BTD: jax.Array, of_logits: Callable[..., R
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), lax.map(piece, cut))
 
 
-def piece_length(B: int, T: int, V: int, devices: int) -> int:
+def piece_length(B: int, T: int, V: int) -> int:
     """Tokens of a row in a piece: the most that divide T evenly and stay below `PIECE`."""
-    return next((T // pieces for pieces in range(1, T) if T % pieces == 0 and B * (T // pieces) * V <= PIECE * devices), 1)
+    return next((T // pieces for pieces in range(1, T) if T % pieces == 0 and B * (T // pieces) * V <= PIECE), 1)
 
 
 def log_probabilities(logits_BCV: jax.Array, target_BC: jax.Array) -> jax.Array:
