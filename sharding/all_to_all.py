@@ -49,8 +49,9 @@ class AllToAll(ExpertParallel):
         first_N = jnp.cumsum(count_N) - count_N
         rank_L = place_L - first_N[jnp.minimum(destination_L, N - 1)]
 
-        def one_round(number):
+        def one_round(number, routes, x_LD, experts):
             """Send and receive the tokens whose rank among those for their destination lies in this round's window."""
+            order, first_N, count_N, expert_L, destination_L, rank_L = routes
             rank_C = number * capacity + jnp.arange(capacity, dtype=jnp.int32)
             used_NC = rank_C[None, :] < count_N[:, None]
             token_NC = jnp.where(used_NC, order[jnp.minimum(first_N[:, None] + rank_C[None, :], L - 1)], L)
@@ -65,10 +66,11 @@ class AllToAll(ExpertParallel):
             back = exchange(y.reshape(N, capacity, -1), axes, self.wire)
             return take_rows(back.reshape(N * capacity, -1), slot_L, token_R)
 
+        routes = order, first_N, count_N, expert_L, destination_L, rank_L
         if capacity >= L:
-            y_LD, done = one_round(0), 1
+            y_LD, done = one_round(0, routes, x_LD, experts), 1
         else:
-            y_LD, done = run_rounds(one_round, -(-count_N.max() // capacity), rounds=self.rounds, mesh=self.mesh, like=x_LD)
+            y_LD, done = run_rounds(one_round, -(-count_N.max() // capacity), routes, x_LD, experts, rounds=self.rounds, mesh=self.mesh)
         return y_LD, jnp.maximum(count_N - done * capacity, 0).sum()
 
     def _capacity(self, L: int, N: int) -> int:

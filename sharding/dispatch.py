@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ class Stats(NamedTuple):
     load_E: jax.Array  # [E] int32
     expert_T: jax.Array | None = None  # [T] int32, E for padding
     scores_TE: jax.Array | None = None  # [T, E] float32, before the sigmoid
+
+
+OneRound = Callable[[int | jax.Array, Any, jax.Array, ExpertWeights], jax.Array]
 
 
 class Dispatcher(Protocol):
@@ -139,29 +142,55 @@ def run_experts(x_RD: jax.Array, expert_R: jax.Array, experts: ExpertWeights) ->
 
 
 def run_rounds(
-    one_round: Callable[[int | jax.Array], jax.Array], needed: jax.Array, *, rounds: int | None, mesh: Mesh, like: jax.Array
+    one_round: OneRound, needed: jax.Array, routes: Any, x_LD: jax.Array, experts: ExpertWeights, *, rounds: int | None, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of what the rounds bring back, each token's result coming in one of them, and how many there were.
 
     Args:
-      one_round: number of the round -> [L, D], zero for tokens of other rounds.
+      one_round: `(number, routes, x_LD, experts)` -> [L, D], zero for tokens of other rounds. Of these it takes every array.
       needed: rounds that this device's tokens need.
-      rounds: exactly so many (training: reverse mode cannot pass a `while_loop`), or None for as many as any device needs.
-      like: an array of the result's shape and dtype.
+      routes: whole numbers.
+      rounds: at most so many (training: reverse mode cannot pass a `while_loop`), or None for as many as any device needs.
     """
     # The same number on every device of the mesh, or the collectives of some would wait for ever.
     needed = lax.pmax(needed, tuple(mesh.axis_names))
     if rounds is not None:
-        y = one_round(0)
+        y_LD = one_round(0, routes, x_LD, experts)
         for number in range(1, rounds):
-            y += lax.cond(number < needed, functools.partial(one_round, number), lambda: jnp.zeros_like(like))
-        return y, jnp.int32(rounds)
+            y_LD += _later_round(functools.partial(one_round, number), number < needed, routes, x_LD, experts)
+        return y_LD, jnp.int32(rounds)
     number, y = lax.while_loop(
         lambda state: state[0] < needed,
-        lambda state: (state[0] + 1, state[1] + one_round(state[0])),
-        (jnp.int32(0), jnp.zeros_like(like)),
+        lambda state: (state[0] + 1, state[1] + one_round(state[0], routes, x_LD, experts)),
+        (jnp.int32(0), jnp.zeros_like(x_LD)),
     )
     return _forward_only(y), number
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _later_round(one_round, wanted, routes, x_LD, experts):
+    """A round if it is `wanted`, else zeros. The gradient makes the round again: a conditional would copy the weights for it."""
+    return lax.cond(wanted, one_round, lambda routes, x_LD, experts: jnp.zeros_like(x_LD), routes, x_LD, experts)
+
+
+def _later_round_forward(one_round, wanted, *operands):
+    return _later_round(one_round, wanted, *operands), (wanted, *operands)
+
+
+def _later_round_backward(one_round, residuals, dy_LD):
+    wanted, routes, x_LD, experts = residuals
+
+    def gradients(x_LD, experts, dy_LD):
+        found = jax.vjp(functools.partial(one_round, routes), x_LD, experts)[1](dy_LD)
+        return jax.tree.map(lambda of, gradient: gradient if jnp.issubdtype(of.dtype, jnp.inexact) else None, (x_LD, experts), found)
+
+    def nothing(x_LD, experts, _):
+        return jax.tree.map(lambda of: jnp.zeros_like(of) if jnp.issubdtype(of.dtype, jnp.inexact) else None, (x_LD, experts))
+
+    return None, None, *lax.cond(wanted, gradients, nothing, x_LD, experts, dy_LD)
+
+
+_later_round.defvjp(_later_round_forward, _later_round_backward)
 
 
 @jax.custom_vjp

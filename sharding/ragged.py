@@ -43,8 +43,9 @@ class Ragged(ExpertParallel):
         before_SN = jnp.cumsum(count_SN, axis=0) - count_SN  # first row of a sender in the receiver's stream
         ends = jnp.cumsum(load_SNK[:, me].reshape(-1))  # of the runs of one sender and expert in this device's stream
 
-        def one_round(number):
+        def one_round(number, routes, x_sorted, experts):
             """The rows at `number * room` and the `room - 1` behind it, of every receiver's stream."""
+            first_SN, before_SN, count_SN, ends = routes
             low = number * room
             begin_SN, end_SN = (jnp.clip(edge - before_SN, 0, count_SN) for edge in (low, low + room))
             sizes_SN = end_SN - begin_SN
@@ -55,11 +56,12 @@ class Ragged(ExpertParallel):
             y = run_experts(received, expert_R.astype(jnp.int32), experts)
             return _send_rows(y, L, at_receiver_SN.T, sizes_SN.T, at_sender_SN.T, axes)
 
+        routes = first_SN, before_SN, count_SN, ends
         if room >= N * L:
-            y_sorted, done = one_round(0), 1
+            y_sorted, done = one_round(0, routes, x_sorted, experts), 1
         else:
             needed = -(-count_SN.sum(axis=0).max() // room)
-            y_sorted, done = run_rounds(one_round, needed, rounds=self.rounds, mesh=self.mesh, like=x_LD)
+            y_sorted, done = run_rounds(one_round, needed, routes, x_sorted, experts, rounds=self.rounds, mesh=self.mesh)
         return take_rows(y_sorted, place_L, order), jnp.maximum(ends[-1] - done * room, 0)
 
 

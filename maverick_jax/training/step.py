@@ -5,7 +5,7 @@ Shape suffixes: A micro-batches, B rows, T tokens, M layers with experts, E expe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -48,12 +48,26 @@ Update = Callable[[Progress, Leaves, Any], tuple[Progress, Measures]]
 
 def begin(split: Split, optimizer: optax.GradientTransformation) -> Progress:
     """Before the first step. Moments are float32 and lie where what they are of does."""
-    places = {name: array.sharding for name, array in split.learned.items()}
-    everywhere = _everywhere(next(iter(places.values())))
-    abstract = jax.eval_shape(lambda learned: optimizer.init(_float32(learned)), split.learned)
-    placed = optax.tree.map_params(optimizer, lambda _, place: place, abstract, places, transform_non_params=lambda _: everywhere)
-    moments = jax.jit(lambda learned: optimizer.init(_float32(learned)), out_shardings=placed)(split.learned)
+    places = jax.tree.map(lambda x: x.sharding, abstract_moments(split.learned, optimizer))
+    moments = jax.jit(lambda learned: optimizer.init(_float32(learned)), out_shardings=places)(split.learned)
     return Progress(split.learned, moments)
+
+
+def abstract_moments(learned: Mapping[str, jax.Array | jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation) -> optax.OptState:
+    """The shapes, dtypes and shardings of the moments of what is learned, which may be described so itself."""
+    everywhere = _everywhere(next(iter(learned.values())).sharding)
+    shapes = jax.eval_shape(lambda learned: optimizer.init(_float32(learned)), dict(learned))
+
+    def place(shape: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return optax.tree.map_params(
+        optimizer,
+        lambda shape, of: place(shape, of.sharding),
+        shapes,
+        dict(learned),
+        transform_non_params=lambda shape: place(shape, everywhere),
+    )
 
 
 def make_update(split: Split, objective: Objective, optimizer: optax.GradientTransformation) -> Update:
