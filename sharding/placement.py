@@ -110,7 +110,9 @@ class Placement:
                 f"{' x '.join(inputs)} = {ways} devices divide the width of every expert, but not the {what} of its quantized matrix: "
                 "take a mesh with fewer of these devices, or a layout that divides whole experts."
             )
-        values, scales = (PartitionSpec(self.expert_axes, None if size % ways else inputs, outputs) for size in (rows, groups))
+        values, scales = (
+            PartitionSpec(self.expert_axes, None if size == 1 or size % ways else inputs, outputs) for size in (rows, groups)
+        )
         return dataclasses.replace(weight_EKN, values=values, scales=scales)
 
 
