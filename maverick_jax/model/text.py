@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, D model width, V vocabulary.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -85,9 +86,7 @@ class Text(nnx.Module):
         for i, layer in enumerate(self.layers):
             cache, last = None if caches is None else caches[i], last_only and i == len(self.layers) - 1
             expert_BT = None if expert_BTM is None or i not in self.moe_layers else expert_BTM[..., self.moe_layers.index(i)]
-            call = functools.partial(layer, last_only=last)
-            if self.remat is not None:
-                call = jax.checkpoint(call, policy=self.remat)
+            call = functools.partial(layer if self.remat is None else _made_again(layer, self.remat), last_only=last)
             x_BTD, cache, stats = call(x_BTD, piece, cache, expert_BT=expert_BT)
             new_caches.append(cache)
             if stats is not None:
@@ -102,3 +101,32 @@ class Text(nnx.Module):
     def head(self) -> AdaptedWeight:
         """[D, V] what hidden states are multiplied by."""
         return self.embedding[...].T if self.tied else self.unembedding[...]
+
+
+def _made_again(layer: Layer, policy: Any) -> Callable[..., Any]:
+    """The layer's call, of which a gradient keeps what the policy says and makes the rest again."""
+    graphdef, state = nnx.split(layer)
+
+    def call(state, x_BTD, *rest, last_only, expert_BT):
+        return nnx.merge(graphdef, _when_there(state, x_BTD))(x_BTD, *rest, last_only=last_only, expert_BT=expert_BT)
+
+    return lambda *inputs, last_only, expert_BT: jax.checkpoint(
+        functools.partial(call, last_only=last_only, expert_BT=expert_BT), policy=policy
+    )(state, *inputs)
+
+
+@jax.custom_vjp
+def _when_there(weights: Any, x_BTD: jax.Array) -> Any:
+    """The same weights, but not before x is there: XLA would begin with gathering the parts of all layers, and hold them all."""
+    return jax.lax.optimization_barrier((weights, x_BTD))[0]
+
+
+def _when_there_forward(weights, x_BTD):
+    return _when_there(weights, x_BTD), None
+
+
+def _when_there_backward(_, gradient):
+    return gradient, None
+
+
+_when_there.defvjp(_when_there_forward, _when_there_backward)

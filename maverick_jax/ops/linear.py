@@ -94,7 +94,31 @@ def _quantized(x, weight, contract):
 
 
 def _product(x, weight, contract):
+    return (_exact if x.dtype == jnp.float32 else _narrow)(x, weight, contract)
+
+
+def _exact(x, weight, contract):
     return product(x, weight, (range(x.ndim - contract, x.ndim), range(contract)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow(x, weight, contract):
+    """Gradients are products of narrow operands too: the float32 gradient of float32 sums would make the weights float32 for its own."""
+    return _exact(x, weight, contract)
+
+
+def _narrow_forward(x, weight, contract):
+    return _exact(x, weight, contract), (x, weight)
+
+
+def _narrow_backward(contract, residuals, dy):
+    x, weight = residuals
+    dy, leading = dy.astype(x.dtype), range(x.ndim - contract)
+    dx = product(dy, weight, (range(len(leading), dy.ndim), range(contract, weight.ndim)))
+    return dx.astype(x.dtype), product(x, dy, (leading, leading)).astype(weight.dtype)
+
+
+_narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 def _padded(x, weight, contract):
