@@ -70,7 +70,8 @@ def outer_products_tpu(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Arr
     tile = OUTER_ROWS if rows >= OUTER_ROWS else LEAST_OUTER_ROWS
     x_RK, dy_RN = (jnp.pad(a, ((0, -rows % tile), (0, 0))) for a in (x_RK, dy_RN))
     tiling = (tile, min(OUTER_SIDE, K), min(OUTER_SIDE, N))
-    return tgmm(x_RK.T, dy_RN, group_sizes_E, x_RK.dtype, tiling, interpret=interpret)
+    with jax.numpy_dtype_promotion("standard"):  # the kernel counts tiles in booleans
+        return tgmm(x_RK.T, dy_RN, group_sizes_E, x_RK.dtype, tiling, interpret=interpret)
 
 
 # Under `jit` the kernel is traced and lowered once for all layers of a model.

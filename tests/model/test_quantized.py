@@ -77,8 +77,8 @@ def test_leaves_of_the_whole_maverick():
     assert {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in found.items()} == stored
     assert len(found) - len(whole) == 24 * (3 + 3) + 24 * 3 + 48 * 4  # experts and shared, dense, attention
     looks = {
-        f"{EXPERTS}.down.values": ((128, 4096, 5120), "uint8", ("expert", "expert_mlp", "embed")),
-        f"{EXPERTS}.down.scales": ((128, 64, 5120), "float32", ("expert", "expert_mlp", "embed")),
+        f"{EXPERTS}.down.values": ((128, 4096, 5120), "uint8", ("expert", "expert_mlp", "expert_embed")),
+        f"{EXPERTS}.down.scales": ((128, 64, 5120), "float32", ("expert", "expert_mlp", "expert_embed")),
         "text.layers.0.attention.query.scales": ((40, 40, 128), "float32", ("embed", "heads", None)),
         "text.layers.0.attention.output.values": ((40, 64, 5120), "uint8", ("heads", None, "embed")),
         "text.layers.0.attention.output.scales": ((40, 5120), "float32", ("heads", "embed")),
@@ -95,7 +95,7 @@ def test_one_scale_for_all_inputs_is_not_divided_like_them():
     assert stored["text.layers.0.attention.query"] == ((5120, 40, 128), np.dtype(jnp.bfloat16))
     set_quantized(model, stored)
     scales = leaves(model)[f"{EXPERTS}.down.scales"]
-    assert (scales.shape, scales.get_metadata()["axes"]) == ((128, 1, 5120), ("expert", None, "embed"))
+    assert (scales.shape, scales.get_metadata()["axes"]) == ((128, 1, 5120), ("expert", None, "expert_embed"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Shape suffixes: R rows, K inputs, N outputs, E experts.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from maverick_jax.ops.grouped_matmul import grouped_matmul
+from maverick_jax.ops import grouped_matmul_tpu
+from maverick_jax.ops.grouped_matmul import _grouped_matmul_tpu, grouped_matmul
+from maverick_jax.ops.grouped_matmul_tpu import outer_products_tpu
 from maverick_jax.ops.quantize import FORMATS, QuantizedArray, quantized_shapes
 from oracle.programs import arrays_made
 
@@ -86,6 +89,21 @@ def abstract_weight(kind: str, E: int) -> Any:
     form = FORMATS[kind]
     values, scales = quantized_shapes((E, K, N), form, outputs=1, experts=True)
     return jax.eval_shape(lambda: QuantizedArray(jnp.zeros(values, form.values), jnp.zeros(scales, form.scales)))
+
+
+@pytest.mark.parametrize("kind", ["uneven blocks", "empty groups", "padding rows", "only padding"])
+def test_gradients_on_a_tpu(monkeypatch, kind):
+    """There XLA would multiply all rows once per expert for the gradient of the matrices: a kernel does not, and gives the same."""
+    monkeypatch.setattr(grouped_matmul_tpu, "outer_products_tpu", functools.partial(outer_products_tpu, interpret=True))
+    x_RK, weight_EKN, sizes_E = case(kind, "bfloat16")
+    dy_RN = jnp.asarray(np.random.default_rng(1).standard_normal((len(x_RK), N)), jnp.bfloat16)
+    found, expected = (
+        jax.vjp(lambda x, w: form(x, w, sizes_E), x_RK, weight_EKN)[1](dy_RN)  # noqa: B023
+        for form in (_grouped_matmul_tpu, grouped_matmul)
+    )
+    for one, other in zip(found, expected, strict=True):
+        one, other = (np.asarray(a, np.float32) for a in (one, other))
+        assert_allclose(one, other, atol=TOLERANCE["bfloat16"] * max(1, np.abs(other).max()), rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", *FORMATS])

@@ -22,7 +22,7 @@ def config(**text) -> Config:
 def test_experts_and_their_width_are_divided():
     """Whole experts over `expert`, their width over `tensor`: two mesh axes on one tensor."""
     mesh = make_mesh(expert=4, tensor=2)
-    assert THROUGHPUT.spec(("expert", "embed", "expert_mlp"), (128, 5120, 8192), mesh) == PartitionSpec("expert", None, "tensor")
+    assert THROUGHPUT.spec(("expert", "expert_embed", "expert_mlp"), (128, 5120, 8192), mesh) == PartitionSpec("expert", None, "tensor")
 
 
 def test_tokens_lie_over_two_mesh_axes():
@@ -46,7 +46,7 @@ def test_a_mesh_axis_divides_one_axis_of_an_array():
 
 def test_layouts_differ_in_what_expert_divides():
     """Whole experts or a part of each; parameters of the training layout over data too."""
-    axes, shape, mesh = ("expert", "embed", "expert_mlp"), (128, 5120, 8192), make_mesh(data=2, expert=2, tensor=2)
+    axes, shape, mesh = ("expert", "expert_embed", "expert_mlp"), (128, 5120, 8192), make_mesh(data=2, expert=2, tensor=2)
     assert THROUGHPUT.spec(axes, shape, mesh) == PartitionSpec("expert", None, "tensor")
     assert LATENCY.spec(axes, shape, mesh) == PartitionSpec(None, None, ("expert", "tensor"))
     assert TRAINING.spec(axes, shape, mesh) == PartitionSpec("expert", "data", "tensor")
@@ -82,15 +82,15 @@ def test_meshes_that_divide_are_accepted():
 
 @pytest.mark.parametrize(
     "layout, vocab, embed",
-    [(THROUGHPUT, "tensor", None), (LATENCY, ("expert", "tensor"), None), (TRAINING, "tensor", "data")],
+    [(THROUGHPUT, "tensor", None), (LATENCY, ("expert", "tensor"), None), (TRAINING, None, ("data", "expert"))],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_embedding_and_unembedding_are_divided(layout, vocab, embed):
     """Undivided, the two largest matrices outside the experts lie whole on every device: 4 GB of Maverick."""
     mesh, text = make_mesh(data=2, expert=2, tensor=2), Config.maverick().text
     sizes = (text.vocab_size, text.hidden_size)
-    assert layout.spec(("vocab", "embed"), sizes, mesh) == PartitionSpec(vocab, embed)
-    assert layout.spec(("embed", "vocab"), sizes[::-1], mesh) == PartitionSpec(embed, vocab)
+    assert layout.spec(("vocab", "table_embed"), sizes, mesh) == PartitionSpec(vocab, embed)
+    assert layout.spec(("table_embed", "vocab"), sizes[::-1], mesh) == PartitionSpec(embed, vocab)
 
 
 EXPECTED_ROWS = {
@@ -126,7 +126,8 @@ EXPECTED_ROWS = {
         "vocab": "expert tensor",
     },
 }
-EXPECTED_ROWS["training"] = EXPECTED_ROWS["throughput"] | {"embed": "data", "vision_embed": "data"}
+OVER_ALL = {"embed": "data expert", "table_embed": "data expert", "vision_embed": "data expert", "expert_embed": "data"}
+EXPECTED_ROWS["training"] = {axis: to for axis, to in EXPECTED_ROWS["throughput"].items() if axis != "vocab"} | OVER_ALL
 
 
 @pytest.mark.parametrize("name", EXPECTED_ROWS)

@@ -49,9 +49,9 @@ def test_no_program_holds_all_logits(monkeypatch):
 
 def test_length_of_pieces():
     """A divisor of the row, as long as there is room for."""
-    assert piece_length(64, 8192, 202048, 128) == 256
-    assert piece_length(1, 100, 10, 1) == 100
-    assert piece_length(1, 7, pieces.PIECE, 1) == 1
+    assert piece_length(1, 8192, 202048) == 512
+    assert piece_length(1, 100, 10) == 100
+    assert piece_length(1, 7, pieces.PIECE) == 1
 
 
 def test_unevenness():
