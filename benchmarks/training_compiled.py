@@ -14,7 +14,7 @@ examples:
 
 import argparse
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def program(case: Case, config: Config) -> tuple[Program, jax.sharding.Mesh]:
         add_adapters(model, RANKS)
     model.text.remat = REMAT["layers"]
     split, optimizer = Split(model), Optimization(steps=1000).optimizer()
-    masters = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for name, x in split.learned.items()}
+    masters: Any = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for name, x in split.learned.items()}
     progress = Progress(masters, abstract_moments(masters, optimizer))
     update = compile_update(make_update(split, NextToken(), optimizer), progress)
     return Program("training step", update, (progress, split.frozen, batches(case, mesh))), mesh
@@ -94,7 +94,8 @@ def batches(case: Case, mesh: jax.sharding.Mesh) -> Batch:
     place = NamedSharding(mesh, PartitionSpec(None, *TRAINING.spec(("batch",), (rows,), mesh)))
     whole, lengths = (case.micro, rows, TOKENS), (case.micro, rows)
     kinds = ((whole, jnp.int32), (lengths, jnp.int32), (whole, jnp.int32), (whole, jnp.float32))
-    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in kinds))
+    arrays: Any = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in kinds)
+    return Batch(*arrays)
 
 
 class Figures(NamedTuple):
@@ -118,13 +119,13 @@ class Figures(NamedTuple):
         def line(more: float, less: float) -> float:
             return more + times * (more - less)
 
-        numbers = (line(getattr(self, name), getattr(fewer, name)) for name in ("arguments", "temporaries", "hbm"))
+        arguments, temporaries, hbm = (line(getattr(self, name), getattr(fewer, name)) for name in ("arguments", "temporaries", "hbm"))
         of_none = (0.0, 0.0)
         kinds = {
             kind: (line(count, fewer.collectives.get(kind, of_none)[0]), line(size, fewer.collectives.get(kind, of_none)[1]))
             for kind, (count, size) in self.collectives.items()
         }
-        return Figures(*numbers, kinds, self.at_least, self.seconds + fewer.seconds)
+        return Figures(arguments, temporaries, hbm, kinds, self.at_least, self.seconds + fewer.seconds)
 
 
 def measure(case: Case, layers: list[int]) -> Figures:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,7 @@ def run_rounds(
     if rounds is not None:
         y_LD = one_round(0, routes, x_LD, experts)
         for number in range(1, rounds):
-            y_LD += _later_round(functools.partial(one_round, number), number < needed, routes, x_LD, experts)
+            y_LD += cast(jax.Array, _later_round(functools.partial(one_round, number), number < needed, routes, x_LD, experts))
         return y_LD, jnp.int32(rounds)
     number, y = lax.while_loop(
         lambda state: state[0] < needed,

@@ -77,8 +77,8 @@ class Placement:
             expert_T = jnp.pad(expert_T, (0, missing), constant_values=E)
         tokens = PartitionSpec(token_axes)
         gate, up, down = experts
-        inwards = (self._specs(w, self.embed_axes, self.width_axes) for w in (gate, up))
-        weights = ExpertWeights(*inwards, self._specs(down, self.width_axes, self.embed_axes))
+        of_gate, of_up = (self._specs(w, self.embed_axes, self.width_axes) for w in (gate, up))
+        weights = ExpertWeights(of_gate, of_up, self._specs(down, self.width_axes, self.embed_axes))
 
         def body(x_LD: jax.Array, expert_L: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, jax.Array]:
             y_LD, dropped = on_device(x_LD, expert_L, jax.tree.map(functools.partial(gather, over=self.embed_axes), experts, weights))
@@ -110,9 +110,7 @@ class Placement:
                 f"{' x '.join(inputs)} = {ways} devices divide the width of every expert, but not the {what} of its quantized matrix: "
                 "take a mesh with fewer of these devices, or a layout that divides whole experts."
             )
-        values, scales = (
-            PartitionSpec(self.expert_axes, None if size == 1 or size % ways else inputs, outputs) for size in (rows, groups)
-        )
+        values, scales = (PartitionSpec(self.expert_axes, None if size == 1 or size % ways else inputs, outputs) for size in (rows, groups))
         return dataclasses.replace(weight_EKN, values=values, scales=scales)
 
 

@@ -234,7 +234,8 @@ def _blockwise(query_BTHd, query_positions_BT, keys, chunk):
     key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, missing_keys), (0, 0))) for x in (keys.key_BKSd, keys.value_BKSd))
     padded = Keys(key, value, jnp.pad(keys.positions_BS, ((0, 0), (0, missing_keys)), constant_values=-1))
 
-    @jax.checkpoint  # the gradient makes a block of queries' scores again, instead of keeping those of all
+    # The gradient makes the scores of a block of queries, and of keys, again, instead of keeping those of all.
+    @jax.checkpoint
     def per_queries(block):
         query_BQHd, positions_BQ = block
 
@@ -246,7 +247,7 @@ def _blockwise(query_BTHd, query_positions_BT, keys, chunk):
 
         zeros = jnp.zeros((B, K, H // K, size), jnp.float32)
         nothing = Partial(jnp.zeros((*zeros.shape, d), jnp.float32), zeros, zeros + MASKED)
-        done, _ = lax.scan(per_keys, nothing, jnp.arange((S + missing_keys) // KEY_BLOCK))
+        done, _ = lax.scan(jax.checkpoint(per_keys), nothing, jnp.arange((S + missing_keys) // KEY_BLOCK))
         return done
 
     parts = lax.map(per_queries, (jnp.moveaxis(query, 1, 0), jnp.moveaxis(positions, 1, 0)))

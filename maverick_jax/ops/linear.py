@@ -7,6 +7,7 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 import dataclasses
 import functools
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def _quantized(x, weight, contract):
 
 
 def _product(x, weight, contract):
-    return (_exact if x.dtype == jnp.float32 else _narrow)(x, weight, contract)
+    return _exact(x, weight, contract) if x.dtype == jnp.float32 else cast(jax.Array, _narrow(x, weight, contract))
 
 
 def _exact(x, weight, contract):

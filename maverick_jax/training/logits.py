@@ -57,9 +57,9 @@ def over_pieces(model: Llama4, hidden_BTD: jax.Array, of_logits: Callable[..., R
     def on_device(head_DV, hidden_BTD, *of_tokens):
         return here(jax.tree.map(gather, head_DV, of_head), hidden_BTD, *of_tokens)
 
-    return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(of_head, tokens, *[tokens] * len(of_tokens)), out_specs=tokens, check_vma=False
-    )(head_DV, hidden_BTD, *of_tokens)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(of_head, tokens, *[tokens] * len(of_tokens)), out_specs=tokens, check_vma=False)(
+        head_DV, hidden_BTD, *of_tokens
+    )
 
 
 def _token_axes(mesh: Mesh, layout: Layout, B: int, T: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

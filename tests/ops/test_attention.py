@@ -1,6 +1,7 @@
 """Attention: which keys a query sees, how heads share keys, and the temperature of the layers without RoPE."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,19 @@ import pytest
 from numpy.testing import assert_allclose
 
 from maverick_jax.ops import attention as ops_attention
-from maverick_jax.ops.attention import Keys, Partial, attend, attend_in_order, attention, partial_attention, temperature_scale, visible
+from maverick_jax.ops.attention import (
+    QUERY_BLOCKS,
+    Keys,
+    Partial,
+    attend,
+    attend_in_order,
+    attention,
+    partial_attention,
+    temperature_scale,
+    visible,
+)
 from maverick_jax.ops.attention_tpu import causal_attention_tpu, suits
+from oracle.programs import arrays_made
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 16])
@@ -126,6 +138,15 @@ def test_a_long_context_makes_no_square(few_scores):
 
     sizes = [v.aval.size for eqn in jax.make_jaxpr(jax.grad(loss))(query, key, value).eqns for v in eqn.outvars]
     assert max(sizes) < T * T
+
+
+def test_a_gradient_keeps_no_row_of_blocks(few_scores):
+    """Of a block of queries, the scores of one block of keys at a time: those of 8,192 keys were most of a training step's traffic."""
+    T, size = 512, QUERY_BLOCKS[0]
+    query, key, value = random_heads(1, T, T)
+    loss = jax.jit(jax.grad(lambda *heads: attend_in_order(*heads, None).sum(), argnums=(0, 1, 2)))
+    made = arrays_made(loss.lower(query, key, value).compile())
+    assert max(math.prod(array.shape) for array in made) < size * 6 * T
 
 
 def test_the_kernel_for_tpu():

@@ -257,7 +257,9 @@ def test_names_for_the_same_memory_cost_nothing():
 def test_a_collective_is_found_however_it_is_printed(instruction, kind, payload):
     """At once, started, wrapped or fused. Its payload is what one device gives, an all-gather's is what it receives."""
     exchange = computation("%exchange", P0, "ROOT %e = f32[8,128] all-to-all(%p0), dimensions={0}")
-    scatter = computation("%scatter", P0, "%a = f32[8,128] all-reduce(%p0)", "%i = s32[] iota()", "ROOT %e = f32[2,128] dynamic-slice(%a, %i)")
+    scatter = computation(
+        "%scatter", P0, "%a = f32[8,128] all-reduce(%p0)", "%i = s32[] iota()", "ROOT %e = f32[2,128] dynamic-slice(%a, %i)"
+    )
     traffic = counted(P0, f"%s = {instruction}", "ROOT %d = f32[8,128] async-done(%s)", others=(exchange, scatter))
     assert traffic.collectives == {kind: Collective(1, payload)}
 
