@@ -89,8 +89,8 @@ class ExpertParallel:
     Attributes:
       mesh, layout: where tokens and experts lie.
       capacity_factor: rows that there is room for, as a multiple of an even share.
-      rounds: None sends until no token is left (inference; reverse mode cannot pass its `while_loop`); a number sends so
-        often and reports what was dropped (training).
+      rounds: None sends until no token is left (inference; reverse mode cannot pass its `while_loop`); a number sends at
+        most so often and reports what was dropped (training).
     """
 
     mesh: Mesh
