@@ -79,7 +79,7 @@ def _drawn(rows_B: Sequence[Sequence[Row]], length: int) -> Drawn:
 
 def rounded(length: int) -> int:
     """A length of rows, at most a quarter longer: few lengths, few programs."""
-    step = max(8, 1 << max(length - 1, 1).bit_length() - 3)
+    step = max(8, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
 
 
