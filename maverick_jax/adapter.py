@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from maverick_jax.convert.formats.adapter_base import BASE, check_base, fingerpr
 from maverick_jax.convert.formats.recognize import find_directory
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4
-from maverick_jax.model.low_rank import adaptable, adapters, place, set_adapter
+from maverick_jax.model.low_rank import Adaptable, adaptable, adapters, place, set_adapter
+from maverick_jax.model.named_adapters import Joined, NamedAdapters
 from maverick_jax.model.parameter import float_dtype, parameter_name
 
 
@@ -41,18 +43,69 @@ def load_adapter(model: Llama4, path: str | Path, *, dtype: DTypeLike | None = N
     """
     if adapters(model):
         raise UserError("this model has an adapter already: load the base anew for another one.")
-    directory = find_directory(path)
-    known = peft.read_peft(directory, model.config)
-    check_base(directory, norms_of(model))
     weights = {weight.name: weight for weight in adaptable(model)}
+    known = _read(find_directory(path), model, norms_of(model), weights)
     for name, (a, b, scale) in known.items():
-        if name not in weights:
-            raise UserError(f"{directory} adapts {name}, which is looked up and not multiplied by: train it without.")
         kind = a.dtype if dtype is None else float_dtype(dtype)
         places = [place(model, weights[name], thin) for thin in weights[name].thin(a.shape[-1])]
         laid_a, laid_b = (_laid(values.astype(kind, copy=False), where) for values, where in zip((a, b), places, strict=True))
         set_adapter(model, weights[name], laid_a, laid_b, scale)
     return [*known]
+
+
+def load_adapters(model: Llama4, paths: Mapping[str, str | Path]) -> NamedAdapters:
+    """Adapters of which each request chooses one by its name; they lie on the mesh beside the weights, in the activations' dtype.
+
+    Args:
+      model: on its devices, without an adapter.
+      paths: by name, as of `load_adapter`.
+
+    Raises:
+      UserError: a name that is none; as `load_adapter`; or one that adapts the vision tower, which computes a picture once for all.
+    """
+    if not isinstance(paths, Mapping) or (wrong := [name for name in paths if not isinstance(name, str) or not name.strip()]):
+        raise UserError(f"adapters is {show(paths)}: give directories by their names, such as {{'support': DIR}}.")
+    if not paths:
+        return NamedAdapters()
+    if adapters(model):
+        raise UserError("this model has an adapter, which all requests have: load the base alone to give adapters names.")
+    weights, norms, dtype = {weight.name: weight for weight in adaptable(model)}, norms_of(model), np.dtype(model.text.embedding.dtype)
+    found, digests = [], {}
+    for name, path in paths.items():
+        directory = find_directory(path)
+        known = _read(directory, model, norms, weights)
+        if seen := [adapted for adapted in known if weights[adapted].component == "vision"]:
+            raise UserError(f"{directory} adapts {seen[0]}, and pictures are computed once for all requests: load it without a name.")
+        folded = {adapted: _folded(matrices, dtype) for adapted, matrices in known.items()}
+        if broken := [adapted for adapted, halves in folded.items() if not all(np.isfinite(half).all() for half in halves)]:
+            raise UserError(f"{directory} has NaN or infinity in {broken[0]}, also for those who ask for another adapter: train it anew.")
+        found.append(folded)
+        digests[name] = identity(directory)["the adapter"]
+    joined = {}
+    for weight in weights.values():
+        own = [folded.get(weight.name) for folded in found]
+        if there := [halves for halves in own if halves is not None]:
+            a = np.concatenate([half for half, _ in there], axis=-1)
+            b = np.concatenate([half for _, half in there], axis=weight.sides.stack)
+            places = [place(model, weight, thin) for thin in weight.thin(a.shape[-1])]
+            ranks = tuple(0 if halves is None else halves[0].shape[-1] for halves in own)
+            joined[weight.name] = Joined(_laid(a, places[0]), _laid(b, places[1]), ranks)
+    return NamedAdapters(digests, joined)
+
+
+def _folded(matrices: peft.Matrices, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """`a` and `b`, with the scale in it."""
+    with np.errstate(over="ignore"):
+        return matrices.a.astype(dtype), (np.float32(matrices.scale) * matrices.b.astype(np.float32)).astype(dtype)
+
+
+def _read(directory: Path, model: Llama4, norms: str, weights: Mapping[str, Adaptable]) -> peft.Adapter:
+    """An adapter's matrices, for these weights of a model with these norms."""
+    known = peft.read_peft(directory, model.config)
+    check_base(directory, norms)
+    if looked_up := [name for name in known if name not in weights]:
+        raise UserError(f"{directory} adapts {looked_up[0]}, which is looked up and not multiplied by: train it without.")
+    return known
 
 
 def save_adapter(model: Llama4, path: str | Path, *, layout: str = "peft") -> Path:

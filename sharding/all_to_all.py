@@ -41,7 +41,7 @@ class AllToAll(ExpertParallel):
 
     def exchange(self, x_LD, expert_L, experts, placement):
         axes = placement.expert_axes
-        L, N, K = x_LD.shape[0], placement.size(axes), experts.shape[0]
+        L, N, K = x_LD.shape[0], placement.size(axes), experts.numbers
         capacity = self._capacity(L, N)
         order, place_L, _ = sort_rows(expert_L, N * K + 1)
         destination_L = expert_L // K  # N for padding

@@ -40,7 +40,7 @@ class Dispatcher(Protocol):
     """`dispatcher(x_TD, expert_T, experts) -> (y_TD, stats)`: each token through its expert's SwiGLU.
 
     `expert_T` is int32; the value E (one past the last expert) marks padding, whose result is zero and which travels
-    nowhere. All dispatchers give the dense sum over experts, forward and gradient; in x's dtype, or, where it has been summed
+    nowhere. Where tokens have adapters of their own it holds `ExpertWeights.numbers`, as many for each expert. All dispatchers give the dense sum over experts, forward and gradient; in x's dtype, or, where it has been summed
     over devices, in float32.
     """
 
@@ -64,14 +64,13 @@ class Local:
             check_placed(self.mesh, self.layout)
 
     def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]:
-        E = experts.shape[0]
         if self.mesh is None or self.layout is None:
             y_TD = run_experts(x_TD, expert_T, experts)
-            return y_TD, Stats(jnp.zeros((), jnp.int32), count_rows(expert_T, E))
+            return y_TD, Stats(jnp.zeros((), jnp.int32), _load(expert_T, experts))
         placement = Placement.of(self.mesh, self.layout, experts)
 
         def on_device(x_LD, expert_L, experts):
-            K = experts.shape[0]
+            K = experts.numbers
             if placement.expert_axes:
                 own_L = expert_L - lax.axis_index(placement.expert_axes) * K
                 expert_L = jnp.where((own_L >= 0) & (own_L < K), own_L, K)
@@ -79,7 +78,7 @@ class Local:
             return placement.sum(y_LD.astype(jnp.float32), placement.expert_axes + placement.width_axes), jnp.zeros((), jnp.int32)
 
         y_TD, dropped = placement.run(on_device, x_TD, expert_T, experts, token_axes=placement.gathered_token_axes)
-        return y_TD, Stats(dropped, count_rows(expert_T, E))
+        return y_TD, Stats(dropped, _load(expert_T, experts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,25 +118,29 @@ class ExpertParallel:
             return placement.sum(y_LD, placement.width_axes), dropped
 
         y_TD, dropped = placement.run(on_device, x_TD, expert_T, experts, token_axes=placement.split_token_axes)
-        return y_TD, Stats(dropped, count_rows(expert_T, experts.shape[0]))
+        return y_TD, Stats(dropped, _load(expert_T, experts))
 
     def exchange(self, x_LD: jax.Array, expert_L: jax.Array, experts: ExpertWeights, placement: Placement) -> tuple[jax.Array, jax.Array]:
         """On one device: its tokens to their experts and back, and how many this device counts as dropped."""
         raise NotImplementedError
 
 
+def _load(expert_T, experts):
+    return count_rows(experts.expert_of(expert_T), experts.shape[0])
+
+
 def run_experts(x_RD: jax.Array, expert_R: jax.Array, experts: ExpertWeights) -> jax.Array:
     """Rows in any order through their experts, on one device.
 
     Args:
-      expert_R: int32 in 0..K; K marks rows without an expert.
+      expert_R: int32 in 0..K, or in 0..`experts.numbers`; the last marks rows without an expert.
 
     Returns:
       [R, D] results in the rows' order, zero without an expert.
     """
     K = experts.shape[0]
-    order, inverse, sizes = sort_rows(expert_R, K + 1)  # rows without an expert sort behind the last one
-    y_sorted = grouped_swiglu(take_rows(x_RD, order, inverse), experts, sizes)
+    order, inverse, sizes = sort_rows(experts.expert_of(expert_R), K + 1)  # rows without an expert sort behind the last one
+    y_sorted = grouped_swiglu(take_rows(x_RD, order, inverse), experts.of_rows(expert_R, order), sizes)
     return take_rows(y_sorted, inverse, order)
 
 

@@ -70,7 +70,7 @@ class Placement:
         Tokens that the devices do not share evenly, perhaps fewer than devices, are padded. `dropped` is summed over the
         token axes.
         """
-        T, E = x_TD.shape[0], experts.shape[0]
+        T, E = x_TD.shape[0], experts.numbers
         missing = -T % self.size(token_axes)
         if missing:
             x_TD = jnp.pad(x_TD, ((0, missing), (0, 0)))

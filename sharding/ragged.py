@@ -32,7 +32,7 @@ class Ragged(ExpertParallel):
 
     def exchange(self, x_LD, expert_L, experts, placement):
         axes = placement.expert_axes
-        L, N, K = x_LD.shape[0], placement.size(axes), experts.shape[0]
+        L, N, K = x_LD.shape[0], placement.size(axes), experts.numbers
         room = N * L if L <= all_to_all.ONE_ROUND_TOKENS else min(N * L, math.ceil(self.capacity_factor * L))
         me = lax.axis_index(axes)
         order, place_L, load = sort_rows(expert_L, N * K + 1)

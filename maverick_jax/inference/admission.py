@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,15 @@ def pixels(tiles: Any, config: Config) -> np.ndarray | None:
     return None if found is None else np.asarray(found, np.float32)
 
 
-def admitted(request: Any, config: Config, max_length: int, *, routed: bool = False) -> Admitted:
+def admitted(request: Any, config: Config, max_length: int, *, routed: bool = False, adapters: Sequence[str] = ()) -> Admitted:
     """The request with arrays for lists, and the config's stop tokens where it names none.
 
     Args:
       routed: whether the engine can tell experts.
+      adapters: names of those that it has.
 
     Raises:
-      UserError: a value of another type or outside its range, tiles that do not fit the prompt, no room in `max_length`.
+      UserError: a value of another type or outside its range, tiles that do not fit the prompt, no room in `max_length`, no such adapter.
     """
     if not isinstance(request, Request):
         raise UserError(f"request is {shown(request)}: give a maverick_jax.Request.")
@@ -67,6 +69,10 @@ def admitted(request: Any, config: Config, max_length: int, *, routed: bool = Fa
         first = Range(whole, 0, len(ids) - 1, f"a token of the prompt, between 0 and {len(ids) - 1}").check(
             "routed_experts_prompt_start", first
         )
+    if request.adapter is not None and request.adapter not in adapters:
+        raise UserError(f"adapter is {shown(request.adapter)}: this engine has {', '.join(adapters) or 'none; make it with adapters={…}'}.")
     deadline = None if request.deadline is None else DEADLINE.check("deadline", request.deadline)
     rest = {"sampling": request.sampling, "grammar": request.grammar, "prompt_logprobs": scored, "routed_experts_prompt_start": first}
-    return Admitted(ids=ids, tiles=tiles, max_new_tokens=most, stop_ids=stop_ids, deadline=deadline, **rest)
+    return Admitted(
+        ids=ids, tiles=tiles, max_new_tokens=most, stop_ids=stop_ids, deadline=deadline, adapter=request.adapter, **rest
+    )

@@ -13,12 +13,14 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from maverick_jax.adapter import load_adapters
 from maverick_jax.errors import UserError, first_line
 from maverick_jax.inference import followers, pictures
 from maverick_jax.inference.admission import admitted, check_model
@@ -57,6 +59,8 @@ class Engine:
       eight_bits: keep keys and values in 8 bits with a scale per head and slot, in half of the memory; attention is off by
         about 1 %, four times as much as with keys in bfloat16.
       reuse: whether a prompt that begins like an earlier one continues from there.
+      adapters: directories of LoRAs by the names that requests call them by, side by side on the devices; a request without a name has
+        none of them.
       routed_experts: whether requests may ask which experts their tokens went to. A prefill's last layer computes all tokens then.
       paced: measure how much of a prompt may be read beside those who are decoding. Without it the same requests take the same calls,
         whatever time they take, and have the same results to the last bit.
@@ -66,7 +70,8 @@ class Engine:
     leaves them to process 0 (`lead`, `follow`).
 
     Raises:
-      UserError: no model, a number out of its range, more than there is memory for, or processes with other engines.
+      UserError: no model, a number out of its range, more than there is memory for, an adapter that is none or for another model, or
+        processes with other engines.
     """
 
     def __init__(
@@ -80,12 +85,14 @@ class Engine:
         draft: int = 0,
         eight_bits: bool = False,
         reuse: bool = True,
+        adapters: Mapping[str, str | Path] | None = None,
         routed_experts: bool = False,
         paced: bool = True,
         trace: TextIO | None = None,
     ):
         check_model(model)
         self.model = model
+        self._adapters = load_adapters(model, {} if adapters is None else adapters)
         sizes = {"slots": slots, "max_length": max_length, "pages": pages}
         self.room: Room = room_for(model, **sizes, eight_bits=eight_bits, routed=routed_experts)
         geometry = self.room.geometry
@@ -104,7 +111,7 @@ class Engine:
             draft=DRAFT.check("draft", draft),
             reuse=reuse,
         )
-        followers.check_same(model, self.limits, self.room)
+        followers.check_same(model, self.limits, self.room, self._adapters)
         self._paced, self._trace = paced, trace
         self._turn = threading.Lock()  # held for a whole turn, and taken before the other one
         self._lock = threading.RLock()
@@ -210,6 +217,11 @@ class Engine:
                         self._serving.deliver([one for some in launched for one in some.read()])
                     case {"restart": True}:
                         self._restart()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of those that requests may have."""
+        return self._adapters.names
 
     @property
     def routed_experts(self) -> bool:
@@ -375,7 +387,7 @@ class Engine:
         if (old := vars(self).get("_serving")) is not None:
             old.close(Stopped("the engine began anew."), Finish.CANCELLED)  # its cache goes first: there is memory for one
         self._broken = False
-        self._serving = Serving(self.model, self.room, self.limits, self._trace)
+        self._serving = Serving(self.model, self.room, self.limits, self._adapters, self._trace)
         self._pace = Pace()
 
     @property
@@ -390,7 +402,8 @@ class Engine:
         return multihost.exchange(time.monotonic())[0] if matters else 0.0
 
     def _admitted(self, request: Any) -> Admitted:
-        return admitted(request, self.model.config, self.limits.max_length, routed=self.routed_experts)
+        known = {"routed": self.routed_experts, "adapters": self.adapters}
+        return admitted(request, self.model.config, self.limits.max_length, **known)
 
     def _matcher(self, request: Admitted) -> Matcher | None:
         return None if request.grammar is None else self.grammars.matcher(request.grammar)

@@ -25,6 +25,7 @@ from maverick_jax.inference.room import Room
 from maverick_jax.inference.sampling import Sampling
 from maverick_jax.inference.scheduling.plans import Limits, shapes
 from maverick_jax.model import Llama4
+from maverick_jax.model.named_adapters import NamedAdapters
 from maverick_jax.sharding import multihost
 from maverick_jax.sharding.connection import MESSAGE_BYTES
 
@@ -96,7 +97,7 @@ def told() -> Iterator[dict[str, Any]]:
             yield event
 
 
-def check_same(model: Llama4, limits: Limits, room: Room) -> None:
+def check_same(model: Llama4, limits: Limits, room: Room, adapters: NamedAdapters) -> None:
     """Before anything is compiled: do all processes have the same engine?
 
     Raises:
@@ -108,6 +109,7 @@ def check_same(model: Llama4, limits: Limits, room: Room) -> None:
     settings = {f"the engine's {name}": str(value) for name, value in dataclasses.asdict(limits).items()}
     digests = {
         "the model": _digest(model.config, parameters),
+        "the engine's adapters": _digest(list(adapters.digests.items())),
         "the engine's programs": _digest(shapes(limits), room.dtype, room.geometry.routed),
     }
     multihost.check_same(settings | digests | {"llguidance": _version_of("llguidance")})
@@ -131,6 +133,7 @@ def as_json(request: Admitted) -> dict[str, Any]:
         "deadline": request.deadline,
         "grammar": grammar and {grammar.kind: getattr(grammar, grammar.kind)},
         "prompt_logprobs": request.prompt_logprobs,
+        "adapter": request.adapter,
         "routed_experts_prompt_start": request.routed_experts_prompt_start,
     }
 
@@ -146,6 +149,7 @@ def from_json(told: dict[str, Any]) -> Request:
         deadline=told["deadline"],
         grammar=grammar and Grammar(**grammar),
         prompt_logprobs=told["prompt_logprobs"],
+        adapter=told["adapter"],
         routed_experts_prompt_start=told["routed_experts_prompt_start"],
     )
 

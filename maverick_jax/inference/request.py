@@ -49,6 +49,7 @@ class Request:
       grammar: the form that the answer shall have, if any.
       prompt_logprobs: with every token of the prompt but the first its log-probability and those of the n most likely ones, as
         `Sampling.logprobs` has it for new tokens (None: none). All of the prompt is computed then, whatever is in the cache.
+      adapter: name of one that the engine has; None is the model alone.
       routed_experts_prompt_start: from this token of the prompt on it is told which experts the tokens went to (None: it is not). They are
         computed then, whatever is in the cache. For an engine that was made with `routed_experts=True`.
     """
@@ -61,6 +62,7 @@ class Request:
     deadline: float | None = None
     grammar: Grammar | None = None
     prompt_logprobs: int | None = None
+    adapter: str | None = None
     routed_experts_prompt_start: int | None = None
 
     @property

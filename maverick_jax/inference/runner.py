@@ -28,6 +28,7 @@ from maverick_jax.inference.scheduling.plans import Call, Copy, Part, Plan
 from maverick_jax.inference.sizes import powers_of_two
 from maverick_jax.model import Llama4
 from maverick_jax.model.compiled import take_apart
+from maverick_jax.model.named_adapters import NamedAdapters
 
 SETTINGS = Sampling()  # of places where nobody lies
 RUNS = 2  # of each program in a warm-up
@@ -43,6 +44,7 @@ class Content:
       feature_T: which feature each token of the prompt takes, negative: none; None without pictures.
       matcher: what its grammar allows, if it has one.
       draft: what may come next, for the next step.
+      adapter: its number, 0 for none.
     """
 
     row: Row
@@ -52,6 +54,7 @@ class Content:
     feature_T: np.ndarray | None
     matcher: Matcher | None = None
     draft: list[int] = dataclasses.field(default_factory=list)
+    adapter: int = 0
 
     @property
     def has_extras(self) -> bool:
@@ -127,8 +130,9 @@ class Observed:
 class Runner:
     """The state on the devices, as the plans that were run have left it."""
 
-    def __init__(self, model: Llama4, room: Room):
-        self._whole, self._decoder = take_apart(model), take_apart(model.decoder)
+    def __init__(self, model: Llama4, room: Room, adapters: NamedAdapters):
+        self._whole, self._decoder = take_apart(model), take_apart(adapters.beside(model.decoder))
+        self._columns = len(steps.Call._fields) - (not adapters.names)
         self._model, self._constrain, self._geometry = model, model.constrain, room.geometry
         places, self._vocabulary = room.geometry.places, model.config.text.vocab_size
         self.state, self._token_S = steps.create(model.config.text, room.geometry, room.dtype, model.constrain)
@@ -230,9 +234,11 @@ class Runner:
 
     def _forward(self, call: Call, contents: Mapping[int, Content], *, scored: bool = False) -> Forwarded:
         """`scored`: with scores though nobody asks for them."""
-        nobody = (self._geometry.places, 0, 0, -1)
-        rows = [(part.slot, part.start, part.length, part.step if part.samples else -1) for part in call.parts]
-        rows_BC = np.array(rows + [nobody] * (call.rows - len(rows)), np.int32)
+        nobody = (self._geometry.places, 0, 0, -1, 0)
+        rows = [
+            (part.slot, part.start, part.length, part.step if part.samples else -1, contents[part.row].adapter) for part in call.parts
+        ]
+        rows_BC = np.array(rows + [nobody] * (call.rows - len(rows)), np.int32)[:, : self._columns]
         draft_BD = np.full((call.rows, call.tokens - 1 if call.kind == "decode" else 0), -1, np.int32)
         structure, leaves = self._decoder
         common, requests = (leaves, self.state, self._table), [contents[part.row].request for part in call.parts]

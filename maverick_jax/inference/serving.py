@@ -26,7 +26,9 @@ from maverick_jax.inference.scheduling.scheduler import Scheduler
 from maverick_jax.inference.scheduling.trace import Recording
 from maverick_jax.inference.speculate import Acceptance, Drafts, PromptLookup
 from maverick_jax.model import Llama4
+from maverick_jax.model.named_adapters import NamedAdapters
 
+ADAPTER_BIT = 40  # of a key, whose other bits tell tokens and pictures apart
 Drawn = Sequence[tuple[Part, list[int], Sampled | None] | tuple[Part, None, Traits]]  # see `Launched.read`, `Observed.read`
 
 
@@ -66,10 +68,10 @@ class Serving:
       closed: it serves no more.
     """
 
-    def __init__(self, model: Llama4, room: Room, limits: Limits, trace: TextIO | None = None):
-        self.model, self.limits = model, limits
+    def __init__(self, model: Llama4, room: Room, limits: Limits, adapters: NamedAdapters, trace: TextIO | None = None):
+        self.model, self.limits, self.adapters = model, limits, adapters
         self.scheduler = Scheduler(limits) if trace is None else Recording(limits, trace)
-        self.runner = Runner(model, room)
+        self.runner = Runner(model, room, adapters)
         self.by_number: dict[int, Served] = {}
         self.drafted = Acceptance()
         self.preempted = 0
@@ -95,14 +97,23 @@ class Serving:
         """
         config, longest = self.model.config, self.limits.draft
         per_tile = config.vision.tokens_per_tile if config.vision else 0
-        keys = pictures.keys(request.ids, config.image_token_index, tiles, per_tile)
+        keys, adapter = pictures.keys(request.ids, config.image_token_index, tiles, per_tile), self.adapters.number(request.adapter)
+        keys[0] ^= adapter << ADAPTER_BIT  # what begins otherwise shares nothing: nobody goes on from what another adapter has computed
         ahead = not longest  # a draft is made of the newest token: the row waits for it
         row = self.scheduler.add(request, keys, now, ahead=ahead, reusable=request.reusable)
         is_patch, tokens = request.ids == config.image_token_index, request.ids.tolist()
         feature_T = np.where(is_patch, np.cumsum(is_patch) - 1, -1) if tiles else None
         drafts = PromptLookup(tokens, draft=longest) if longest else None
         self.by_number[row.number] = Served(
-            row=row, request=request, tokens=tokens, tiles=tiles, feature_T=feature_T, matcher=matcher, handle=handle, drafts=drafts
+            row=row,
+            request=request,
+            tokens=tokens,
+            tiles=tiles,
+            feature_T=feature_T,
+            matcher=matcher,
+            adapter=adapter,
+            handle=handle,
+            drafts=drafts,
         )
         return row
 
@@ -228,7 +239,7 @@ class Serving:
         if served.feature_T is not None:
             index_T[: len(request.ids)] = np.maximum(served.feature_T, 0)
         try:
-            why = explain(self.model, tokens, index_T, features, request.tiles)
+            why = explain(self.adapters.alone(self.model, request.adapter), tokens, index_T, features, request.tiles)
         except Exception as error:  # it computes the whole row once more, and memory may not be there
             why = f"what begins it cannot be told ({first_line(error)})."
         return f"the logits are not finite after {len(served.new)} new tokens: {why}"

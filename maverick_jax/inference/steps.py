@@ -32,7 +32,9 @@ from jax import lax
 from maverick_jax.config import TextConfig
 from maverick_jax.inference.cache import KVCache, make_pages, page_size, pages_per_chunk
 from maverick_jax.inference.sampling import Extras, RowExtras, RowSampling, Sampled, Scores, accept, record, score
+from maverick_jax.model import Llama4
 from maverick_jax.model.compiled import Structure
+from maverick_jax.model.named_adapters import choose
 from maverick_jax.ops.pages import Pages
 
 
@@ -106,16 +108,22 @@ class Call(NamedTuple):
       start_B: tokens that it held before.
       length_B: tokens of this call; 0 for a row that is none.
       step_B: how many tokens it has drawn before; negative: none is drawn now.
+      adapter_B: which of several adapters it has, 0 for none; there is no such column where none are served.
     """
 
     place_B: Any
     start_B: Any
     length_B: Any
     step_B: Any
+    adapter_B: Any = None
 
     @classmethod
     def of(cls, rows_BC: jax.Array) -> Call:
-        return cls(*(rows_BC[:, i] for i in range(len(cls._fields))))
+        return cls(*(rows_BC[:, i] for i in range(rows_BC.shape[1])))
+
+    def model(self, structure: Structure, leaves: list[Any]) -> Llama4:
+        """With each row's adapter."""
+        return structure(leaves) if self.adapter_B is None else choose(structure(leaves), self.adapter_B)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -193,7 +201,8 @@ def prefill(
       first: the rows hold nothing yet.
       next_BT: tokens that come behind each place, for `scores`; None: nobody asks for them.
     """
-    call, model = Call.of(rows_BC), structure(leaves)
+    call = Call.of(rows_BC)
+    model = call.model(structure, leaves)
     last_only = next_BT is None and not geometry.routed
     state, x_BTD, expert_BTM = _hidden(model, geometry, state, table_SJ, x_BTD, call, first=first, last_only=last_only)
     scores = None if next_BT is None else _whole(model.constrain, score(model.logits, x_BTD, next_BT))
@@ -214,7 +223,8 @@ def decode(
     rows_BC: jax.Array,
 ) -> Computed:
     """The newest token of each row, and a draft behind it, with the logits of what comes behind each."""
-    call, model = Call.of(rows_BC), structure(leaves)
+    call = Call.of(rows_BC)
+    model = call.model(structure, leaves)
     ids_BT = jnp.concatenate([token_S[_known(call.place_B, token_S)][:, None], jnp.maximum(draft_BD, 0)], axis=1)
     state, x_BTD, expert_BTM = _hidden(model, geometry, state, table_SJ, model.embed(ids_BT), call, first=False, last_only=False)
     return Computed(state, model.logits(x_BTD), expert_BTM)

@@ -33,16 +33,20 @@ LOOKED_UP = ("class_embedding", "position_embedding")  # and not multiplied by
 
 
 class LowRank(nnx.Module):
-    """In a weight's place: `weight[...]` is what a product takes, `weight.shape` what it stands for."""
+    """In a weight's place: `weight[...]` is what a product takes, `weight.shape` what it stands for. `ranks`: as of `LowRankArray`."""
 
-    def __init__(self, base: nnx.Param | QuantizedWeight, a: nnx.LoRAParam, b: nnx.LoRAParam, scale: float):
+    def __init__(
+        self, base: nnx.Param | QuantizedWeight, a: nnx.LoRAParam, b: nnx.LoRAParam, scale: float, ranks: tuple[int, ...] = ()
+    ):
         self.base = base
         self.a = a
         self.b = b
         self.scale = scale
+        self.ranks = ranks
+        self.adapter_B: jax.Array | None = nnx.data(None)
 
     def __getitem__(self, _: EllipsisType) -> LowRankArray:
-        return LowRankArray(self.base[...], self.a[...], self.b[...], self.scale)
+        return LowRankArray(self.base[...], self.a[...], self.b[...], self.scale, self.ranks, self.adapter_B)
 
     @property
     def shape(self) -> Shape:
@@ -142,11 +146,11 @@ def add_adapters(model: Llama4, ranks: Mapping[str, int], *, scale: float = 2.0,
     return [weight.name for weight in chosen]
 
 
-def set_adapter(model: Llama4, weight: Adaptable, a: Leaf, b: Leaf, scale: float) -> None:
-    """Put these thin matrices beside a weight."""
+def set_adapter(model: Llama4, weight: Adaptable, a: Leaf, b: Leaf, scale: float, ranks: tuple[int, ...] = ()) -> None:
+    """Put these thin matrices beside a weight; `ranks`: as of `LowRankArray`."""
     thin = zip((a, b), weight.thin(a.shape[-1]), strict=True)
     a_param, b_param = (nnx.LoRAParam(values, axes=expected.axes) for values, expected in thin)
-    replace_weight(model, weight.path, LowRank(weight.weight, a_param, b_param, float(scale)))
+    replace_weight(model, weight.path, LowRank(weight.weight, a_param, b_param, float(scale), ranks))
 
 
 def adapters(model: Llama4) -> dict[str, LowRank]:

@@ -55,7 +55,8 @@ class MoE(nnx.Module):
             score_T, expert_T = route_again(scores_TE, real_BT.reshape(-1), expert_BT.reshape(-1))
         # The score scales the expert's *input*; behind the non-linear SwiGLU it would be another function.
         scaled_TD = x_TD * score_T.astype(x_TD.dtype)[:, None]
-        routed_TD, stats = self.dispatcher(scaled_TD, expert_T, self.experts.weights)
+        number_T, experts = self.experts.weights.numbered(expert_T)
+        routed_TD, stats = self.dispatcher(scaled_TD, number_T, experts)
         # Both in float32: where several devices have parts of them, XLA adds the parts before one exchange, instead of two.
         sum_BTD = self.shared.sums(x_BTD) + routed_TD.astype(jnp.float32).reshape(x_BTD.shape)
         return sum_BTD.astype(x_BTD.dtype), stats._replace(expert_T=expert_T, scores_TE=scores_TE)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maverick_jax.ops.linear import LEAST_BFLOAT16_ROWS, AdaptedWeight, LowRankArray
+from maverick_jax.ops.linear import LEAST_BFLOAT16_ROWS, AdaptedWeight, LowRankArray, own_ranks
 from maverick_jax.ops.product import precision, product
 from maverick_jax.ops.quantize import FLOAT8, FORMATS, QuantizedArray, dequantize, matrix_shape
 from maverick_jax.ops.toolkit import on_hopper
@@ -40,7 +40,7 @@ def grouped_matmul(x_RK: jax.Array, weight_EKN: AdaptedWeight, group_sizes_E: ja
       [R, N] in x's dtype, zero for the rows that belong to no group.
     """
     if isinstance(weight_EKN, LowRankArray):
-        thin_Rr = grouped_matmul(x_RK, weight_EKN.a.astype(x_RK.dtype), group_sizes_E)
+        thin_Rr = own_ranks(grouped_matmul(x_RK, weight_EKN.a.astype(x_RK.dtype), group_sizes_E), weight_EKN)
         learned_RN = grouped_matmul(thin_Rr, weight_EKN.b.astype(x_RK.dtype), group_sizes_E)
         return grouped_matmul(x_RK, weight_EKN.base, group_sizes_E) + weight_EKN.scale * learned_RN
     if isinstance(weight_EKN, QuantizedArray) and weight_EKN.float8_rows:

@@ -11,6 +11,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from maverick_jax.ops.product import product
@@ -30,12 +31,16 @@ class LowRankArray:
       base: [*E, *K, *N], or quantized.
       a: [*E, *K, r] in any float dtype; products take it in that of the activations.
       b: [*E, r, *N].
+      ranks: of several adapters that lie side by side, how many of the r are each one's; () is a single one, which all rows have.
+      adapter_B: int32, which of several each row of the activations has, counted from 1; 0 is none.
     """
 
     base: Weight
     a: jax.Array
     b: jax.Array
     scale: float = dataclasses.field(metadata={"static": True})
+    ranks: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    adapter_B: jax.Array | None = None
 
 
 AdaptedWeight = Weight | LowRankArray
@@ -62,7 +67,7 @@ def linear(x: jax.Array, weight: AdaptedWeight, *, contract: int = 1) -> jax.Arr
 def linear_float32(x: jax.Array, weight: AdaptedWeight, *, contract: int = 1) -> jax.Array:
     """As `linear`, but the float32 sums are returned as they are (router scores, logits)."""
     if isinstance(weight, LowRankArray):
-        thin = linear(x, weight.a.astype(x.dtype), contract=contract)
+        thin = own_ranks(linear(x, weight.a.astype(x.dtype), contract=contract), weight)
         learned = linear_float32(thin, weight.b.astype(x.dtype))
         return linear_float32(x, weight.base, contract=contract) + weight.scale * learned
     if isinstance(weight, QuantizedArray):
@@ -80,6 +85,22 @@ def linear_float32(x: jax.Array, weight: AdaptedWeight, *, contract: int = 1) ->
         return _product(x, weight, contract)
     default, cpu = (functools.partial(form, contract=contract) for form in (_product, cpu))
     return lax.platform_dependent(x, weight, cpu=cpu, default=default)
+
+
+def own_ranks(thin: jax.Array, weight: LowRankArray) -> jax.Array:
+    """What `a` has made of activations, without what it has made of a row by other adapters than the row's own.
+
+    All adapters of a weight are one product so: for some dozens of ranks that costs less than to gather each row's own matrices.
+
+    Args:
+      thin: [..., r], its rows in order, equally many for each of `adapter_B`.
+    """
+    if not weight.ranks:
+        return thin
+    assert weight.adapter_B is not None, "nobody has said which rows have which adapter"
+    owner_r = np.repeat(np.arange(1, len(weight.ranks) + 1, dtype=np.int32), weight.ranks)
+    own_B1r = weight.adapter_B[:, None, None] == owner_r[None, None, :]
+    return jnp.where(own_B1r, thin.reshape(len(weight.adapter_B), -1, len(owner_r)), 0).reshape(thin.shape)
 
 
 def _quantized(x, weight, contract):
