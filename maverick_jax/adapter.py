@@ -63,7 +63,7 @@ def load_adapters(model: Llama4, paths: Mapping[str, str | Path]) -> NamedAdapte
     Raises:
       UserError: a name that is none; as `load_adapter`; or one that adapts the vision tower, which computes a picture once for all.
     """
-    if not isinstance(paths, Mapping) or (wrong := [name for name in paths if not isinstance(name, str) or not name.strip()]):
+    if not isinstance(paths, Mapping) or not all(isinstance(name, str) and name.strip() for name in paths):
         raise UserError(f"adapters is {show(paths)}: give directories by their names, such as {{'support': DIR}}.")
     if not paths:
         return NamedAdapters()

@@ -40,8 +40,9 @@ class Dispatcher(Protocol):
     """`dispatcher(x_TD, expert_T, experts) -> (y_TD, stats)`: each token through its expert's SwiGLU.
 
     `expert_T` is int32; the value E (one past the last expert) marks padding, whose result is zero and which travels
-    nowhere. Where tokens have adapters of their own it holds `ExpertWeights.numbers`, as many for each expert. All dispatchers give the dense sum over experts, forward and gradient; in x's dtype, or, where it has been summed
-    over devices, in float32.
+    nowhere. Where tokens have adapters of their own it counts in `experts.numbers` instead, several to each expert. All
+    dispatchers give the dense sum over experts, forward and gradient; in x's dtype, or, where it has been summed over devices,
+    in float32.
     """
 
     def __call__(self, x_TD: jax.Array, expert_T: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, Stats]: ...

@@ -19,6 +19,7 @@ from maverick_jax.cli.parser import positive, real, whole
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_arguments(parser)
+    options.add_adapter_argument(parser)
     parser.add_argument("--batch", type=sizes, default=[1, 8, 64], metavar="B,…", help="requests served side by side (default: 1,8,64)")
     parser.add_argument("--prompt", type=whole, default=512, metavar="N", help="tokens of a prompt (default: 512)")
     parser.add_argument("--new", type=whole, default=64, metavar="N", help="tokens of an answer (default: 64)")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_arguments(parser)
+    options.add_adapter_argument(parser)
     options.add_sampling_arguments(parser)
     compilation.add_argument(parser)
 

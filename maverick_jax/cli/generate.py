@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format (base models)")
     options.add_model_arguments(parser)
+    options.add_adapter_argument(parser)
     options.add_sampling_arguments(parser)
     compilation.add_argument(parser)
 

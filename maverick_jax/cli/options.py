@@ -32,12 +32,43 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXES", help="such as data=1,expert=8,tensor=1 (default: all devices on expert)")
     parser.add_argument("--layout", metavar="NAME", help="throughput, latency or training (default: throughput)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights and activations (default: as stored)")
-    parser.add_argument("--adapter", metavar="DIR", help="directory of a LoRA for this model, from `maverick train` or PEFT, or a Hub id")
     parser.add_argument(
         "--activations",
         choices=("fp8",),
         help="of what meets routed experts in fp8: float8 too, a scale per token (on Hopper products of float8)",
     )
+
+
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", metavar="DIR", help="directory of a LoRA for this model, from `maverick train` or PEFT, or a Hub id")
+
+
+def add_adapters_argument(parser: argparse.ArgumentParser) -> None:
+    """As `add_adapter_argument`, or with names several: `adapters` of the parsed arguments."""
+    parser.set_defaults(adapters={})
+    parser.add_argument(
+        "--adapter",
+        action=_Adapter,
+        metavar="[NAME=]DIR",
+        help="LoRA for this model, from `maverick train` or PEFT, for every request; with a NAME for those whose `model` it is, or several",
+    )
+
+
+class _Adapter(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        name, named, directory = values.partition("=")
+        if not named or os.path.isdir(values):
+            if namespace.adapter is not None:
+                raise argparse.ArgumentError(self, f"{values} is a second one without a name: give each its own, NAME=DIR")
+            namespace.adapter = values
+        elif not name or not directory:
+            raise argparse.ArgumentError(self, f"{values} lacks {'its directory' if name else 'its name'}: write NAME=DIR")
+        elif name in namespace.adapters:
+            raise argparse.ArgumentError(self, f"{name} is the name of two: give each its own")
+        else:
+            namespace.adapters = {**namespace.adapters, name: directory}
+        if namespace.adapter is not None and namespace.adapters:
+            raise argparse.ArgumentError(self, f"{namespace.adapter} has no name, and others have: give it one, NAME=DIR")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +135,7 @@ def _arguments(args: argparse.Namespace) -> dict[str, str]:
     values = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("run", "debug", "model", "adapter", "source", "image", "out", "trace", "plot", "compilation_cache")
+        if name not in ("run", "debug", "model", "adapter", "adapters", "source", "image", "out", "trace", "plot", "compilation_cache")
     }
     return {
         "the version": f"maverick-jax {__version__} with jax {jax.__version__}",
@@ -145,6 +176,15 @@ def load_model(args: argparse.Namespace, *, training: bool = False, **inputs: st
         return read_model(checkpoint, mesh=mesh, training=training, **options)
 
 
+def model_name(args: argparse.Namespace) -> str:
+    """What a model is called that nobody has named."""
+    from pathlib import Path
+
+    from maverick_jax.assets import mini_directory
+
+    return Path(args.model or mini_directory()).resolve().name
+
+
 def default_mesh(config: Any) -> dict[str, int]:
     """All devices on `expert`, or as many of them as divide the experts; with several processes the rest on `data`."""
     import jax
@@ -170,13 +210,23 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def engine_for(args: argparse.Namespace, **more: Any) -> Iterator[Engine]:
-    """The engine that the arguments describe; `more`: settings of `Engine` that a command adds."""
+def engine_for(args: argparse.Namespace, names: list[str], **more: Any) -> Iterator[Engine]:
+    """The engine that the arguments describe.
+
+    Args:
+      names: what requests may call the model, and no adapter.
+      more: settings of `Engine` that a command adds.
+    """
+    from maverick_jax.convert.formats.recognize import find_directory
     from maverick_jax.inference.engine import Engine
+    from maverick_jax.serving.names import all_names
     from maverick_jax.sharding import multihost
 
+    all_names(names, [*args.adapters])  # what is wrong is told before a large model is loaded
+    for directory in args.adapters.values():
+        find_directory(directory)
     model = load_model(args)
-    settings = {name: getattr(args, name) for name in ("slots", "max_length", "draft", "eight_bits")}
+    settings = {name: getattr(args, name) for name in ("slots", "max_length", "draft", "eight_bits", "adapters")}
     with open(args.trace, "w", encoding="utf-8", buffering=1) if args.trace and multihost.is_first() else contextlib.nullcontext() as trace:
         yield Engine(model, **settings, **more, trace=trace)
 

@@ -8,6 +8,7 @@ whoever reaches the port may ask, and by default that is this machine alone. Ctr
 examples:
   maverick serve
   maverick serve -m maverick --mesh expert=8 --warm-up --host 0.0.0.0 --keys keys.txt
+  maverick serve -m maverick --adapter support=runs/support/adapter --adapter poems=runs/poems/adapter
   maverick serve -m maverick --name llama-4-maverick --slots 64 --draft 4 --access-log access.jsonl
 """
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the model for clients (default: its directory's); may be repeated",
     )
     options.add_model_arguments(parser)
+    options.add_adapters_argument(parser)
     options.add_engine_arguments(parser)
     parser.add_argument("--routed-experts", action="store_true", help="tell with each answer which experts computed it, for trainers")
     parser.add_argument("--warm-up", action="store_true", help="compile all programs first, so that nobody's first request waits for it")
@@ -73,15 +75,16 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.sharding import multihost
 
     require_extra()
+    names = args.name or [options.model_name(args)]
     with contextlib.ExitStack() as stack:
         front = stack.enter_context(_front(args)) if multihost.is_first() else None  # what is wrong is told before a large model is loaded
-        engine = stack.enter_context(options.engine_for(args, queue=args.queue, routed_experts=args.routed_experts))
+        engine = stack.enter_context(options.engine_for(args, names, queue=args.queue, routed_experts=args.routed_experts))
         if args.warm_up:
             engine.warm_up(progress=not args.quiet)
         if front is None:
             engine.follow()
         else:
-            engine.lead(lambda: _serve(args, engine, *front))
+            engine.lead(lambda: _serve(args, engine, names, *front))
     return 0
 
 
@@ -113,11 +116,9 @@ def require_extra() -> None:
         raise UserError(f"the server takes the extra `server` ({error}): pip install 'maverick-jax[server]'.") from error
 
 
-def _serve(args: argparse.Namespace, engine: Engine, settings: Settings, address: socket.socket) -> None:
+def _serve(args: argparse.Namespace, engine: Engine, names: list[str], settings: Settings, address: socket.socket) -> None:
     import logging
-    from pathlib import Path
 
-    from maverick_jax.assets import mini_directory
     from maverick_jax.serving.http.fetch import Fetch
     from maverick_jax.serving.http.server import Server
     from maverick_jax.serving.http.service import Service
@@ -125,7 +126,6 @@ def _serve(args: argparse.Namespace, engine: Engine, settings: Settings, address
 
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-    names = args.name or [Path(args.model or mini_directory()).resolve().name]
     with engine:
         fetch = Fetch(args.images_from) if args.images_from else refuse_address
         server = Server(Service(engine, names, fetch), settings, address)
@@ -139,7 +139,7 @@ def say(server: Server, engine: Engine, name: str, *, keyed: bool) -> None:
     key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
     body = '{"messages": [{"role": "user", "content": "What is the sum?"}]}'
     print(f"{engine.room}", file=sys.stderr)
-    print(f"{name} at {server.url}/v1; Ctrl-C ends it. Try\n")
+    print(f"{', '.join([name, *engine.adapters])} at {server.url}/v1; Ctrl-C ends it. Try\n")
     print(f"  curl {server.url}/v1/chat/completions{key} -H 'content-type: application/json' \\\n    -d '{body}'\n", flush=True)
 
 

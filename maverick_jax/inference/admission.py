@@ -73,6 +73,4 @@ def admitted(request: Any, config: Config, max_length: int, *, routed: bool = Fa
         raise UserError(f"adapter is {shown(request.adapter)}: this engine has {', '.join(adapters) or 'none; make it with adapters={…}'}.")
     deadline = None if request.deadline is None else DEADLINE.check("deadline", request.deadline)
     rest = {"sampling": request.sampling, "grammar": request.grammar, "prompt_logprobs": scored, "routed_experts_prompt_start": first}
-    return Admitted(
-        ids=ids, tiles=tiles, max_new_tokens=most, stop_ids=stop_ids, deadline=deadline, adapter=request.adapter, **rest
-    )
+    return Admitted(ids=ids, tiles=tiles, max_new_tokens=most, stop_ids=stop_ids, deadline=deadline, adapter=request.adapter, **rest)

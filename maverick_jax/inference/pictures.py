@@ -19,18 +19,23 @@ from maverick_jax.inference.sizes import next_power_of_two
 
 TILES_AT_ONCE = 16  # per call of the vision tower
 FEATURES = 2**30  # bytes kept
+ADAPTER_BIT = 40  # of a key: no token's id comes so far
 
 
 def digests(tiles_N3SS: np.ndarray | None) -> list[bytes]:
     return [] if tiles_N3SS is None else [hashlib.blake2b(np.ascontiguousarray(tile).data, digest_size=8).digest() for tile in tiles_N3SS]
 
 
-def keys(ids_T: np.ndarray, image_token: int, tiles: Sequence[bytes], tokens_per_tile: int) -> list[int]:
-    """What tells each token from another one at its place: its id or, of a picture's, a negative number made of tile and feature."""
+def keys(ids_T: np.ndarray, image_token: int, tiles: Sequence[bytes], tokens_per_tile: int, adapter: int = 0) -> list[int]:
+    """What tells each token from another one at its place: its id or, of a picture's, a negative number made of tile and feature.
+
+    Under another adapter the first one is another: what begins otherwise shares nothing.
+    """
     found = ids_T.tolist()
     for i, at in enumerate(np.flatnonzero(ids_T == image_token).tolist() if tiles else ()):
         tile, feature = divmod(i, tokens_per_tile)
         found[at] = -1 - (int.from_bytes(tiles[tile], "little") // 4 + feature)
+    found[0] ^= adapter << ADAPTER_BIT
     return found
 
 

@@ -235,9 +235,7 @@ class Runner:
     def _forward(self, call: Call, contents: Mapping[int, Content], *, scored: bool = False) -> Forwarded:
         """`scored`: with scores though nobody asks for them."""
         nobody = (self._geometry.places, 0, 0, -1, 0)
-        rows = [
-            (part.slot, part.start, part.length, part.step if part.samples else -1, contents[part.row].adapter) for part in call.parts
-        ]
+        rows = [(part.slot, part.start, part.length, part.step if part.samples else -1, contents[part.row].adapter) for part in call.parts]
         rows_BC = np.array(rows + [nobody] * (call.rows - len(rows)), np.int32)[:, : self._columns]
         draft_BD = np.full((call.rows, call.tokens - 1 if call.kind == "decode" else 0), -1, np.int32)
         structure, leaves = self._decoder

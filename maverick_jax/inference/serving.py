@@ -28,7 +28,6 @@ from maverick_jax.inference.speculate import Acceptance, Drafts, PromptLookup
 from maverick_jax.model import Llama4
 from maverick_jax.model.named_adapters import NamedAdapters
 
-ADAPTER_BIT = 40  # of a key, whose other bits tell tokens and pictures apart
 Drawn = Sequence[tuple[Part, list[int], Sampled | None] | tuple[Part, None, Traits]]  # see `Launched.read`, `Observed.read`
 
 
@@ -97,8 +96,8 @@ class Serving:
         """
         config, longest = self.model.config, self.limits.draft
         per_tile = config.vision.tokens_per_tile if config.vision else 0
-        keys, adapter = pictures.keys(request.ids, config.image_token_index, tiles, per_tile), self.adapters.number(request.adapter)
-        keys[0] ^= adapter << ADAPTER_BIT  # what begins otherwise shares nothing: nobody goes on from what another adapter has computed
+        adapter = self.adapters.number(request.adapter)
+        keys = pictures.keys(request.ids, config.image_token_index, tiles, per_tile, adapter)
         ahead = not longest  # a draft is made of the newest token: the row waits for it
         row = self.scheduler.add(request, keys, now, ahead=ahead, reusable=request.reusable)
         is_patch, tokens = request.ids == config.image_token_index, request.ids.tolist()

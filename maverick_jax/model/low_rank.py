@@ -35,9 +35,7 @@ LOOKED_UP = ("class_embedding", "position_embedding")  # and not multiplied by
 class LowRank(nnx.Module):
     """In a weight's place: `weight[...]` is what a product takes, `weight.shape` what it stands for. `ranks`: as of `LowRankArray`."""
 
-    def __init__(
-        self, base: nnx.Param | QuantizedWeight, a: nnx.LoRAParam, b: nnx.LoRAParam, scale: float, ranks: tuple[int, ...] = ()
-    ):
+    def __init__(self, base: nnx.Param | QuantizedWeight, a: nnx.LoRAParam, b: nnx.LoRAParam, scale: float, ranks: tuple[int, ...] = ()):
         self.base = base
         self.a = a
         self.b = b

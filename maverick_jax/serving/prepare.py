@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from maverick_jax.config import Config
@@ -27,12 +27,14 @@ class Prepared:
       requests: `job.answers` for the first prompt, then for the next one.
       echoes: what each answer's text begins with: its prompt's, if the job says so.
       config: the model's.
+      adapter: what answers, by its name; None is the model alone.
     """
 
     job: Job
     requests: list[Request]
     echoes: list[str]
     config: Config
+    adapter: str | None = None
 
 
 class Preparer:
@@ -42,6 +44,7 @@ class Preparer:
       max_length: tokens of a request, prompt and answer together; a longer answer, or one without a limit, goes on to there.
       grammars: the engine's. A form is compiled here, so that nobody who is being answered waits for it.
       fetch: the bytes of a picture that is elsewhere.
+      adapters: names that a job may have for its model's, besides the model's own.
       routed_experts: whether answers tell the experts of their tokens.
 
     Raises:
@@ -55,12 +58,13 @@ class Preparer:
         grammars: Grammars,
         fetch: Callable[[Address], bytes] = refuse_address,
         *,
+        adapters: Collection[str] = (),
         routed_experts: bool = False,
     ):
         if model.directory is None:
             raise UserError("this model was not loaded from a directory, so its tokenizer is unknown: open it with maverick_jax.load.")
         self.config, self.max_length, self._grammars, self._fetch = model.config, max_length, grammars, fetch
-        self._routed_experts = routed_experts
+        self._adapters, self._routed_experts = adapters, routed_experts
         self.tokenizer = Tokenizer.from_directory(model.directory)
         self.template = load_template(model.directory)
 
@@ -83,6 +87,7 @@ class Preparer:
         told_from = job.routed_experts_prompt_start
         if told_from is None and self._routed_experts:
             told_from = 0
+        adapter = job.model if job.model in self._adapters else None
         requests = [
             Request(
                 ids=prompt.token_ids,
@@ -92,12 +97,14 @@ class Preparer:
                 stop_ids=stop,
                 grammar=grammar,
                 prompt_logprobs=job.prompt_logprobs,
+                adapter=adapter,
                 routed_experts_prompt_start=told_from,
             )
             for prompt, sampling in zip(prompts, Sampling(**settings).by_row(len(prompts)), strict=True)
         ]
         texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in job.prompts if job.echo]
-        return Prepared(job, requests, [text for text in texts for _ in range(job.answers)] or [""] * len(requests), self.config)
+        echoes = [text for text in texts for _ in range(job.answers)] or [""] * len(requests)
+        return Prepared(job, requests, echoes, self.config, adapter)
 
     def prompts(self, job: Job) -> list[Prompt]:
         """As the model takes them."""

@@ -7,10 +7,13 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
+from maverick_jax.adapter import load_adapter, load_adapters
 from maverick_jax.errors import UserError
 from maverick_jax.model import get_abstract_model
+from maverick_jax.model.compiled import take_apart
 from maverick_jax.model.low_rank import ADAPTABLE, adaptable, adapters, add_adapters
-from oracle.adapted import RANKS, merged, teach
+from maverick_jax.model.named_adapters import choose
+from oracle.adapted import NAMED, RANKS, merged, save_named, teach
 from oracle.forward import TOLERANCE, text_ids
 from oracle.plain import PATCH, SIDE, VISION, plain_config, plain_model
 from oracle.quantized import model_of, quantize_arrays, small_model
@@ -113,3 +116,27 @@ def test_what_is_no_adapter(ranks, more, words):
     with pytest.raises(UserError, match=words):
         add_adapters(model, ranks, **more)
     assert not adapters(model)
+
+
+@pytest.mark.parametrize("form", [None, "int4"])
+def test_rows_with_adapters_of_their_own(tmp_path, form):
+    """Each is what a model says that has its adapter alone, also beside quantized weights; and one without is the base's, bit for bit."""
+    base, ids = small_model(2), text_ids(5, 20)
+    base = base if form is None else model_of(base, quantize_arrays(base, form, ("experts", "shared", "dense", "attention"))[0])
+    named = load_adapters(base, paths := save_named(base, tmp_path))
+    expected = {None: base(ids)}
+    structure, leaves = take_apart(named.beside(base))
+    program = jax.jit(lambda leaves, ids, adapter_B: choose(structure(leaves), adapter_B)(ids))
+    adapter_B = np.array([0, 1, 2, 3, 0], np.int32)
+    found = program(leaves, ids, adapter_B)
+    assert_array_equal(program(leaves, ids, 0 * adapter_B), expected[None])
+    assert_array_equal(base(ids), expected[None])  # nothing was added to it
+    for name in NAMED:
+        model = nnx.clone(base)
+        load_adapter(model, paths[name])
+        expected[name] = model(ids)
+        assert np.abs(expected[name] - expected[None]).max() > 100 * TOLERANCE
+        assert_allclose(named.alone(base, name)(ids), expected[name], atol=TOLERANCE, rtol=0)
+    for row, name in enumerate((None, *NAMED, None)):
+        assert_allclose(found[row], expected[name][row], atol=TOLERANCE, rtol=0)
+        assert name or (np.asarray(found[row]) == np.asarray(expected[None][row])).all()

@@ -34,7 +34,7 @@ class ScriptedEngine:
 
     def __init__(self, answer: Callable[[str], str | Exception], *, pause: float = 0.0, most: int = 1000, max_length: int = 1 << 20):
         self.model, self.limits = Model(), types.SimpleNamespace(max_length=max_length, slots=most)
-        self.routed_experts = False
+        self.routed_experts, self.adapters = False, ()
         self.grammars = Grammars(TOKENIZER, vocabulary=CONFIG.text.vocab_size, end_ids=CONFIG.eos_token_id)
         self.running: list[Handle] = []
         self.seen: list[Request] = []

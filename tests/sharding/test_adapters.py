@@ -7,10 +7,14 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
+from maverick_jax.adapter import load_adapters
+from maverick_jax.model.compiled import take_apart
 from maverick_jax.model.low_rank import adapters, add_adapters
-from maverick_jax.sharding import LATENCY, TRAINING, make_mesh
-from oracle.adapted import RANKS, teach
+from maverick_jax.model.named_adapters import choose
+from maverick_jax.sharding import LATENCY, THROUGHPUT, TRAINING, AttendOnMesh, Constrain, make_dispatcher, make_mesh
+from oracle.adapted import RANKS, save_named, teach
 from oracle.forward import TOLERANCE, logits, text_ids
+from oracle.plain import plain_model
 from oracle.quantized import model_of, quantize_arrays, small_model
 
 GRADIENT = 1e-4  # relative to the largest entry
@@ -54,3 +58,37 @@ def test_they_lie_beside_their_experts():
     assert down.b[...].sharding.spec == jax.sharding.PartitionSpec("expert", None, "data")
     query = adapters(model)["text.layers.0.attention.query"]
     assert query.b[...].sharding.shard_shape(query.b.shape) == (4, 5, 16)
+
+
+@pytest.mark.parametrize(
+    "sizes, layout, dispatcher",
+    [
+        (dict(expert=8), THROUGHPUT, "all_to_all"),
+        (dict(data=2, expert=4), THROUGHPUT, "ragged"),
+        (dict(data=2, expert=2, tensor=2), THROUGHPUT, "local"),
+        (dict(expert=4, tensor=2), LATENCY, None),
+    ],
+)
+def test_rows_with_adapters_of_their_own_on_a_mesh(tmp_path, sizes, layout, dispatcher):
+    """A token travels with its adapter, whichever dispatcher sends it; the load is still counted by expert."""
+    text, ids = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=8), text_ids(4, 33) % 60
+    mesh, adapter_B = make_mesh(**sizes), np.array([2, 0, 1, 3], np.int32)
+    options = dict(
+        constrain=Constrain(mesh, layout), dispatcher=make_dispatcher(mesh, layout, dispatcher), attend=AttendOnMesh(mesh, layout)
+    )
+    models = [plain_model(**text), plain_model(options=options, **text)]
+    paths, found = save_named(models[0], tmp_path), []
+    for model in models:
+        structure, leaves = take_apart(load_adapters(model, paths).beside(model))
+
+        def run(leaves, structure=structure):
+            model = choose(structure(leaves), adapter_B)
+            x_BTD, _, (stats,) = model.hidden(model.embed(ids), np.array([33, 33, 12, 33]))
+            return model.logits(x_BTD), stats.load_E, stats.dropped
+
+        found.append([np.asarray(one) for one in jax.jit(run)(leaves)])
+    (here, load_here, _), (there, load_there, dropped) = found
+    assert_allclose(there[:2], here[:2], atol=TOLERANCE, rtol=0)
+    assert_allclose(there[2, :12], here[2, :12], atol=TOLERANCE, rtol=0)
+    assert_array_equal(load_there, load_here)
+    assert (load_there.sum(), dropped) == (33 * 3 + 12, 0)

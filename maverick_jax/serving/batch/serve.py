@@ -20,6 +20,8 @@ from maverick_jax.inference.engine import Engine
 from maverick_jax.inference.request import Full, Request
 from maverick_jax.serving.answer import Answer
 from maverick_jax.serving.batch.files import Line, Refused, Requests, Results
+from maverick_jax.serving.failure import Failure
+from maverick_jax.serving.names import all_names, check_name
 from maverick_jax.serving.prepare import Prepared, Preparer
 from maverick_jax.serving.reply import Reply
 
@@ -81,11 +83,12 @@ def serve(
 
     Args:
       engine: without a thread of its own.
-      model: its name in the results.
+      model: its name in the results; where the engine has adapters, a line without `model` or with this one asks the model alone.
       told: called after each turn of the engine.
 
     Raises:
-      UserError: the model was not loaded from a directory; a file cannot be read or written. What is written stays.
+      UserError: the model was not loaded from a directory, or an adapter has its name; a file cannot be read or written. What is written
+        stays.
     """
     return _Batch(engine, requests, results, model, told).serve()
 
@@ -95,7 +98,8 @@ class _Batch:
         self.engine, self.requests, self.results, self.model, self.told = engine, requests, results, model, told
         self.tally = Tally(len(requests))
         self.running: list[tuple[_Task, Answer]] = []
-        self._prepare = Preparer(engine.model, engine.limits.max_length, engine.grammars)
+        self._names = all_names([model], engine.adapters)
+        self._prepare = Preparer(engine.model, engine.limits.max_length, engine.grammars, adapters=engine.adapters)
         self._writer = ThreadPoolExecutor(1)
         self._written: collections.deque[Future[None]] = collections.deque()
         self._began = time.perf_counter()
@@ -123,7 +127,12 @@ class _Batch:
         """The file's requests for the engine, in order."""
         for line, prepared in self._prepared(pool):
             try:
-                reply = Reply(prepared=prepared.result(), answers=[], model=self.model, tokenizer=self._prepare.tokenizer)
+                if self.engine.adapters:  # a file for a model alone may have been written for another one
+                    check_name(line.job.model, self._names)
+                ready = prepared.result()
+                reply = Reply(prepared=ready, answers=[], model=ready.adapter or self.model, tokenizer=self._prepare.tokenizer)
+            except Failure as failure:
+                self._fail(line, failure, status=failure.status, code=failure.code)
             except UserError as error:
                 self._fail(line, error)
             except Exception as error:  # of a picture's or a template's making
@@ -198,9 +207,9 @@ class _Batch:
         self.tally.prompt_tokens += task.reply.prompt_tokens
         self.tally.cached_tokens += task.reply.cached_tokens
 
-    def _fail(self, line: Line, error: Exception, status: int = 400) -> None:
-        code = "context_length_exceeded" if isinstance(error, NoRoom) else None
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    def _fail(self, line: Line, error: Exception, status: int = 400, code: str | None = None) -> None:
+        code = "context_length_exceeded" if isinstance(error, NoRoom) else code
+        said = str(error) if isinstance(error, UserError | Failure) else f"{type(error).__name__}: {error}"
         self._write(self.results.fail, line.custom_id, said, status=status, code=code)
         self.tally.failed += 1
 

@@ -15,7 +15,6 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from maverick_jax.inference.checks import shown
 from maverick_jax.json_file import MAX_VALUES, parse_json
 from maverick_jax.serving.dialect import Dialect
 from maverick_jax.serving.failure import Failure, failure_of
@@ -61,9 +60,6 @@ class Exchange:
         job = self._dialect.read(body[0])
         for line in job.unknown:
             log.debug("%s", line)
-        if job.model is not None and job.model not in self._service.names:
-            known = ", ".join(self._service.names)
-            raise Failure(404, f"model is {shown(job.model)}: here is {known}.", field="model", code="model_not_found")
         return self._service.submit(job)
 
     async def _whole(self, reply: Reply, send: Send) -> None:

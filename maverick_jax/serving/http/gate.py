@@ -76,6 +76,7 @@ def _line(scope: Scope, state: dict[str, Any], id: str, status: int, seconds: fl
     }
     if isinstance(reply := state.get("reply"), Reply):
         line |= {
+            "model": reply.model,
             "prompt_tokens": reply.prompt_tokens,
             "cached_tokens": reply.cached_tokens,
             "new_tokens": reply.new_tokens,

@@ -15,11 +15,11 @@ from starlette.responses import JSONResponse, Response
 from maverick_jax.errors import UserError
 from maverick_jax.inference.checks import token_rows
 from maverick_jax.serving.dialects import chat, messages
-from maverick_jax.serving.failure import Failure
 from maverick_jax.serving.fields import Fields
 from maverick_jax.serving.http.exchange import parsed, read_body
 from maverick_jax.serving.http.openapi import description
 from maverick_jax.serving.http.service import Service
+from maverick_jax.serving.names import check_name
 
 
 class Information:
@@ -34,17 +34,17 @@ class Information:
         self._service, self._longest, self._created = service, longest, created
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._service.names]})
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._service.models]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in self._service.names:
-            raise Failure(404, f"model is {name!a}: here is {', '.join(self._service.names)}.", field="model", code="model_not_found")
+        check_name(name, self._service.models)
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
-        longest = self._service.engine.limits.max_length
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "maverick-jax", "max_model_len": longest}
+        longest, names = self._service.engine.limits.max_length, self._service.names
+        parent = {} if name in names else {"parent": names[0]}  # vLLM's, of an adapter
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "maverick-jax", "max_model_len": longest, **parent}
 
     async def health(self, request: Request) -> Response:
         """200 while requests are taken, 503 once the server shuts down."""

@@ -17,6 +17,7 @@ from maverick_jax.inference.handle import Stopped
 from maverick_jax.serving.answer import Answer, Portion
 from maverick_jax.serving.http.metrics import Metrics
 from maverick_jax.serving.job import Job
+from maverick_jax.serving.names import all_names, check_name
 from maverick_jax.serving.pictures import Address, refuse_address
 from maverick_jax.serving.prepare import Preparer
 from maverick_jax.serving.reply import Reply
@@ -29,10 +30,14 @@ class Service:
     """What the server has to offer. Of one event loop; the engine has a thread of its own.
 
     Args:
-      names: of the model, as clients may call it; the first one is what they are told.
+      names: of the model, as clients may call it; the first one is what they are told. An adapter of the engine has its own.
       fetch: the bytes of a picture that is elsewhere.
 
+    Raises:
+      UserError: an adapter has a name of the model.
+
     Attributes:
+      models: all names there are, those of the model first.
       prepare: makes requests of jobs.
       running: replies that are on their way.
       metrics: counts what they come to.
@@ -40,10 +45,11 @@ class Service:
     """
 
     def __init__(self, engine: Engine, names: list[str], fetch: Callable[[Address], bytes] = refuse_address):
-        self.engine, self.names = engine, names
-        self.prepare = Preparer(engine.model, engine.limits.max_length, engine.grammars, fetch, routed_experts=engine.routed_experts)
+        self.engine, self.names, self.models = engine, names, all_names(names, engine.adapters)
+        told = {"adapters": engine.adapters, "routed_experts": engine.routed_experts}
+        self.prepare = Preparer(engine.model, engine.limits.max_length, engine.grammars, fetch, **told)
         self.running: set[Reply] = set()
-        self.metrics = Metrics(names[0], lambda: engine.occupancy, lambda: engine.load_ME)
+        self.metrics = Metrics([names[0], *engine.adapters], lambda: engine.occupancy, lambda: engine.load_ME)
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="maverick request")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news: asyncio.Future[None] | None = None
@@ -75,8 +81,9 @@ class Service:
         """
         if self._stopped is not None:
             raise self._stopped
+        check_name(job.model, self.models)
         prepared = self.prepare(job, random.getrandbits(32))
-        reply = Reply(prepared=prepared, answers=[], model=self.names[0], tokenizer=self.prepare.tokenizer)
+        reply = Reply(prepared=prepared, answers=[], model=prepared.adapter or self.names[0], tokenizer=self.prepare.tokenizer)
         try:
             for request in prepared.requests:
                 handle = self.engine.submit(request)
