@@ -7,7 +7,9 @@ import signal
 
 import pytest
 
+import maverick_jax as mj
 from maverick_jax.sharding import roll_call
+from oracle.adapted import teach
 from processes import HARD_LIMIT_S, MAVERICK, half_of_the_mini_model
 
 COMES_AND_GOES = """
@@ -20,7 +22,7 @@ from maverick_jax.sharding import multihost
 multihost.initialize()
 mesh = mj.make_mesh(data=2, expert=2, tensor=2)
 model = mj.load("half", mesh=mesh, dtype="float32")
-engine = mj.Engine(model, slots=2, max_length=48, draft=int(sys.argv[1]))
+engine = mj.Engine(model, slots=2, max_length=48, draft=int(sys.argv[1]), adapters={"law": "law"})
 random = np.random.default_rng(0)
 vision = model.config.vision
 shared = random.integers(100, 300, 20).tolist()
@@ -33,7 +35,8 @@ for i in range(8):
     sampling = Sampling(logit_bias={7: 1.5} if i == 5 else None, logprobs=1 if i == 2 else None)
     deadline = 0.0 if i == 7 else None
     grammar = mj.Grammar(choice=["four", "seven"]) if i == 6 else None
-    asked.append(mj.Request(ids=ids, tiles=tiles, max_new_tokens=6, sampling=sampling, stop_ids=(), deadline=deadline, grammar=grammar))
+    rest = dict(deadline=deadline, grammar=grammar, adapter="law" if i % 3 == 0 else None)
+    asked.append(mj.Request(ids=ids, tiles=tiles, max_new_tokens=6, sampling=sampling, stop_ids=(), **rest))
 
 def by_hand():
     "Requests arrive and are cancelled at random between the turns."
@@ -98,8 +101,12 @@ def lines(out: str) -> list:
 
 @pytest.mark.parametrize("draft", [0, 3])
 def test_requests_that_come_and_go(start, tmp_path, draft):
-    """Two processes give the tokens of one, with pictures, cancellation, a deadline, a form and drafts, from threads too."""
+    """Two processes give the tokens of one, with adapters, pictures, cancellation, a deadline, a form and drafts, from threads too."""
     half_of_the_mini_model(tmp_path / "half")
+    adapted = mj.load(tmp_path / "half")
+    mj.add_adapters(adapted, {"attention": 2, "experts": 1})
+    teach(adapted)
+    mj.save_adapter(adapted, tmp_path / "law")
     said = []
     for count in (2, 1):
         flags = f"--xla_force_host_platform_device_count={8 // count}"
