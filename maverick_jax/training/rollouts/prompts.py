@@ -89,7 +89,7 @@ class Pool:
     def take(self, n: int, step: int) -> list[int]:
         """The next n that do not rest in this step; fewer if there are no others."""
         found: list[int] = []
-        for _ in range(self.count):
+        for _ in range(2 * self.count):  # the orders of two epochs, wherever it is in the first
             if len(found) == n:
                 break
             epoch, place = divmod(self.at, self.count)
