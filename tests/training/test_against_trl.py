@@ -54,7 +54,7 @@ def test_dpo(smoothing):
     logprobs, mask = tensor(likely(model, pairs.batch) * weight)[order], tensor(weight).long()[order]
     reference = tensor(pairs.reference_B)[order]
     zeros = torch.zeros_like(logprobs)  # of what is only reported
-    outputs = SimpleNamespace(log_probs=logprobs, entropy=zeros, mean_logits=zeros, is_top1=zeros)
+    outputs = SimpleNamespace(log_probs=logprobs, entropy=zeros, mean_logits=zeros, is_top1=zeros > 0)
 
     def loss(kind):
         trainer = SimpleNamespace(
