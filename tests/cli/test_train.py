@@ -56,6 +56,75 @@ def test_sft_of_all_weights(maverick, data, tmp_path):
     assert mj.load(told.out.strip()).config.text.num_hidden_layers == 8
 
 
+@pytest.fixture(scope="module")
+def pairs(data):
+    """The same questions, of whose answers the first is preferred."""
+    file = data.parent / "pairs.jsonl"
+    lines = [json.loads(line)["messages"] for line in data.read_text().splitlines()]
+    file.write_text("".join(json.dumps({"messages": messages[:1], "chosen": "9.", "rejected": "8."}) + "\n" for messages in lines))
+    return file
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_dpo(maverick, pairs, tmp_path):
+    """At first it costs log 2; then what is preferred is told apart, also in what was held out."""
+    out = tmp_path / "run"
+    settings = (*ONE, "--length", "64", "--batch", "4", "--steps", "8", "--learning-rate", "0.01")
+    told = maverick("train", "dpo", pairs, out, *settings, "--hold-out", "0.2", "--look-every", "4", "--json")
+    assert told.status == 0, told.err
+    assert json.loads(told.out)["learned"] == str(out / "adapter")
+    found = records(out)
+    assert abs(found[0]["loss"] - 0.6931) < 1e-3
+    assert found[-1]["preferred"] == 1
+    assert found[-1]["held_out_preferred"] == 1
+    assert found[-1]["held_out_loss"] < 0.6
+    assert "held_out_loss" not in found[0]
+
+
+def test_filter_and_rl(maverick, data, tmp_path):
+    """What the mini model never says is hard; its own answers are judged by a file's function, and sampler and trainer agree."""
+    hard = tmp_path / "hard"
+    told = maverick("train", "filter", data, hard, *ONE, "--length", "64", "--max-new-tokens", "12", "--count", "2", "--json")
+    assert told.status == 0, told.err
+    assert json.loads(told.out) == {"out": str(hard), "prompts": 24, "kept": 24, "pass@1": 0.0, "pass@2": 0.0}
+    again = maverick("train", "filter", data, hard, *ONE, "--length", "64", "--max-new-tokens", "12", "--count", "2", "--lowest", "0.5")
+    assert again.out.splitlines()[-1] == str(hard / "kept.jsonl")
+    assert " 0 of 2 right  24 " in again.out
+    assert (hard / "kept.jsonl").read_bytes() == b""
+    other = maverick("train", "filter", data, hard, *ONE, "--length", "64", "--max-new-tokens", "12", "--count", "3")
+    assert "is a run with another --count: 2 there, 3 now" in other.err
+    strange = tmp_path / "strange.jsonl"  # to which it has many answers
+    strange.write_text(
+        "".join(json.dumps({"messages": [{"role": "user", "content": word}]}) + "\n" for word in ("xyzzy?", "ja ja", "%%", "O"))
+    )
+    reward = tmp_path / "reward.py"
+    reward.write_text("def short(text, line):\n    return -len(text)\n")
+    settings = ("--length", "64", "--max-new-tokens", "12", "--batch", "4", "--prompts", "2", "--group", "4", "--steps", "2")
+    told = maverick("train", "rl", strange, tmp_path / "run", *ONE, *settings, "--reward", f"{reward}:short")
+    assert told.status == 0, told.err
+    for record in records(tmp_path / "run"):
+        assert record["disagreement"] < 1e-5
+        assert record["reward"] < 0
+        assert record["groups_drawn"] >= 2
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_distill(maverick, data, tmp_path):
+    """A teacher that is the student has nothing to say; one that has learned something passes it on."""
+    teacher = tmp_path / "taught"
+    maverick("train", "sft", data, teacher, *LEARN, "--full", "--learning-rate", "0.002")
+    settings = (*ONE, "--length", "64", "--batch", "4", "--steps", "10", "--learning-rate", "0.01", "--soft-end", "1")
+    told = maverick("train", "distill", data, tmp_path / "run", *settings, "--teacher", teacher / "model")
+    assert told.status == 0, told.err
+    found = records(tmp_path / "run")
+    assert found[-1]["divergence"] < 0.5 * found[0]["divergence"]
+    other = maverick("train", "distill", data, tmp_path / "run", *settings, "--teacher", teacher / "model", "--top", "8")
+    assert "is a run with another --top: 64 there, 8 now" in other.err
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -72,6 +141,17 @@ def test_sft_of_all_weights(maverick, data, tmp_path):
         (["sft", "{data}", "{out}", "--freeze", "eyes.*", "--full"], "nothing is called 'eyes.*', which is to stay as it is"),
         (["sft", "{data}", "{out}", "--epochs", "0"], "--epochs is 0: give a number above 0."),
         (["sft", "{data}", "{data}"], "is a file"),
+        (["sft", "{data}", "{out}", "--hold-out", "2"], "--hold-out is 2: give a share between 0 and 1."),
+        (["sft", "{data}", "{out}", "--hold-out", "0.9"], "rows are too few to hold out"),
+        (["dpo", "{data}", "{out}"], "line 1: its chosen is None: give a text, a message or a list of messages."),
+        (["dpo", "{data}", "{out}", "--beta", "0"], "beta is 0.0: it must be"),
+        (["rl", "{data}", "{out}", "--reward", "good"], "there is no reward 'good': give exact, number, json, format:REGEX"),
+        (["rl", "{data}", "{out}", "--group", "1"], "a group has 1 answers"),
+        (["rl", "{data}", "{out}", "--batch", "3"], "a step has 8 x 8 answers: choose a --batch that divides them, not 3."),
+        (["rl", "{data}", "{out}", "--length", "260"], "has nothing to ask: 24 examples have more than 4 tokens and were dropped."),
+        (["filter", "{data}", "{out}", "--endpoint", "http://x"], "--endpoint and --endpoint-model go together"),
+        (["distill", "{data}", "{out}"], "the following arguments are required: --teacher"),
+        (["distill", "{data}", "{out}", "--teacher", "no"], "no"),
     ],
 )
 def test_what_is_no_run(maverick, data, tmp_path, arguments, words):

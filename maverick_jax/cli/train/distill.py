@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="file of conversations, a JSON object per line")
     parser.add_argument("out", metavar="OUT", help="directory of the run")
     options.add_model_arguments(parser)
+    options.add_adapter_argument(parser)
     parser.add_argument("--teacher", metavar="DIR", required=True, help="model directory, PyTorch checkpoint or Hub id")
     settings.add_learning_arguments(parser)
     settings.add_conversation_arguments(parser)

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="file of pairs, a JSON object per line")
     parser.add_argument("out", metavar="OUT", help="directory of the run")
     options.add_model_arguments(parser)
+    options.add_adapter_argument(parser)
     settings.add_learning_arguments(parser)
     settings.add_conversation_arguments(parser)
     parser.add_argument("--beta", type=real, default=0.1, metavar="B", help="how closely it stays to what it was (default: 0.1)")

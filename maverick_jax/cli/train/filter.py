@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="file of conversations, a JSON object per line")
     parser.add_argument("out", metavar="OUT", help="directory of the scores and of what is kept")
     options.add_model_arguments(parser)
+    options.add_adapter_argument(parser)
     parser.add_argument("--endpoint", metavar="URL", help="ask this one, such as http://localhost:8000/v1, instead of a model here")
     parser.add_argument("--endpoint-model", metavar="NAME", help="the judge's name there")
     parser.add_argument("--reward", action="append", metavar="R", help="1 for what is right, see maverick train rl --help (default: exact)")

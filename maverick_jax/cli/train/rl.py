@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="file of prompts, a JSON object per line")
     parser.add_argument("out", metavar="OUT", help="directory of the run")
     options.add_model_arguments(parser)
+    options.add_adapter_argument(parser)
     settings.add_learning_arguments(parser)
     parser.add_argument("--steps", type=positive, default=100, metavar="N", help="of the optimizer (default: 100)")
     parser.add_argument("--reward", action="append", metavar="R", help="what an answer is worth; repeatable (default: exact)")
