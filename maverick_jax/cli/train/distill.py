@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         data,
         settings.optimization(args, steps),
         start.out,
-        identity=settings.identity(model, args, Path(args.data), own=own),
+        identity=settings.identity(model, args, own=own),
         loop=settings.loop(args),
         held_out=held_out,
         frozen=[*args.freeze, *settings.unseen(model, pictures)],

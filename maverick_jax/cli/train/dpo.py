@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     rows = PairRows(pairs, start.reading, start.length)
     model = options.load_model(args, training=True)
     settings.prepare(model, args)
-    identity = settings.identity(model, args, file, own=("accumulate", "long", "beta", "smoothing", "normalize", "hold_out"))
+    identity = settings.identity(model, args, own=("accumulate", "long", "beta", "smoothing", "normalize", "hold_out"))
     begin_run(start.out, identity)
     rows.reference_P2 = reference(model, rows, start.out / "reference.npy", batch=args.batch, progress=progress)
     data, held_out = settings.batches(rows, args)

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         judge = Here(Engine(model, slots=args.slots, max_length=start.length, queue=2**20), start.reading)
         who = {"judge (by its norms)": norms_of(model)}
     asked = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("reward", "count", "max_new_tokens", "seed")}
-    begin_run(start.out, {"kind of training": "filter", "data": settings.digest_of(file), **who, **asked})
+    begin_run(start.out, {"kind of training": "filter", "data": settings.digest_of(args.data), **who, **asked})
     scores = filtering.score(
         prompts,
         judge,

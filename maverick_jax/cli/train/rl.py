@@ -3,7 +3,8 @@ than the others of their group become likelier. A line of DATA is {"messages": [
 assistant has its answer there.
 
 Rewards are exact, number, json, format:REGEX, or a function of your own, reward(text, line) -> float, in FILE.py:FUNCTION; several are
-added up, with weights as in 0.2*format:[A-Z].*. A reward that raises or is no number drops its group, three in a row end the run.
+added up, with weights as in 0.2*format:[A-Z].*. A reward that raises or is no number drops its group, three in a row end the run. DATA may
+also be a generator of reasoning-gym (pip install '.[gym]'), which scores answers itself.
 
 Answers are drawn at temperature 1 by the engine, with the weights that learn. Where the sampler sent the tokens the trainer sends them too,
 so that both speak of the same model; "disagreement" in metrics.jsonl is what is left between them. What OUT gets, and how a run goes on:
@@ -12,6 +13,7 @@ maverick train sft --help.
 examples:
   maverick train rl --reward exact prompts.jsonl run
   maverick train rl -m maverick --adapter sft/adapter --mesh expert=8 --reward number --reward 0.1*format:.*boxed.* prompts.jsonl run
+  maverick train rl --length 512 "reasoning-gym:basic_arithmetic?size=500&seed=1" run
   maverick train rl --reward rewards.py:helpful --prompts 16 --group 16 --steps 500 prompts.jsonl run
 """
 
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from maverick_jax.training.policy import Policy
     from maverick_jax.training.rollouts.drawn import Reference
     from maverick_jax.training.rollouts.groups import Draws, Groups
+    from maverick_jax.training.rollouts.gym import SCHEME, gym_prompts
     from maverick_jax.training.rollouts.prompts import read_prompts
     from maverick_jax.training.rollouts.rewards import parse
     from maverick_jax.training.rollouts.sampling import Sampler
@@ -65,11 +68,16 @@ def run(args: argparse.Namespace) -> int:
 
     objective, reward = Policy(args.below, args.above, args.kl), parse(args.reward or ["exact"])
     draws = Draws(args.prompts, args.group, args.rest, rows=args.batch, seed=args.seed)
-    start, file = settings.start(args), Path(args.data)
-    room, progress = start.length - args.max_new_tokens, settings.progress(args)
-    prompts, told = read_prompts(file, start.reading, length=room, skip_bad=args.skip_bad, progress=progress)
-    for line in told:
-        options.note(line)
+    start = settings.start(args)
+    room = start.length - args.max_new_tokens
+    if args.data.startswith(SCHEME):
+        prompts, of_gym = gym_prompts(args.data, start.reading, length=room)
+        reward = reward if args.reward else of_gym
+    else:
+        how = {"skip_bad": args.skip_bad, "progress": settings.progress(args)}
+        prompts, told = read_prompts(Path(args.data), start.reading, length=room, **how)
+        for line in told:
+            options.note(line)
     model = options.load_model(args, training=True)
     settings.prepare(model, args)
     replayed = bool(start.config.text.moe_layers) and not args.no_replay
@@ -86,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         Groups(prompts, Sampler(engine, start.reading, max_new_tokens=args.max_new_tokens), reward, draws, options.note, reference),
         settings.optimization(args, args.steps),
         start.out,
-        identity=settings.identity(model, args, file, own=own),
+        identity=settings.identity(model, args, own=own),
         loop=settings.loop(args),
         frozen=[*args.freeze, *settings.unseen(model, any(prompt.tiles for prompt in prompts))],
         master=args.master,

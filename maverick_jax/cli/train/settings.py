@@ -193,15 +193,13 @@ def unseen(model: Llama4, pictures: bool) -> list[str]:
     return [pattern for pattern in ("vision.*", "projector*") if fnmatch.filter(names, pattern)]
 
 
-def digest_of(*files: Path) -> str:
-    """Of what is in some files."""
-    found = hashlib.sha256()
-    for file in files:
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16]
+def digest_of(data: str) -> str:
+    """Of what is in a file; what is none is its own name."""
+    file = Path(data)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else data
 
 
-def identity(model: Llama4, args: argparse.Namespace, *files: Path, own: Sequence[str]) -> dict[str, Any]:
+def identity(model: Llama4, args: argparse.Namespace, *, own: Sequence[str]) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that began.
 
     Args:
@@ -212,4 +210,4 @@ def identity(model: Llama4, args: argparse.Namespace, *files: Path, own: Sequenc
     names = ("batch", "length", "seed", "rank", "expert_rank", "alpha", "adapt", "full", "master", "freeze", *own)
     asked = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     kind = {"kind of training": args.kind.__module__.rpartition(".")[2]}
-    return {**kind, "base (by its norms)": norms_of(model), "data": digest_of(*files), "dtype": model.text.embedding.dtype.name, **asked}
+    return {**kind, "base (by its norms)": norms_of(model), "data": digest_of(args.data), "dtype": model.text.embedding.dtype.name, **asked}

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         data,
         optimization,
         start.out,
-        identity=settings.identity(model, args, file, own=("accumulate", "long", "balance", "no_packing", "hold_out")),
+        identity=settings.identity(model, args, own=("accumulate", "long", "balance", "no_packing", "hold_out")),
         loop=settings.loop(args, per_token * start.length * args.batch * args.accumulate),
         held_out=held_out,
         frozen=[*args.freeze, *settings.unseen(model, rows.pictures)],

@@ -38,7 +38,7 @@ class Prompt(NamedTuple):
     tiles: int = 0
 
 
-def prompt_of(conversation: Conversation, reading: Reading, file: Path) -> Prompt:
+def prompt_of(conversation: Conversation, reading: Reading, file: Path | str) -> Prompt:
     """Raises:
     UserError: a message or picture that cannot be read.
     """
