@@ -18,6 +18,7 @@ from maverick_jax.sharding import TRAINING, AttendOnMesh, Constrain, make_dispat
 from maverick_jax.training.batch import Batch
 from maverick_jax.training.next_token import NextToken
 from maverick_jax.training.optimization import SCHEDULES, Optimization
+from maverick_jax.training.split import Split
 from maverick_jax.training.trainer import Loop, train
 from oracle.plain import plain_model
 
@@ -133,6 +134,7 @@ def test_on_another_mesh(whole, tmp_path):
 def test_all_weights_with_masters(tmp_path):
     """Without adapters every weight learns; masters in float32 take steps that bfloat16 would lose."""
     before = plain_model(dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in Split(before, master=True).learned.values()} == {"float32"}
     start = np.asarray(before.text.layers[1].feed_forward.experts.up[...].astype("float32"))
     made = run(tmp_path / "masters", made=plain_model(dtype="bfloat16"), master=True, frozen=["text.embedding"])
     assert made.text.norm.dtype == jax.numpy.bfloat16

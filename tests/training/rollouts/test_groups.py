@@ -11,7 +11,7 @@ from maverick_jax.assets import mini_directory
 from maverick_jax.config import Config
 from maverick_jax.errors import UserError
 from maverick_jax.inference.engine import Engine
-from maverick_jax.model.low_rank import add_adapters
+from maverick_jax.model.low_rank import adapters, add_adapters
 from maverick_jax.training.asked import asked
 from maverick_jax.training.data.files import reading_of
 from maverick_jax.training.optimization import Optimization
@@ -171,6 +171,18 @@ def test_a_run_that_goes_on_draws_the_same(prompts, tmp_path):
     assert whole[0]["kl"] < 1e-6 < whole[-1]["kl"]
     assert max(record["disagreement"] for record in whole) < 2e-6
     assert whole[-1]["reward"] != whole[0]["reward"]
+
+
+def test_the_reference_stays(prompts):
+    """Also once a trainer has used up the arrays that learn."""
+    made = model()
+    drawn, _ = groups(prompts, vowels).take(lambda: made)
+    reference = Reference(made)
+    for adapter in adapters(made).values():
+        adapter.a[...].delete()
+        adapter.b[...].delete()
+    counts = drawn.batch.weight_BT > 0
+    np.testing.assert_allclose(reference(drawn.batch)[counts], drawn.sampled_BT[counts], atol=1e-5)
 
 
 def test_prompts_in_turn():
