@@ -19,7 +19,7 @@ from maverick_jax.inference.cache import page_size
 from maverick_jax.inference.checks import Range, whole
 from maverick_jax.model.parameter import Axes
 from maverick_jax.plan.topology import Topology
-from maverick_jax.plan.weights import COMPONENTS, check_dtype, parameters, stored
+from maverick_jax.plan.weights import COMPONENTS, Kind, check_dtype, parameters, stored
 from maverick_jax.sharding.attend import KEYS, PAGES
 from maverick_jax.sharding.layout import Layout
 from maverick_jax.sharding.mesh import AXES as MESH_AXES
@@ -113,9 +113,13 @@ class Case:
     @functools.cached_property
     def weight_bytes(self) -> dict[str, int]:
         """Bytes per device of every component, in the order of `COMPONENTS`."""
+        return self.bytes_of(stored(self.config, self.dtype))
+
+    def bytes_of(self, kinds: Iterable[Kind]) -> dict[str, int]:
+        """Bytes per device of what there is of these leaves in every component, in the order of `COMPONENTS`."""
         found = dict.fromkeys(COMPONENTS, 0)
-        for part, axes, shape, size, count in stored(self.config, self.dtype):
-            found[part] += math.prod(self.local(axes, shape)) * size * count
+        for kind in kinds:
+            found[kind.component] += math.prod(self.local(kind.axes, kind.shape)) * kind.itemsize * kind.number
         return {part: size for part, size in found.items() if size}
 
     @property

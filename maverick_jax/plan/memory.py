@@ -24,25 +24,32 @@ FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class Held:
     """Bytes per device.
 
     Attributes:
       weights: by component.
-      rope_cache, full_cache: of the layers with an attention chunk, and of those that see everything.
-      temporaries: the larger of a decode step's and a prefill piece's, by kind.
+      temporaries: what a step needs for itself, by kind.
       capacity: all of the device's memory, the reserve included.
     """
 
     weights: dict[str, int]
-    rope_cache: int
-    full_cache: int
     temporaries: dict[str, int]
     capacity: int
 
     @property
+    def state(self) -> dict[str, int]:
+        """What else stays from step to step, by name."""
+        return {}
+
+    @property
+    def pieces(self) -> dict[str, int]:
+        """All there is, by name."""
+        return self.weights | self.state | {f"temporaries, {kind}": size for kind, size in self.temporaries.items() if size}
+
+    @property
     def needed(self) -> int:
-        return sum(self.weights.values()) + self.rope_cache + self.full_cache + sum(self.temporaries.values())
+        return sum(self.pieces.values())
 
     @property
     def usable(self) -> int:
@@ -58,12 +65,28 @@ class Memory:
         return self.free >= 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Memory(Held):
+    """Of a model that answers; `temporaries` are the larger of a decode step's and a prefill piece's.
+
+    Attributes:
+      rope_cache, full_cache: of the layers with an attention chunk, and of those that see everything.
+    """
+
+    rope_cache: int
+    full_cache: int
+
+    @property
+    def state(self) -> dict[str, int]:
+        return {"cache, RoPE layers": self.rope_cache, "cache, NoPE layers": self.full_cache}
+
+
 def memory(case: Case) -> Memory:
     """The memory of a case."""
     chunked, full = cache_bytes(case)
     decode, prefill = temporaries(case, case.batch, 1), temporaries(case, prefill_rows(case), prefill_piece(case))
     largest = max(decode, prefill, key=lambda kinds: sum(kinds.values()))
-    return Memory(case.weight_bytes, chunked, full, largest, case.topology.chip.memory)
+    return Memory(case.weight_bytes, largest, case.topology.chip.memory, chunked, full)
 
 
 def cache_bytes(case: Case) -> tuple[int, int]:

@@ -50,11 +50,11 @@ def make_plan(
       UserError: an unknown topology or dtype, a mesh that does not divide or lacks an axis of the layout, a batch or context out of
         range, an argument of another type.
     """
-    where, table, context = Topology.parse(topology), get_layout(layout), _context(config, context)
+    where, table, context = Topology.parse(topology), get_layout(layout), default_context(config, context)
     if mesh is None:
         case = candidates(config, where, [table], dtype, batch, context)[0].case
     else:
-        case = Case(config, where, _mesh_shape(mesh), table, dtype, batch, context)
+        case = Case(config, where, mesh_shape(mesh), table, dtype, batch, context)
     return _plan(case, mesh_chosen=mesh is None)
 
 
@@ -77,20 +77,22 @@ def search(
     Raises:
       UserError: as for `make_plan`.
     """
-    best, context = BEST.check("best", best), _context(config, context)
+    best, context = BEST.check("best", best), default_context(config, context)
     layouts = list(INFERENCE) if layout is None else [get_layout(layout)]
     found = candidates(config, Topology.parse(topology), layouts, dtype, batch, context)
     fitting = [candidate for candidate in found if candidate.fits] or found[:1]
     return [_plan(candidate.case, mesh_chosen=True) for candidate in fitting[:best]]
 
 
-def _context(config: Config, context: int | None) -> int:
+def default_context(config: Config, context: int | None) -> int:
+    """Tokens of a row, where nobody says: a chunk of the releases, or what the model takes."""
     if not isinstance(config, Config):
         raise UserError(f"config is {shown(config)}: expected a Config, such as Config.maverick().")
     return min(CONTEXT, config.text.max_position_embeddings) if context is None else context
 
 
-def _mesh_shape(mesh: Mapping[str, int]) -> tuple[int, ...]:
+def mesh_shape(mesh: Mapping[str, int]) -> tuple[int, ...]:
+    """Devices on all axes of a mesh."""
     if not isinstance(mesh, Mapping):
         raise UserError(f'mesh is {shown(mesh)}: expected a dict from axis to devices, such as {{"expert": 8, "tensor": 8}}.')
     if unknown := [axis for axis in mesh if axis not in MESH_AXES]:

@@ -1,15 +1,16 @@
-"""A picture of a plan: what fills a device's memory, and the limit of decoding over the batch."""
+"""A picture of a plan: what fills a device's memory, and the limit over the batch."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maverick_jax.errors import UserError
 from maverick_jax.plan.chips import GIB
+from maverick_jax.plan.memory import Held
 from maverick_jax.plan.report import Plan
 from maverick_jax.plan.roofline import Cost
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 FORMATS = ("png", "pdf", "svg", "jpg", "webp")
 NARROW = 0.035  # of the bar: a shorter piece has no room for its figure
 BLUES = ("#1f4e79", "#2e75b6", "#5b9bd5", "#9dc3e6", "#7f9fbf", "#b7c9dd", "#d0dbe8", "#44668a")
-CACHES, TEMPORARIES, INK, GRID = ("#548235", "#a9d18e"), "#f4b183", "#333333", "#d9d9d9"
+STATES, TEMPORARIES, INK, GRID = ("#548235", "#a9d18e"), "#f4b183", "#333333", "#d9d9d9"
 INKED = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 STYLE: dict[Any, Any] = INKED | {"font.size": 10, "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -54,20 +55,50 @@ def save_plot(plan: Plan, file: str | Path, *, model: str) -> None:
     Raises:
       UserError: as for `check_plot`, or the file cannot be written.
     """
+    case, points = plan.case, sorted((dict(plan.curve) | {plan.case.batch: plan.decode}).items())
+
+    def line(title: str, speed: Callable[[int, Cost], float]) -> Line:
+        return Line(title, [Mark(batch, speed(batch, cost), cost.binds) for batch, cost in points], case.batch)
+
+    per_user = line("tokens/s per user", lambda batch, cost: 1 / cost.step)
+    in_total = line("tokens/s in total", lambda batch, cost: batch / cost.step)
+    question = f"mesh {case.mesh_name}, layout {case.layout.name}, batch {case.batch:,}, context {case.context:,}"
+    draw(file, f"{model} in {case.dtype} on {case.topology.name}", plan.memory, question, (per_user, in_total))
+
+
+class Mark(NamedTuple):
+    """A point of a line over the batch, and what binds there."""
+
+    batch: int
+    height: float
+    binds: str
+
+
+class Line(NamedTuple):
+    """What is at most reached over the batch, and the batch that was asked about, which is one of the marks."""
+
+    title: str
+    marks: list[Mark]
+    asked: int
+
+
+def draw(file: str | Path, title: str, held: Held, question: str, lines: Sequence[Line]) -> None:
+    """What fills a device's memory, and lines beside each other.
+
+    Raises:
+      UserError: as for `save_plot`.
+    """
     check_plot(file)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    case = plan.case
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 6.5), layout="constrained")
-        title = f"{model} in {case.dtype} on {case.topology.name}"
         figure.suptitle(title, fontsize=15, fontweight="bold", x=0.01, ha="left", parse_math=False)  # a folder's name may have a $
         memory, speed = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 3))[:, 0]
-        _memory(memory.subplots(), plan)
-        per_user, in_total = speed.subplots(1, 2)
-        _speed(per_user, plan, "tokens/s per user", lambda batch, cost: 1 / cost.step)
-        _speed(in_total, plan, "tokens/s in total", lambda batch, cost: batch / cost.step)
+        _memory(memory.subplots(), held, question)
+        for axes, line in zip(speed.subplots(1, len(lines)), lines, strict=True):
+            _line(axes, line)
         write(figure, file)
 
 
@@ -87,10 +118,9 @@ def write(figure: Figure, file: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _memory(axes: Axes, plan: Plan) -> None:
-    case, held = plan.case, plan.memory
+def _memory(axes: Axes, held: Held, question: str) -> None:
     pieces = [(name, size, color) for (name, size), color in zip(held.weights.items(), BLUES, strict=False)]
-    pieces += [("cache, RoPE layers", held.rope_cache, CACHES[0]), ("cache, NoPE layers", held.full_cache, CACHES[1])]
+    pieces += [(name, size, color) for (name, size), color in zip(held.state.items(), STATES, strict=False)]
     pieces += [("temporaries", sum(held.temporaries.values()), TEMPORARIES)]
     width, left = max(held.capacity, held.needed) / GIB, 0.0
     axes.barh(0, held.capacity / GIB, color="#f2f2f2", height=0.8)
@@ -102,34 +132,32 @@ def _memory(axes: Axes, plan: Plan) -> None:
     axes.axvline(held.usable / GIB, color=INK, linestyle="--", linewidth=1)
     axes.text(held.usable / GIB, 0.46, f"usable {held.usable / GIB:.1f} ", ha="right", va="bottom", fontsize=9)
     free = f"{held.free / GIB:.1f} free" if held.fits else f"{-held.free / GIB:.1f} too much"
-    question = f"mesh {case.mesh_name}, layout {case.layout.name}, batch {case.batch:,}, context {case.context:,}"
     axes.set_title(f"{question}\nGiB per device: {held.needed / GIB:.1f} needed, {free}", loc="left", fontsize=10)
     axes.set(yticks=[], xlim=(0, width), ylim=(-0.45, 0.65))
     axes.spines["left"].set_visible(False)
     axes.legend(fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, handlelength=1)
 
 
-def _speed(axes: Axes, plan: Plan, title: str, speed: Callable[[int, Cost], float]) -> None:
-    """One line over the batch, with the batch that was asked about; above it what binds, from where on."""
+def _line(axes: Axes, line: Line) -> None:
+    """Over the batch, with the batch that was asked about; above it what binds, from where on."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    asked = plan.case.batch
-    points = sorted((dict(plan.curve) | {asked: plan.decode}).items())
-    speeds = [speed(batch, cost) for batch, cost in points]
-    axes.plot([batch for batch, _ in points], speeds, marker="o", markersize=4, color=BLUES[1], linewidth=2)
-    height, falls = speed(asked, plan.decode), speeds[-1] < speeds[0]
+    heights = [mark.height for mark in line.marks]
+    axes.plot([mark.batch for mark in line.marks], heights, marker="o", markersize=4, color=BLUES[1], linewidth=2)
+    asked, falls = line.asked, heights[-1] < heights[0]
+    height = next(mark.height for mark in line.marks if mark.batch == asked)
     axes.plot(asked, height, marker="o", markersize=9, color=TEMPORARIES, markeredgecolor=INK)
     # Of a line that falls there is room to the right.
     place: dict[str, Any] = {"xytext": (6 if falls else -6, 7), "textcoords": "offset points", "ha": "left" if falls else "right"}
     axes.annotate(f"{height:,.0f}", (asked, height), fontweight="bold", **place)
     bound = ""
-    for batch, cost in points:
-        if cost.binds != bound:
-            bound = cost.binds
+    for batch, _, binds in line.marks:
+        if binds != bound:
+            bound = binds
             axes.axvline(batch, color=GRID, zorder=0)
             axes.text(batch, 1.0, f" {bound} binds", transform=axes.get_xaxis_transform(), fontsize=9, va="top", color="#7f7f7f")
-    axes.set_title(f"at most, {title}", loc="left", fontsize=10, pad=12)
-    axes.set(xlabel="batch", xscale="log", yscale="log", ylim=(min(speeds) / 1.5, max(speeds) * 2.5))
+    axes.set_title(f"at most, {line.title}", loc="left", fontsize=10, pad=12)
+    axes.set(xlabel="batch", xscale="log", yscale="log", ylim=(min(heights) / 1.5, max(heights) * 2.5))
     for axis, steps in ((axes.xaxis, (1.0,)), (axes.yaxis, (1.0, 2.0, 5.0))):
         axis.set_major_locator(LogLocator(subs=steps))
         axis.set_major_formatter("{x:,.0f}")

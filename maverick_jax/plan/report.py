@@ -8,7 +8,7 @@ from typing import Any
 
 from maverick_jax.plan.case import Case
 from maverick_jax.plan.chips import GIB
-from maverick_jax.plan.memory import RESERVE, Memory
+from maverick_jax.plan.memory import RESERVE, Held, Memory
 from maverick_jax.plan.roofline import LAUNCH_SECONDS, Cost, Prefill, token_bytes
 from maverick_jax.plan.room import refusal
 
@@ -55,9 +55,7 @@ class Plan:
             parts = case.among(case.split_pages).total
             lies = f"each row's cache lies on {parts} by its sequence" if parts > 1 else "each of these has a row's whole cache"
             found.append(f"batch {case.batch} is no multiple of {case.row_ways}: devices share rows, and {lies}.")
-        if case.topology.chip.is_gpu and self.memory.needed > GPU_DEFAULT_SHARE * self.memory.capacity:
-            found.append("jax takes 75 % of a GPU's memory by default: set XLA_CLIENT_MEM_FRACTION=0.94.")
-        return found
+        return found + share_notes(case, self.memory)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -67,41 +65,57 @@ class Plan:
         return as_text(self)
 
 
+def share_notes(case: Case, held: Held) -> list[str]:
+    """That jax must be told to take more of a GPU's memory than it does."""
+    beyond = case.topology.chip.is_gpu and held.needed > GPU_DEFAULT_SHARE * held.capacity
+    return ["jax takes 75 % of a GPU's memory by default: set XLA_CLIENT_MEM_FRACTION=0.94."] if beyond else []
+
+
 def as_text(plan: Plan) -> str:
     """Memory by component, the limit of a decode step and of a prefill, and how the limit moves with the batch."""
     return "\n\n".join(
-        "\n".join(part) for part in (_question(plan), _memory(plan), _decode(plan), _prefill(plan), _room(plan), _curve(plan))
+        "\n".join(part) for part in (_question(plan), memory_lines(plan.memory), _decode(plan), _prefill(plan), _room(plan), _curve(plan))
     )
 
 
 def _question(plan: Plan) -> list[str]:
     case = plan.case
-    chip = case.topology.chip
-    network = f", network {chip.network / 1e9:,.0f} GB/s" if case.topology.hosts > 1 else ""
-    many = f"{case.topology.devices:,} devices" if case.topology.devices > 1 else "1 device"
-    halves = f" ({chip.devices_per_chip} of each chip)" if chip.devices_per_chip > 1 else ""
     return [
-        f"{_parameters(case.parameter_count)}, {case.weight_total / 1e9:,.2f} GB in {case.dtype}; "
-        f"batch {case.batch:,}, context {case.context:,}",
-        f"{case.topology.name}: {many}{halves} of {chip.memory / GIB:.0f} GiB "
-        f"at {chip.bandwidth / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.0f} TFLOP/s, links {chip.link / 1e9:,.0f} GB/s each way{network}",
-        f"mesh {case.mesh_name}{' (the best that divides)' if plan.mesh_chosen else ''}, layout {case.layout.name}",
+        f"{size_of(case)}; batch {case.batch:,}, context {case.context:,}",
+        devices_of(case),
+        mesh_of(case, plan.mesh_chosen),
         *(f"note: {note}" for note in plan.notes),
     ]
 
 
-def _parameters(count: int) -> str:
-    return f"{count / 1e9:,.1f} B parameters" if count >= 1e8 else f"{count / 1e6:,.1f} M parameters"
+def size_of(case: Case) -> str:
+    """The model's."""
+    count, total = case.parameter_count, case.weight_total
+    parameters = f"{count / 1e9:,.1f} B parameters" if count >= 1e8 else f"{count / 1e6:,.1f} M parameters"
+    return f"{parameters}, {total / 1e9:,.2f} GB in {case.dtype}"
 
 
-def _memory(plan: Plan) -> list[str]:
-    held = plan.memory
-    cache = [("cache, RoPE layers", held.rope_cache), ("cache, NoPE layers", held.full_cache)]
-    temporaries = [(f"temporaries, {kind}", size) for kind, size in held.temporaries.items() if size]
+def devices_of(case: Case) -> str:
+    """How many, and what each can do."""
+    chip = case.topology.chip
+    network = f", network {chip.network / 1e9:,.0f} GB/s" if case.topology.hosts > 1 else ""
+    many = f"{case.topology.devices:,} devices" if case.topology.devices > 1 else "1 device"
+    halves = f" ({chip.devices_per_chip} of each chip)" if chip.devices_per_chip > 1 else ""
+    return (
+        f"{case.topology.name}: {many}{halves} of {chip.memory / GIB:.0f} GiB "
+        f"at {chip.bandwidth / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.0f} TFLOP/s, links {chip.link / 1e9:,.0f} GB/s each way{network}"
+    )
+
+
+def mesh_of(case: Case, chosen: bool) -> str:
+    """The mesh and the layout; `chosen`: by the plan."""
+    return f"mesh {case.mesh_name}{' (the best that divides)' if chosen else ''}, layout {case.layout.name}"
+
+
+def memory_lines(held: Held) -> list[str]:
+    """A line per piece, and what is left."""
     totals = [("total", held.needed), ("usable", held.usable), ("free", held.free)]
-    lines = [("GiB per device", "")] + [
-        (name, f"{size / GIB:.2f}") for name, size in [*held.weights.items(), *cache, *temporaries, *totals]
-    ]
+    lines = [("GiB per device", "")] + [(name, f"{size / GIB:.2f}") for name, size in [*held.pieces.items(), *totals]]
     text = aligned(lines)
     text[-2] += f"   {held.capacity / GIB:.0f} GiB less {RESERVE:.0%} for the runtime"
     text[-1] += "   it fits" if held.fits else "   it does not fit"
@@ -111,16 +125,9 @@ def _memory(plan: Plan) -> list[str]:
 def _decode(plan: Plan) -> list[str]:
     cost, case = plan.decode, plan.case
     return [
-        f"decode, one token per row: at least {_seconds(cost.step)} per step, {_bound(cost.binds)}; "
-        f"{_seconds(cost.serial)} if nothing overlaps",
-        *aligned(
-            [
-                ("  memory", _seconds(cost.seconds["memory"]), f"{sum(cost.read.values()) / 1e9:.2f} GB: {_largest(cost.read)}"),
-                ("  compute", _seconds(cost.seconds["compute"]), f"{sum(cost.products.values()) / 1e12:.3f} TFLOP"),
-                ("  links", _seconds(cost.seconds["links"]), _sent(cost)),
-                *([("  network", _seconds(cost.seconds["network"]), _crossed(cost))] if "network" in cost.seconds else []),
-            ]
-        ),
+        f"decode, one token per row: at least {seconds(cost.step)} per step, {bound(cost.binds)}; "
+        f"{seconds(cost.serial)} if nothing overlaps",
+        *cost_lines(cost),
         f"  at most {1 / cost.step:,.0f} tokens/s per user, {case.batch / cost.step:,.0f} in total, "
         f"{case.batch / cost.step / case.topology.devices:,.0f} per device",
         *([f"  {_experts(plan)}"] if cost.distinct else []),
@@ -128,9 +135,21 @@ def _decode(plan: Plan) -> list[str]:
     ]
 
 
+def cost_lines(cost: Cost) -> list[str]:
+    """A line per resource: how long it is busy, and with what."""
+    return aligned(
+        [
+            ("  memory", seconds(cost.seconds["memory"]), f"{sum(cost.read.values()) / 1e9:,.2f} GB: {_largest(cost.read)}"),
+            ("  compute", seconds(cost.seconds["compute"]), f"{sum(cost.products.values()) / 1e12:,.3f} TFLOP"),
+            ("  links", seconds(cost.seconds["links"]), _sent(cost)),
+            *([("  network", seconds(cost.seconds["network"]), _crossed(cost))] if "network" in cost.seconds else []),
+        ]
+    )
+
+
 def _launches(cost: Cost) -> str:
-    each = f"{_seconds(LAUNCH_SECONDS)} each, as on an H200"
-    return f"not counted in it: about {cost.launches:,} launches, {_seconds(cost.launches * LAUNCH_SECONDS)} ({each})"
+    each = f"{seconds(LAUNCH_SECONDS)} each, as on an H200"
+    return f"not counted in it: about {cost.launches:,} launches, {seconds(cost.launches * LAUNCH_SECONDS)} ({each})"
 
 
 def _sent(cost: Cost) -> str:
@@ -155,10 +174,10 @@ def _experts(plan: Plan) -> str:
 def _prefill(plan: Plan) -> list[str]:
     found, case = plan.prefill, plan.case
     prompts = f"{found.rows} prompts" if found.rows > 1 else "a prompt"
-    everyone = f", for all {case.batch} after {_seconds(found.batch_seconds)}" if case.batch > found.rows else ""
+    everyone = f", for all {case.batch} after {seconds(found.batch_seconds)}" if case.batch > found.rows else ""
     return [
         f"prefill, {prompts} of {case.context:,} tokens in pieces of {found.piece:,}: first token after at least "
-        f"{_seconds(found.seconds)}{everyone}; {_bound(found.binds)}; at most {found.tokens_per_second:,.0f} tokens/s"
+        f"{seconds(found.seconds)}{everyone}; {bound(found.binds)}; at most {found.tokens_per_second:,.0f} tokens/s"
     ]
 
 
@@ -175,7 +194,7 @@ def _curve(plan: Plan) -> list[str]:
     for batch, cost in (point for i, point in enumerate(plan.curve) if i % 2 == 0 or i == last):
         speed = batch / cost.step
         per_device = speed / plan.case.topology.devices
-        rows.append((f"{batch:,}", _seconds(cost.step), f"{1 / cost.step:,.0f}", f"{speed:,.0f}", f"{per_device:,.1f}", cost.binds))
+        rows.append((f"{batch:,}", seconds(cost.step), f"{1 / cost.step:,.0f}", f"{speed:,.0f}", f"{per_device:,.1f}", cost.binds))
     return aligned(rows)
 
 
@@ -191,7 +210,7 @@ def search_table(plans: list[Plan]) -> str:
                 case.layout.name,
                 f"{plan.memory.needed / GIB:.1f}",
                 f"{plan.memory.free / GIB:.1f}",
-                _seconds(step),
+                seconds(step),
                 f"{1 / step:,.0f}",
                 f"{total:,.0f}",
                 f"{total / case.topology.devices:,.0f}",
@@ -217,17 +236,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "notes": plan.notes,
         "parameters": case.parameter_count,
         "weight_bytes": case.weight_total,
-        "memory_per_device": {
-            "weights": held.weights,
-            "rope_cache": held.rope_cache,
-            "nope_cache": held.full_cache,
-            "temporaries": held.temporaries,
-            "needed": held.needed,
-            "usable": held.usable,
-            "capacity": held.capacity,
-            "fits": held.fits,
-        },
-        "decode": _cost(plan.decode, case.batch, case.topology.devices),
+        "memory_per_device": memory_values(held) | {"rope_cache": held.rope_cache, "nope_cache": held.full_cache},
+        "decode": _decode_values(plan.decode, case.batch, case.topology.devices),
         "prefill": vars(plan.prefill),
         "largest_batch": plan.largest_batch,
         "largest_context": plan.largest_context,
@@ -237,32 +247,45 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _cost(cost: Cost, batch: int, devices: int) -> dict[str, Any]:
+def memory_values(held: Held) -> dict[str, Any]:
+    """Bytes of a device, by piece and in all."""
+    names = ("weights", "temporaries", "needed", "usable", "capacity", "fits")
+    return {name: getattr(held, name) for name in names}
+
+
+def cost_values(cost: Cost) -> dict[str, Any]:
+    """What a device does in a step, and how long that takes at least."""
     return {
         "read_bytes": cost.read,
         "products": cost.products,
         "sent_bytes": cost.sent,
         "crossed_bytes": cost.crossed,
         "collectives": cost.collectives,
-        "launches": cost.launches,
         "seconds": cost.seconds,
         "step": cost.step,
         "serial": cost.serial,
         "binds": cost.binds,
+    }
+
+
+def _decode_values(cost: Cost, batch: int, devices: int) -> dict[str, Any]:
+    return cost_values(cost) | {
+        "launches": cost.launches,
         "distinct_experts": cost.distinct,
         "tokens_per_second": {"user": 1 / cost.step, "total": batch / cost.step, "device": batch / cost.step / devices},
     }
 
 
-def _seconds(seconds: float) -> str:
+def seconds(time: float) -> str:
     """Three digits with a unit that suits."""
     for factor, unit in ((1, "s"), (1e3, "ms")):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:,.0f} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+        if time * factor >= 1:
+            return f"{time * factor:.3g} {unit}" if time * factor < 1000 else f"{time * factor:,.0f} {unit}"
+    return f"{time * 1e6:.3g} µs"
 
 
-def _bound(binds: str) -> str:
+def bound(binds: str) -> str:
+    """What binds, as a clause."""
     return {"memory": "memory binds", "compute": "compute binds", "links": "the links bind", "network": "the network binds"}[binds]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from maverick_jax.errors import UserError
 from maverick_jax.plan.case import MOST_ROWS, Case
 from maverick_jax.plan.chips import GIB
-from maverick_jax.plan.memory import RESERVE, memory
+from maverick_jax.plan.memory import RESERVE, Held, memory
 from maverick_jax.plan.search import candidates
 from maverick_jax.sharding.layout import INFERENCE
 
@@ -20,7 +20,7 @@ NARROW = ("fp8", "int4")  # dtypes to try, the wider first
 def largest_batch(case: Case) -> int:
     """The most rows that fit at this context: a multiple of the devices that divide them, or 0."""
     shares = MOST_ROWS // case.row_ways
-    return case.row_ways * _largest(lambda rows: memory(dataclasses.replace(case, batch=rows * case.row_ways)).fits, shares)
+    return case.row_ways * largest(lambda rows: memory(dataclasses.replace(case, batch=rows * case.row_ways)).fits, shares)
 
 
 def largest_context(case: Case) -> int:
@@ -28,10 +28,10 @@ def largest_context(case: Case) -> int:
     longest = case.config.text.max_position_embeddings
     if memory(dataclasses.replace(case, context=longest)).fits:
         return longest
-    return STEP * _largest(lambda steps: memory(dataclasses.replace(case, context=steps * STEP)).fits, longest // STEP)
+    return STEP * largest(lambda steps: memory(dataclasses.replace(case, context=steps * STEP)).fits, longest // STEP)
 
 
-def _largest(fits: Callable[[int], bool], upper: int) -> int:
+def largest(fits: Callable[[int], bool], upper: int) -> int:
     """The largest number up to `upper` that fits; 0 if 1 does not. What fits, fits with less."""
     lower = 0
     while lower < upper:
@@ -46,14 +46,17 @@ def refusal(case: Case, *, mesh_chosen: bool) -> str:
     Args:
       mesh_chosen: the mesh is the best that was found, not the user's own.
     """
-    held = memory(case)
-    chip = case.topology.chip
     cures = _cures(case, mesh_chosen)
+    what = f"what would fit: {', or '.join(cures)}." if cures else "no single change of mesh, dtype, batch, context or topology suffices."
+    return f"{too_much(case, memory(case))}; {what}"
+
+
+def too_much(case: Case, held: Held) -> str:
+    """What does not fit where, and by how much."""
     return (
         f"does not fit {case.topology.name} with mesh {case.mesh_name}, layout {case.layout.name}: a device needs "
         f"{held.needed / GIB:.1f} GiB, {-held.free / GIB:.1f} GiB more than the {held.usable / GIB:.1f} it can use "
-        f"({chip.memory / GIB:.0f} less {RESERVE:.0%}); "
-        + (f"what would fit: {', or '.join(cures)}." if cures else "no single change of mesh, dtype, batch, context or topology suffices.")
+        f"({case.topology.chip.memory / GIB:.0f} less {RESERVE:.0%})"
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import collections
 import difflib
 import functools
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -29,6 +31,16 @@ COMPONENTS: tuple[str, ...] = (ROUTED, SHARED, DENSE, ATTENTION, EMBEDDING, UNEM
 _PARTS = {"experts": ROUTED, "shared": SHARED, "dense": DENSE, "attention": ATTENTION}
 
 
+class Kind(NamedTuple):
+    """Leaves that are alike: what they belong to, logical axes, shape, bytes per element, and how many there are."""
+
+    component: str
+    axes: Axes
+    shape: tuple[int, ...]
+    itemsize: int
+    number: int
+
+
 def abstract_model(config: Config, dtype: str, **options) -> Llama4:
     """A model of one of `DTYPES`, its routed experts quantized where the dtype says so. Options as for `Llama4`."""
     model = get_abstract_model(config, dtype=DTYPES[dtype], **options)
@@ -38,12 +50,17 @@ def abstract_model(config: Config, dtype: str, **options) -> Llama4:
 
 
 @functools.lru_cache
-def stored(config: Config, dtype: str) -> list[tuple[str, Axes, tuple[int, ...], int, int]]:
-    """(component, logical axes, shape, bytes per element, how many) of everything that is stored, scales included."""
+def stored(config: Config, dtype: str) -> list[Kind]:
+    """Everything that is stored, scales included."""
+    return kinds(nnx.to_flat_state(nnx.state(abstract_model(config, dtype))))
+
+
+def kinds(leaves: Iterable[tuple[tuple, nnx.Variable]]) -> list[Kind]:
+    """Leaves by their paths, those that are alike counted."""
     found: collections.Counter = collections.Counter()
-    for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(config, dtype))):
+    for path, leaf in leaves:
         found[component(path), leaf.get_metadata()["axes"], leaf.shape, jnp.dtype(leaf.dtype).itemsize] += 1
-    return [(*kind, count) for kind, count in found.items()]
+    return [Kind(part, axes, shape, size, number) for (part, axes, shape, size), number in found.items()]
 
 
 def parameters(config: Config) -> dict[tuple[str, Axes, tuple[int, ...]], int]:
