@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.search and args.mesh is not None:
         raise UserError("--search tries every mesh: leave out --mesh.")
     of_training = {name: getattr(args, name) for name in ("length", "accumulate", "rank", "expert_rank", "master", "remat")}
-    given = {name: value for name, value in of_training.items() if value not in (None, False)}
+    given = {name: value for name, value in of_training.items() if value is not None and value is not False}
     if args.train is None and given:
         raise UserError(f"--{next(iter(given)).replace('_', '-')} is a setting of training: say what is trained by --train.")
     if args.plot is not None:

@@ -155,3 +155,72 @@ def test_compile(maverick, tmp_path):
     compiled = json.loads(result.out)["compiled"]
     assert compiled["collectives"]["all-to-all"]["count"] == 3
     assert compiled["arguments"] > compiled["temporaries"] > 0
+
+
+def test_training(maverick):
+    """Maverick's QLoRA, experts included, on one host of H100s: it fits, with two rows per device at most."""
+    question = ("plan", "--train", "qlora", "--topology", "h100:8")
+    text, values = maverick(*question).out, json.loads(maverick(*question, "--json").out)
+    assert (values["dtype"], values["layout"], values["batch"], values["length"]) == ("int4", "training", 8, 8192)
+    assert values["mesh"] == {"data": 1, "expert": 8, "tensor": 1}
+    assert values["memory_per_device"]["fits"]
+    assert values["largest_batch"] == values["over_batch"][-1]["batch"] == 16
+    assert "room for 16 rows of 8,192 tokens in a micro-batch" in text
+    assert f"at most {values['step']['tokens_per_second']:,.0f} tokens/s" in text
+    assert f"MFU at most {values['step']['mfu']:.0%}" in text
+
+
+def test_settings_of_training_are_passed_on(maverick):
+    changes = "--rank 8 --expert-rank 2 --length 1024 --batch 16 --accumulate 3 --remat products --dtype fp8 --mesh expert=8"
+    values = json.loads(maverick("plan", "--train", "lora", "--topology", "h200:8", "--json", *changes.split()).out)
+    named = ("rank", "expert_rank", "length", "batch", "accumulate", "remat", "dtype")
+    assert [values[name] for name in named] == [8, 2, 1024, 16, 3, "products", "fp8"]
+    assert values["step"]["tokens"] == 3 * 16 * 1024
+    full = maverick("plan", "--train", "full", "--master", "--topology", "v5p:4x4x8", "--mesh", "data=2,expert=32,tensor=2", "--json")
+    assert json.loads(full.out)["master"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--length 8192", ["--length is a setting of training", "--train"]),
+        ("--master", ["--master is a setting of training"]),
+        ("--train sft", ["training is 'sft'", "lora, qlora, full"]),
+        ("--train qlora --dtype bfloat16", ["not of bfloat16", "fp8, int8, int4"]),
+        ("--train full --dtype int4", ["weights in int4 cannot be learned"]),
+        ("--train qlora --master", ["float32 as they are"]),
+        ("--train qlora --remat all", ["remat is 'all'", "layers, products, none"]),
+        ("--train qlora --rank 0", ["rank is 0", "from 1"]),
+        ("--train qlora --mesh expert=8 --batch 12", ["among 8 devices", "12 rows", "Choose 16"]),
+        ("--train qlora --search", ["--search is not for --train"]),
+        ("--train qlora --context 8192", ["--context is not for --train", "--length"]),
+    ],
+)
+def test_mistakes_about_training(maverick, arguments, words):
+    expect(maverick("plan", "--topology", "h100:8", *arguments.split()), words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--train lora --topology h100:8",
+        "--train qlora --topology h100:8 --mesh expert=8 --batch 64",
+        "--train qlora --topology h100:8 --remat none --mesh expert=8",
+    ],
+)
+def test_training_that_does_not_fit(maverick, arguments):
+    """By how much, and single changes each of which really suffices."""
+    result = maverick("plan", *arguments.split())
+    expect(result, ["training", "does not fit", "GiB more than"])
+    for change in re.search(r"what would fit: (.*)\.$", result.err).group(1).split(", or "):
+        asked = re.sub(r"--mesh \S+", "", arguments) if "--mesh" in change else arguments
+        assert maverick("plan", *asked.split(), *change.split()).status == 0, change
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_a_plot_of_training(maverick, tmp_path):
+    result = maverick("plan", "--train", "qlora", "--topology", "h100:8", "--mesh", "expert=8", "--plot", tmp_path / "plan.svg")
+    assert result.status == 0, result.err
+    drawn = (tmp_path / "plan.svg").read_text()
+    for words in ("qlora: maverick in int4 on h100:8", "optimizer moments", "at most, MFU, %", "8 rows of 8,192 tokens"):
+        assert words in drawn

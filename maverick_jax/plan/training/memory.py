@@ -108,11 +108,14 @@ def _layer(training: Training) -> dict[str, int]:
         found.append({"a layer's weights": weights, "a layer": N * (STREAM * D * e + _width(case, DENSE) * swiglu)})
     if text.moe_layers:
         S = sent_rows(case, N)
-        rounds = ROUNDS if case.ways("expert") > 1 else 1
+        room_for_all = N * case.among(case.split("expert", text.num_local_experts)).total
+        rounds = ROUNDS if room_for_all > S else 1
         experts = S * (_width(case, ROUTED) * swiglu + BUFFERS * D * e)
         weights = _of_one_layer(training, ROUTED) + _of_one_layer(training, SHARED)
         here = N * (2 * D * FLOAT32 + _width(case, SHARED) * swiglu)
-        found.append({"a layer's weights": weights, "a layer": here, f"routed experts, {rounds} rounds": rounds * experts})
+        found.append(
+            {"a layer's weights": weights, "a layer": here, f"routed experts, {rounds} round{'s' * (rounds > 1)}": rounds * experts}
+        )
     return max(found, key=lambda kinds: sum(kinds.values()))
 
 
