@@ -18,6 +18,7 @@ KINDS = {
     "dpo": "learn which of two answers is preferred",
     "rl": "learn from its own answers by what they are worth",
     "distill": "learn what a larger model says of every token",
+    "demo": "all of it on the mini model, each stage beside a control",
 }
 
 
