@@ -1,6 +1,7 @@
 """How the adapter with which the demo begins was made: `python -m maverick_jax.training.demo.base OUT`.
 
-The mini model knows one handwritten digit per picture; this teaches it what numbers and bars look like, and stops half way.
+The mini model knows one handwritten digit per picture; this teaches it what numbers and bars look like, and stops while there is something
+left to learn.
 """
 
 from __future__ import annotations
@@ -32,27 +33,28 @@ from maverick_jax.training.trainer import Loop, train
 RANKS = {"attention": 16, "dense": 16, "shared": 16, "experts": 2, "vision": 16}
 SCALE = 2.0
 QUESTIONS = 30_000
-LEARNING_RATE = 4e-3
+LENGTH = 64  # tokens of a row
+OPTIMIZATION = Optimization(1800, 4e-3, "linear")
+STEPS = 1500  # where it stops: about 0.7 of the questions are answered right then
 
 
-def base(steps: int, out: Path) -> Llama4:
-    """The mini model with its adapter, which `steps` steps of supervised training made; `out` gets the run."""
-    settings, directory = Settings(), mini_directory()
+def base(out: Path) -> Llama4:
+    """The mini model with its adapter; `out` gets the run."""
+    directory = mini_directory()
     reading = reading_of(directory, Config.from_directory(directory))
     model = load(directory, dtype="float32", training=True)
     add_adapters(model, RANKS, scale=SCALE, seed=0)
-    rows = Conversations(examples(questions(QUESTIONS, BASE_SEED), reading), reading, settings.length, packing=False)
-    optimization = Optimization(steps, LEARNING_RATE, "linear")
-    return train(model, NextToken(), Batches(rows, Order(settings.rows)), optimization, out, identity={}, loop=Loop(progress=True))
+    rows = Conversations(examples(questions(QUESTIONS, BASE_SEED), reading), reading, LENGTH, packing=False)
+    data, loop = Batches(rows, Order(Settings().rows)), Loop(progress=True, stop=lambda step, record: step == STEPS)
+    return train(model, NextToken(), data, OPTIMIZATION, out, identity={"stage": "base"}, loop=loop)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", metavar="OUT", type=Path, help="directory of the adapter")
-    parser.add_argument("--steps", type=int, default=1800, metavar="N", help="training steps (default: 1800)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as run:
-        model = base(args.steps, Path(run, "run"))
+        model = base(Path(run, "run"))
         thin = nnx.state(model, nnx.LoRAParam)
         nnx.update(model, jax.tree.map(lambda matrix: matrix.astype(jnp.bfloat16), thin))
         model.directory = "maverick_jax/assets/mini"  # by which the adapter names its base, wherever it was made
