@@ -38,7 +38,7 @@ class Settings:
     rl_seconds: float = 150.0
     prompts: int = 8
     preferred: int = 600
-    rates: tuple[float, float, float] = (1e-3, 1e-3, 1e-4)
+    rates: tuple[float, float, float] = (2e-4, 2e-4, 5e-5)
     answer: int = 14
     length: int = 80
     slots: int = 64

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maverick_jax.errors import UserError
 from maverick_jax.inference.engine import Engine
 from maverick_jax.model import Llama4
 from maverick_jax.training.data.conversations import Conversation
@@ -35,6 +36,7 @@ from maverick_jax.training.split import Split
 from maverick_jax.training.trainer import Loop, train
 
 WITHOUT_END = 100_000  # steps of what ends by the clock
+RISING = 5  # steps of RL in which the rate does: Adam's first step is as long as the rate, whatever the gradient
 BETA = 0.1
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -61,18 +63,24 @@ class Stages:
         rows, settings = Conversations(examples, self.reading, self.settings.length, packing=False), self.settings
         data = Batches(rows, Order(settings.rows, seed=self.seed))
         steps = max(1, round(settings.epochs * data.steps_per_epoch))
-        return self._train(model, name, NextToken(), data, Optimization(steps, settings.rates[0]), self._loop())
+        return self._train(model, name, NextToken(), data, Optimization(steps, settings.rates[0], warmup=0.1), self._loop())
 
     def rl(self, model: Llama4, name: str, prompts: Sequence[Prompt]) -> Llama4:
         """Learn from own answers until the time is over."""
         settings = self.settings
         draws = Draws(settings.prompts, settings.group, rows=min(settings.rows, settings.prompts * settings.group), seed=self.seed)
         data = Groups(prompts, Sampler(self._with, self.reading, max_new_tokens=settings.answer), exact, draws, self.told)
-        optimization = Optimization(WITHOUT_END, settings.rates[1], "constant", warmup=0.0)
+        optimization = Optimization(WITHOUT_END, settings.rates[1], "constant", warmup=RISING / WITHOUT_END)
         return self._train(model, name, Policy(), data, optimization, self._loop(until(settings.rl_seconds)))
 
     def dpo(self, model: Llama4, name: str, pairs: Sequence[Pair]) -> Llama4:
-        """Prefer the chosen answers."""
+        """Prefer the chosen answers.
+
+        Raises:
+          UserError: there is no pair.
+        """
+        if not pairs:
+            raise UserError("no question has a right and a wrong answer, from which DPO would learn: give the demo more --minutes.")
         settings, at_once = self.settings, min(self.settings.rows // 2, len(pairs))
         rows = PairRows(pairs, self.reading, settings.length)
         rows.reference_P2 = reference(model, rows, self.out / f"{name}-reference.npy", batch=at_once, progress=self.progress)
