@@ -29,9 +29,9 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from maverick_jax.cli.train import settings
+    from maverick_jax.cli.train import plots, settings
     from maverick_jax.errors import UserError
-    from maverick_jax.training.demo import pipeline, plots
+    from maverick_jax.training.demo import pipeline
     from maverick_jax.training.demo.report import table
     from maverick_jax.training.demo.settings import in_minutes
 

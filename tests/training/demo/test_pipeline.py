@@ -123,7 +123,7 @@ def test_the_table(report):
 def test_the_picture(report, tmp_path):
     from PIL import Image
 
-    from maverick_jax.training.demo.plots import save_plots
+    from maverick_jax.cli.train.plots import save_plots
 
     save_plots(report[0], tmp_path / "report.png")
     with Image.open(tmp_path / "report.png") as picture:
