@@ -5,7 +5,7 @@ OUT gets a run of the trainer per stage, report.json, and report.png where matpl
 
 examples:
   maverick train demo
-  maverick train demo --seed 1 --minutes 5 out
+  maverick train demo --seed 1 --minutes 60 out
 """
 
 import argparse
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", nargs="?", default="demo-training", help="a new directory (default: demo-training)")
     parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of questions, order and answers (default: 0)")
     parser.add_argument(
-        "--minutes", type=real, default=15.0, metavar="N", help="about how long on two cores; what is held out stays (default: 15)"
+        "--minutes", type=real, default=15.0, metavar="N", help="at most, of two cores; what is held out stays (default: 15)"
     )
     options.add_report_arguments(parser)
     compilation.add_argument(parser)

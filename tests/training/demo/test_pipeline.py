@@ -67,8 +67,9 @@ def test_minutes(tmp_path):
     """What is held out stays; the rest is in proportion."""
     with pytest.raises(UserError, match="--minutes is 0: give a number above 0"):
         train_demo.run(argparse.Namespace(minutes=0.0, out=tmp_path, compilation_cache=None))
-    short = in_minutes(1.5)
-    assert (short.held_out, short.pool, short.rl_seconds) == (4000, Settings().pool // 10, pytest.approx(Settings().rl_seconds / 10))
+    assert in_minutes(15) == Settings()
+    longer = in_minutes(30)
+    assert (longer.held_out, longer.pool, longer.preferred, longer.rl_seconds) == (4000, 1066, 320, 80.0)
 
 
 @pytest.fixture(scope="module")
