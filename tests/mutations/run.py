@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FAILED = 1  # pytest's exit status when tests ran and some failed; others mean that it could not run them
 LIMIT_S = 600  # a fault may make a test wait for ever, which is noticed too
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "demo", "*.egg-info")
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info")
 
 
 class Mutation(NamedTuple):
