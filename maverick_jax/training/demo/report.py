@@ -24,7 +24,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
 def joined(reports: Sequence[Mapping[str, Any]], at: int) -> dict[str, Any]:
     """One comparison over all seeds: mean of the differences, and the test of all discordant answers together.
 
-    The questions are the same for every seed, so that the joint p speaks of these questions alone.
+    The questions are the same for every seed, and count as others: the joint p is too low, the seeds' own say more.
     """
     of_seeds = [report["comparisons"][at] for report in reports]
     only = {name: sum(found[name] for found in of_seeds) for name in ("only_stage", "only_control")}
