@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maverick_jax.plan.plot import BLUES, CACHES, INK, STYLE, write
+from maverick_jax.plan.plot import BLUES, STATES, INK, STYLE, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def _tries(axes: Axes, tries: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _reward(axes: Axes, curves: Mapping[str, list[Mapping[str, float]]]) -> None:
-    for (name, points), color in zip(curves.items(), (CACHES[0], INK), strict=True):
+    for (name, points), color in zip(curves.items(), (STATES[0], INK), strict=True):
         near = min(SMOOTH, len(points))
         smooth = np.convolve([point["reward"] for point in points], np.full(near, 1 / near), "valid")
         share = np.arange(near, len(points) + 1) / len(points)
@@ -77,7 +77,7 @@ def _reward(axes: Axes, curves: Mapping[str, list[Mapping[str, float]]]) -> None
 
 
 def _experts(axes: Axes, loads: Mapping[str, list[list[int]]]) -> None:
-    for (name, load_ME), color in zip(loads.items(), (BLUES[0], CACHES[1]), strict=True):
+    for (name, load_ME), color in zip(loads.items(), (BLUES[0], STATES[1]), strict=True):
         share_E = np.sort(np.array(load_ME).sum(axis=0))[::-1] / np.sum(load_ME)
         axes.plot(share_E, label=name, color=color)
     axes.set(yscale="log", xlabel="experts, the busiest first")
