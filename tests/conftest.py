@@ -42,7 +42,7 @@ LONGEST = (  # files that take minutes: begun first, so that at the end no proce
     "test_dispatch.py test_parity_cache.py test_snippets.py test_generate.py test_parity_sharded.py test_multihost.py test_compare.py "
     "test_quantized_matmul.py test_quantized_experts.py test_compiled.py test_commands.py test_attention.py test_notebooks.py test_kill.py "
     "test_followers.py test_engine.py test_answers_in_form.py test_same_answer.py test_not_finite.py test_engine_on_a_mesh.py "
-    "test_answers.py test_batch_serve.py test_trainers.py test_form.py test_routed_experts.py test_served_names.py"
+    "test_answers.py test_batch_serve.py test_trainers.py test_form.py test_routed_experts.py test_served_names.py test_pipeline.py"
 ).split()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maverick_jax.plan.plot import BLUES, STATES, INK, STYLE, write
+from maverick_jax.plan.plot import BLUES, INK, STATES, STYLE, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
