@@ -144,11 +144,11 @@ def _line(axes: Axes, line: Line) -> None:
 
     heights = [mark.height for mark in line.marks]
     axes.plot([mark.batch for mark in line.marks], heights, marker="o", markersize=4, color=BLUES[1], linewidth=2)
-    asked, falls = line.asked, heights[-1] < heights[0]
+    asked, rises = line.asked, heights[-1] > heights[0]
     height = next(mark.height for mark in line.marks if mark.batch == asked)
     axes.plot(asked, height, marker="o", markersize=9, color=TEMPORARIES, markeredgecolor=INK)
-    # Of a line that falls there is room to the right.
-    place: dict[str, Any] = {"xytext": (6 if falls else -6, 7), "textcoords": "offset points", "ha": "left" if falls else "right"}
+    # Of a line that does not rise there is room to the right.
+    place: dict[str, Any] = {"xytext": (-6 if rises else 6, 7), "textcoords": "offset points", "ha": "right" if rises else "left"}
     axes.annotate(f"{height:,.0f}", (asked, height), fontweight="bold", **place)
     bound = ""
     for batch, _, binds in line.marks:

@@ -121,7 +121,8 @@ def _room(plan: TrainingPlan) -> list[str]:
 
 def _curve(plan: TrainingPlan) -> list[str]:
     lines = [("rows", "GiB", "step", "tokens/s", "per device", "MFU", "bound by")]
-    for point in plan.curve:
+    last = len(plan.curve) - 1
+    for point in (point for i, point in enumerate(plan.curve) if i % 2 == 0 or i == last):
         speed = point.tokens_per_second
         per_device = speed / plan.training.case.topology.devices
         cells = (f"{point.rows:,}", f"{point.memory.needed / GIB:.1f}", seconds(point.cost.step), f"{speed:,.0f}", f"{per_device:,.0f}")
