@@ -63,20 +63,25 @@ def draw(
 ) -> Iterator[list[Answer]]:
     """For each prompt `count` answers. What is drawn follows from the prompt, the seed and the answer's number alone.
 
+    An answer ends with a `<|patch|>` token too, should one be drawn: behind it a trainer would look for a picture.
+
     An engine that tells experts is asked for them: of a prompt those of its first answer, which the others share.
     """
+    ends = {*reading.config.eos_token_id, reading.config.image_token_index}
     requests = []
     for prompt in prompts:
         tiles = np.concatenate(reading.tiles(prompt.pictures)) if prompt.tiles else None
         first_seed = zlib.crc32(prompt.ids.tobytes(), seed & 0xFFFFFFFF)
         for number in range(count):
-            told_from = (len(prompt.ids) - 1 if number else 0) if engine.routed_experts else None
-            sampling = Sampling(temperature=1.0, logprobs=0, seed=(first_seed + number) % 2**32)
-            requests.append(
-                Request(
-                    ids=prompt.ids, tiles=tiles, max_new_tokens=max_new_tokens, sampling=sampling, routed_experts_prompt_start=told_from
-                )
+            request = Request(
+                ids=prompt.ids,
+                tiles=tiles,
+                max_new_tokens=max_new_tokens,
+                stop_ids=ends,
+                sampling=Sampling(temperature=1.0, logprobs=0, seed=(first_seed + number) % 2**32),
+                routed_experts_prompt_start=(len(prompt.ids) - 1 if number else 0) if engine.routed_experts else None,
             )
+            requests.append(request)
     handles = engine.run(requests)
     for at, prompt in zip(range(0, len(handles), count), prompts, strict=True):
         group = handles[at : at + count]

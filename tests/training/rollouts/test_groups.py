@@ -110,6 +110,16 @@ def test_what_is_drawn_follows_from_the_seed(prompts):
     assert [answer.ids_A.tolist() for answer in other] != [answer.ids_A.tolist() for answer in alone]
 
 
+def test_an_answer_holds_no_picture(prompts):
+    """A `<|patch|>` token that a model draws is learned, as the end of its answer, and never read: the trainer would look for a picture."""
+    made, patch = model(), READING.config.image_token_index
+    made.text.unembedding[...] = made.text.unembedding[...].at[:, patch].set(made.text.unembedding[...][:, :40].sum(axis=1))
+    drawn, _ = groups(prompts, vowels).take(lambda: made)
+    counts = drawn.batch.weight_BT > 0
+    assert (drawn.batch.target_BT[counts] == patch).any()
+    assert (drawn.batch.ids_BT != patch).all()
+
+
 def test_groups_that_teach_nothing(prompts):
     """Are drawn again from other prompts; their prompts rest, and come back."""
     made = model()
