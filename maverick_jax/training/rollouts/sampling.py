@@ -67,7 +67,7 @@ def draw(
 
     An engine that tells experts is asked for them: of a prompt those of its first answer, which the others share.
     """
-    ends = {*reading.config.eos_token_id, reading.config.image_token_index}
+    ends = (*reading.config.eos_token_id, reading.config.image_token_index)
     requests = []
     for prompt in prompts:
         tiles = np.concatenate(reading.tiles(prompt.pictures)) if prompt.tiles else None
