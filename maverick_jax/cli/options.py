@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from maverick_jax.cli import interrupt, status
-from maverick_jax.cli.parser import given_words, real, whole
+from maverick_jax.cli.parser import given, given_words, real, whole
 
 DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")  # TPU, NVIDIA, WSL, AMD
 
@@ -49,6 +49,7 @@ def add_adapters_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         action=_Adapter,
+        type=given,
         metavar="[NAME=]DIR",
         help="LoRA for this model, from `maverick train` or PEFT, for every request; with a NAME for those whose `model` it is, or several",
     )

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from maverick_jax.cli import options
+from maverick_jax.cli.parser import given
 
 PRESETS = ("maverick", "scout")
 TRAINING = (
@@ -60,11 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="ask the real compiler about the decode step (extra tpu or cuda13; no chip)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     training = parser.add_argument_group("training")
-    training.add_argument("--train", metavar="KIND", help="lora; qlora, beside quantized routed experts; or full, all weights")
+    training.add_argument("--train", type=given, metavar="KIND", help="lora; qlora, beside quantized routed experts; or full, all weights")
     for name, default, help in TRAINING:
         training.add_argument(f"--{name}", type=int, metavar="N", help=f"{help} (default: {default})")
     training.add_argument("--master", action="store_true", help="full: what is learned is kept in float32")
-    training.add_argument("--remat", metavar="HOW", help="what the gradient makes again: layers, products or none (default: layers)")
+    training.add_argument("--remat", type=given, metavar="HOW", help="what the gradient makes again: layers, products or none (default: layers)")
     parser.add_argument("--plot", metavar="FILE", help="draw memory per device and the limit over batch (of a search: of the best)")
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.typing import DTypeLike
 
 import maverick_jax
 from maverick_jax.ops.attention import Keys, attend, attend_in_order
@@ -23,15 +24,15 @@ E, K, N, HEADS, D = 4, 1024, 256, 2, 128
 HIGHEST = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
 
 
-def products(jaxpr: Jaxpr) -> Iterator[tuple[str, object]]:
-    """Name and precision of every product of float32, in kernels and in all branches."""
+def products(jaxpr: Jaxpr, dtype: DTypeLike = jnp.float32) -> Iterator[tuple[str, object]]:
+    """Name and precision of every product of the dtype, in kernels and in all branches."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        if "precision" in equation.params and any(v.aval.dtype == jnp.float32 for v in equation.invars[:2]):
+        if "precision" in equation.params and any(v.aval.dtype == dtype for v in equation.invars[:2]):
             yield name, equation.params["precision"]
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
             if isinstance(inner, ClosedJaxpr | Jaxpr):
-                yield from products(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+                yield from products(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner, dtype)
 
 
 def f32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -100,8 +101,8 @@ def test_float32_is_float32(case):
 
 def test_bfloat16_asks_for_nothing():
     x, w = jax.ShapeDtypeStruct((8, K), jnp.bfloat16), jax.ShapeDtypeStruct((K, N), jnp.bfloat16)
-    (equation,) = (e for e in jax.make_jaxpr(linear)(x, w).eqns if e.primitive.name == "dot_general")
-    assert equation.params["precision"] is None
+    ((_, precision),) = products(jax.make_jaxpr(linear)(x, w).jaxpr, jnp.bfloat16)
+    assert precision is None
 
 
 def test_all_products_are_made_in_one_place():

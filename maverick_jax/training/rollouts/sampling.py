@@ -67,7 +67,8 @@ def draw(
 
     An engine that tells experts is asked for them: of a prompt those of its first answer, which the others share.
     """
-    ends = (*reading.config.eos_token_id, reading.config.image_token_index)
+    config = reading.config
+    ends = [*config.eos_token_id, *([config.image_token_index] if config.image_token_index < config.text.vocab_size else [])]
     requests = []
     for prompt in prompts:
         tiles = np.concatenate(reading.tiles(prompt.pictures)) if prompt.tiles else None
