@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, default, help in TRAINING:
         training.add_argument(f"--{name}", type=int, metavar="N", help=f"{help} (default: {default})")
     training.add_argument("--master", action="store_true", help="full: what is learned is kept in float32")
-    training.add_argument("--remat", type=given, metavar="HOW", help="what the gradient makes again: layers (the default), products or none")
+    training.add_argument("--remat", type=given, metavar="HOW", help="what the gradient makes again: layers (default), products or none")
     parser.add_argument("--plot", metavar="FILE", help="draw memory per device and the limit over batch (of a search: of the best)")
 
 
