@@ -3,7 +3,8 @@ or --full. A line of DATA is {"messages": [{"role": "user", "content": ...}, {"r
 say is read and not learned. Examples share rows, and none sees another.
 
 OUT gets checkpoints, metrics.jsonl, curves for TensorBoard and at the end adapter/ (PEFT's format, for --adapter, maverick export
---merge, PEFT and vLLM) or with --full model/. The same command goes on with a run that ended early.
+--merge, PEFT and vLLM) or with --full model/. The same command goes on with a run that ended early. What fits on a machine
+says maverick plan --train.
 
 examples:
   maverick train sft conversations.jsonl run

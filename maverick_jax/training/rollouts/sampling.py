@@ -73,6 +73,8 @@ def draw(
     for prompt in prompts:
         tiles = np.concatenate(reading.tiles(prompt.pictures)) if prompt.tiles else None
         first_seed = zlib.crc32(prompt.ids.tobytes(), seed & 0xFFFFFFFF)
+        if tiles is not None:  # the same words are asked about many pictures
+            first_seed = zlib.crc32(tiles.tobytes(), first_seed)
         for number in range(count):
             request = Request(
                 ids=prompt.ids,

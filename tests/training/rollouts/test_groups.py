@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from maverick_jax.inference.engine import Engine
 from maverick_jax.model.low_rank import adapters, add_adapters
 from maverick_jax.training.asked import asked
 from maverick_jax.training.data.files import reading_of
+from maverick_jax.training.demo import tasks
 from maverick_jax.training.optimization import Optimization
 from maverick_jax.training.policy import Policy
 from maverick_jax.training.rollouts.drawn import Reference, rounded
@@ -108,6 +110,21 @@ def test_what_is_drawn_follows_from_the_seed(prompts):
     assert [answer.ids_A.tolist() for answer in alone] == [answer.ids_A.tolist() for answer in together[2]]
     (other,) = draw(engine, prompts[2:3], READING, count=3, max_new_tokens=8, seed=6)
     assert [answer.ids_A.tolist() for answer in other] != [answer.ids_A.tolist() for answer in alone]
+
+
+def test_the_same_words_about_another_picture():
+    """Have random numbers of their own: else what is drawn to one is drawn to the other, wherever the model is as sure."""
+    seeds = []
+
+    def run(requests):
+        seeds.extend(request.sampling.seed for request in requests)
+        return [SimpleNamespace(check=lambda name: None, tokens=[], logprobs=[], stop_token=None)] * len(requests)
+
+    questions = [tasks.read(np.random.default_rng(seed)) for seed in (0, 0, 2)]
+    sides = [question._replace(picture=question.picture.resize((40, 30))) for question in questions]
+    list(draw(SimpleNamespace(run=run, routed_experts=False), tasks.prompts(sides, READING), READING, count=1, max_new_tokens=8, seed=5))
+    same, again, other = seeds
+    assert same == again != other
 
 
 def test_an_answer_holds_no_picture(prompts):
