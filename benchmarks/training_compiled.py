@@ -70,7 +70,7 @@ def first_layers(number: int) -> Config:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=number, **kept))
 
 
-def program(case: Case, config: Config) -> tuple[Program, jax.sharding.Mesh]:
+def program(case: Case, config: Config, packed: bool) -> tuple[Program, jax.sharding.Mesh]:
     """A training step, described by shapes and shardings alone."""
     mesh = target_mesh(Topology.parse(case.topology), case.mesh)
     parts = {"attend": AttendOnMesh(mesh, TRAINING), "constrain": Constrain(mesh, TRAINING)}
@@ -85,15 +85,15 @@ def program(case: Case, config: Config) -> tuple[Program, jax.sharding.Mesh]:
     masters: Any = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for name, x in split.learned.items()}
     progress = Progress(masters, abstract_moments(masters, optimizer))
     update = compile_update(make_update(split, NextToken(), optimizer), progress)
-    return Program("training step", update, (progress, split.frozen, batches(case, mesh))), mesh
+    return Program("training step", update, (progress, split.frozen, batches(case, mesh, packed))), mesh
 
 
-def batches(case: Case, mesh: jax.sharding.Mesh) -> Batch:
+def batches(case: Case, mesh: jax.sharding.Mesh, packed: bool) -> Batch:
     """[micro, rows, tokens]"""
     rows = ROWS // case.micro
     place = NamedSharding(mesh, PartitionSpec(None, *TRAINING.spec(("batch",), (rows,), mesh)))
     whole, lengths = (case.micro, rows, TOKENS), (case.micro, rows)
-    kinds = ((whole, jnp.int32), (lengths, jnp.int32), (whole, jnp.int32), (whole, jnp.float32))
+    kinds = [(whole, jnp.int32), (lengths, jnp.int32), (whole, jnp.int32), (whole, jnp.float32), *([(whole, jnp.int32)] if packed else [])]
     arrays: Any = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in kinds)
     return Batch(*arrays)
 
@@ -128,10 +128,10 @@ class Figures(NamedTuple):
         return Figures(arguments, temporaries, hbm, kinds, self.at_least, self.seconds + fewer.seconds)
 
 
-def measure(case: Case, layers: list[int]) -> Figures:
+def measure(case: Case, layers: list[int], packed: bool) -> Figures:
     found = []
     for number in layers:
-        step, mesh = program(case, first_layers(number))
+        step, mesh = program(case, first_layers(number), packed)
         on_tpu = not Topology.parse(case.topology).chip.is_gpu
         found.append(Figures.of(compile_program(step, mesh, QUICK if on_tpu else {})))
     if len(found) == 1:
@@ -160,12 +160,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=tuple(CASES), action="append")
     parser.add_argument("--layers", type=int, nargs="+", default=[PERIOD, 2 * PERIOD], help="one number: all there are; two: see above")
+    parser.add_argument("--packed", action="store_true", help="several documents per row, as `maverick train sft` lays them")
     args = parser.parse_args()
     print(f"jax {jax.__version__}; {ROWS} rows of {TOKENS} tokens per step; layers {args.layers}; sizes in GB per device\n")
     print(HEADER)
     print("|---" * HEADER.count(" | ") + "|---|")
     for name in args.case or CASES:
-        print(row(name, CASES[name], measure(CASES[name], args.layers)), flush=True)
+        print(row(name, CASES[name], measure(CASES[name], args.layers, args.packed)), flush=True)
 
 
 if __name__ == "__main__":

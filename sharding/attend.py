@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from maverick_jax.ops.attention import Keys, Partial, attend, attend_in_order, partial_attention
+from maverick_jax.ops.attention import Keys, Partial, attend, attend_apart, attend_in_order, partial_attention
 from maverick_jax.ops.paged_attention import attend_pages, over_pages, write_tokens
 from maverick_jax.ops.pages import Pages
 from maverick_jax.sharding.layout import Layout, check_placed
@@ -31,6 +31,8 @@ class Attend(Protocol):
     """Ways of attending, as in `ops.attention` and `ops.paged_attention`, and writing pages that may be divided."""
 
     def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk: int | None) -> jax.Array: ...
+
+    def apart(self, query_BTHd, positions_BT, key_BKTd, value_BKTd, chunk: int) -> jax.Array: ...
 
     def over(self, query_BTHd, query_positions_BT, keys: Keys, chunk: int | None) -> Partial: ...
 
@@ -47,6 +49,9 @@ class AttendHere:
 
     def in_order(self, query_BTHd, key_BKTd, value_BKTd, chunk):
         return attend_in_order(query_BTHd, key_BKTd, value_BKTd, chunk)
+
+    def apart(self, query_BTHd, positions_BT, key_BKTd, value_BKTd, chunk):
+        return attend_apart(query_BTHd, positions_BT, key_BKTd, value_BKTd, chunk)
 
     def over(self, query_BTHd, query_positions_BT, keys, chunk):
         return partial_attention(query_BTHd, query_positions_BT, keys, chunk)
@@ -87,6 +92,14 @@ class AttendOnMesh:
 
         keys = PartitionSpec(rows, heads)
         return self._shard_map(behind, (queries, keys, keys))(query_BTHd, key_BKTd, value_BKTd)
+
+    def apart(self, query_BTHd, positions_BT, key_BKTd, value_BKTd, chunk):
+        rows, sequence, heads = self._divided(query_BTHd, key_BKTd)
+        if sequence:
+            return self.over(query_BTHd, positions_BT, Keys(key_BKTd, value_BKTd, positions_BT), chunk).finish(query_BTHd.dtype)
+        queries, keys = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
+        local = self._shard_map(functools.partial(attend_apart, chunk=chunk), (queries, PartitionSpec(rows), keys, keys))
+        return local(query_BTHd, positions_BT, key_BKTd, value_BKTd)
 
     def over(self, query_BTHd, query_positions_BT, keys, chunk):
         rows, sequence, heads = self._divided(query_BTHd, keys.key_BKSd)

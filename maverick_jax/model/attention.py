@@ -138,7 +138,7 @@ class Attention(nnx.Module):
         """The piece is all there is."""
         if asking.document_BT is not None:
             positions_BT, chunk = asking.apart(self.chunk)
-            return self.attend.over(query, positions_BT, new._replace(positions_BS=positions_BT), chunk).finish(query.dtype)
+            return self.attend.apart(query, positions_BT, new.key_BKSd, new.value_BKSd, chunk)
         if last_only:
             return self.attend.over(query, asking.positions_BT, new, self.chunk).finish(query.dtype)
         return self.attend.in_order(query, new.key_BKSd, new.value_BKSd, self.chunk)

@@ -176,6 +176,33 @@ def attend_in_order(query_BTHd: jax.Array, key_BKTd: jax.Array, value_BKTd: jax.
     return lax.platform_dependent(query_BTHd, key_BKTd, value_BKTd, tpu=_causal_tpu, cuda=_causal_cuda, default=_causal)
 
 
+def attend_apart(query_BTHd: jax.Array, positions_BT: jax.Array, key_BKTd: jax.Array, value_BKTd: jax.Array, chunk: int) -> jax.Array:
+    """Among the tokens of rows of several documents, whose positions lie so far apart that no chunk holds parts of two.
+
+    Args:
+      positions_BT: int32, ascending along each chunk; negative is padding.
+
+    Returns:
+      [B, T, H, d] in the query's dtype.
+    """
+    if query_BTHd.shape[1] < LONG:
+        return _apart(query_BTHd, positions_BT, key_BKTd, value_BKTd, chunk)
+    branches = {"tpu": functools.partial(_apart_tpu, chunk=chunk), "default": functools.partial(_apart, chunk=chunk)}
+    return lax.platform_dependent(query_BTHd, positions_BT, key_BKTd, value_BKTd, **branches)
+
+
+def _apart(query_BTHd, positions_BT, key_BKTd, value_BKTd, chunk):
+    return partial_attention(query_BTHd, positions_BT, Keys(key_BKTd, value_BKTd, positions_BT), chunk).finish(query_BTHd.dtype)
+
+
+def _apart_tpu(query_BTHd, positions_BT, key_BKTd, value_BKTd, chunk):
+    from maverick_jax.ops.attention_tpu import causal_attention_tpu, suits
+
+    if not suits(query_BTHd.shape[1], query_BTHd.shape[3], query_BTHd.dtype):
+        return _apart(query_BTHd, positions_BT, key_BKTd, value_BKTd, chunk)
+    return causal_attention_tpu(query_BTHd, key_BKTd, value_BKTd, positions_BT // chunk, longest=chunk)
+
+
 def _causal_tpu(query_BTHd, key_BKTd, value_BKTd):
     # Importing Pallas takes a while, and short prompts do without.
     from maverick_jax.ops.attention_tpu import causal_attention_tpu, suits

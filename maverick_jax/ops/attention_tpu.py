@@ -21,17 +21,34 @@ def suits(T: int, d: int, dtype: DTypeLike) -> bool:
     return d % LANES == 0 and T % BLOCK == 0 and T <= LONGEST and dtype != jnp.float32
 
 
-def causal_attention_tpu(query_BTHd: jax.Array, key_BKTd: jax.Array, value_BKTd: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """As `attend_in_order` without chunks, where `suits` says yes. `interpret` runs it on any platform (for tests)."""
+def causal_attention_tpu(
+    query_BTHd: jax.Array,
+    key_BKTd: jax.Array,
+    value_BKTd: jax.Array,
+    segment_BT: jax.Array | None = None,
+    *,
+    longest: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `attend_in_order` without chunks, where `suits` says yes.
+
+    Args:
+      segment_BT: int32; tokens of another segment are not seen.
+      longest: tokens of a segment at most: what lies further apart is never computed.
+      interpret: on any platform (for tests).
+    """
     B, T, H, d = query_BTHd.shape
     K = key_BKTd.shape[1]
     scaled = (query_BTHd.astype(jnp.float32) * d**-0.5).astype(query_BTHd.dtype)  # the kernel does not scale
     query_BKGTd = scaled.reshape(B, T, K, H // K, d).transpose(0, 2, 3, 1, 4)
-    mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * (H // K))
+    one = masks.CausalMask((T, T)) if longest is None or longest >= T else masks.LocalMask((T, T), (longest - 1, 0), 0)
+    mask = masks.MultiHeadMask([one] * (H // K))
     sizes = kernel.BlockSizes(
         block_q=BLOCK, block_kv=BLOCK, block_kv_compute=BLOCK // 2,
         block_q_dkv=BLOCK, block_kv_dkv=BLOCK, block_kv_dkv_compute=BLOCK // 2, block_q_dq=BLOCK, block_kv_dq=BLOCK,
     )  # fmt: skip
     attend = kernel.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
-    out_BKGTd = cast(jax.Array, jax.vmap(jax.vmap(attend))(query_BKGTd, key_BKTd, value_BKTd))  # a pair only with residuals
+    segments = None if segment_BT is None else kernel.SegmentIds(segment_BT, segment_BT)
+    of_rows = jax.vmap(jax.vmap(attend, (0, 0, 0, None)), (0, 0, 0, None if segments is None else 0))
+    out_BKGTd = cast(jax.Array, of_rows(query_BKGTd, key_BKTd, value_BKTd, segments))  # a pair only with residuals
     return out_BKGTd.transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from maverick_jax.model.attention import Piece
 from maverick_jax.ops import attention as ops_attention
+from maverick_jax.ops import attention_tpu
 from maverick_jax.ops.attention import (
     QUERY_BLOCKS,
     Keys,
     Partial,
     attend,
+    attend_apart,
     attend_in_order,
     attention,
     partial_attention,
@@ -50,10 +53,11 @@ def test_consecutive_query_heads_share_a_key_head():
         assert_allclose(out[0, :, h], weights / weights.sum(-1, keepdims=True) @ value[0, h // 3], atol=1e-5)
 
 
-def random_heads(B, T, S, dtype="float32"):
+def random_heads(B, T, S, dtype="float32", sizes=(6, 2, 4)):
     """Six query heads on two key/value heads."""
     random = np.random.default_rng(T)
-    return (jnp.asarray(random.standard_normal(s), dtype) for s in ((B, T, 6, 4), (B, 2, S, 4), (B, 2, S, 4)))
+    H, K, d = sizes
+    return (jnp.asarray(random.standard_normal(s), dtype) for s in ((B, T, H, d), (B, K, S, d), (B, K, S, d)))
 
 
 def whole(query, key, value, positions, key_positions, chunk):
@@ -157,6 +161,40 @@ def test_the_kernel_for_tpu():
     )
     kernel = functools.partial(causal_attention_tpu, interpret=True)
     assert_allclose(kernel(query, key, value), ops_attention._causal(query, key, value), atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 256])
+def test_the_kernel_for_documents(chunk, monkeypatch):
+    """The same attention, and gradients, where each sees itself alone, as far back as its chunk begins."""
+    monkeypatch.setattr(attention_tpu, "causal_attention_tpu", functools.partial(causal_attention_tpu, interpret=True))
+    monkeypatch.setattr(attention_tpu, "suits", lambda T, d, dtype: True)  # float32 as well, which is exact here
+    query, key, value = random_heads(1, 1024, 1024, sizes=(2, 1, 128))
+    piece = Piece.packed(jnp.repeat(jnp.array([0, 1, 2, -1]), jnp.array([300, 500, 130, 94]), total_repeat_length=1024)[None])
+    positions_BT, room = piece.apart(chunk)
+
+    def learned(form):
+        """Of real tokens: what padding sees is nobody's."""
+
+        def real(query, key, value):
+            return jnp.where(piece.real_BT[..., None, None], form(query, positions_BT, key, value, room), 0)
+
+        out, pull = jax.vjp(real, query, key, value)
+        return out, *pull(jnp.cos(out))
+
+    for found, expected in zip(learned(ops_attention._apart_tpu), learned(ops_attention._apart), strict=True):
+        assert_allclose(found, expected, atol=2e-5)
+
+
+def test_rows_of_documents_have_a_form_for_tpu():
+    """Traced on a CPU too: the kernel, where it takes the shape; short rows, and float32, go by blocks."""
+
+    def kernels(T, dtype):
+        query, key, value = random_heads(1, T, T, dtype, sizes=(2, 1, 128))
+        positions = jnp.arange(T, dtype=jnp.int32)[None]
+        return str(jax.make_jaxpr(lambda *heads: attend_apart(heads[0], positions, *heads[1:], T))(query, key, value)).count("pallas_call")
+
+    assert kernels(1024, "bfloat16") == 1
+    assert (kernels(512, "bfloat16"), kernels(1024, "float32")) == (0, 0)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
