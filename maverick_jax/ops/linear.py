@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from maverick_jax.ops.product import product
 from maverick_jax.ops.quantize import QuantizedArray, Weight, halves, scale
 
 FEW_ROWS, WIDE = 32, 2048  # measured: with more rows, or fewer columns, the usual form is quicker
 LEAST_BFLOAT16_ROWS = 4  # of a product on CPU
+PRODUCT = "product"  # the name by which a gradient may keep it
 PARTS = 4  # of the sums of a single float32 row on CPU
 
 
@@ -61,7 +63,7 @@ def linear(x: jax.Array, weight: AdaptedWeight, *, contract: int = 1) -> jax.Arr
     Returns:
       [..., *N] in x's dtype.
     """
-    return linear_float32(x, weight, contract=contract).astype(x.dtype)
+    return checkpoint_name(linear_float32(x, weight, contract=contract).astype(x.dtype), PRODUCT)
 
 
 def linear_float32(x: jax.Array, weight: AdaptedWeight, *, contract: int = 1) -> jax.Array:

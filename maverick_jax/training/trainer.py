@@ -19,6 +19,7 @@ import numpy as np
 
 from maverick_jax.errors import UserError
 from maverick_jax.model import Llama4
+from maverick_jax.ops.linear import PRODUCT
 from maverick_jax.sharding import multihost
 from maverick_jax.training.batch import laid_out
 from maverick_jax.training.checkpoints import Checkpoints
@@ -30,7 +31,11 @@ from maverick_jax.training.split import Split
 from maverick_jax.training.step import Objective, begin, compile_update, make_measure, make_update
 
 CHECKPOINTS = "checkpoints"
-REMAT = {"none": None, "products": jax.checkpoint_policies.dots_saveable, "layers": jax.checkpoint_policies.nothing_saveable}
+REMAT = {
+    "none": None,
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "layers": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Data(Protocol):
@@ -52,7 +57,8 @@ class Loop:
     Attributes:
       save_every: steps between checkpoints.
       keep: checkpoints that stay.
-      remat: of `REMAT`: what the backward pass makes again, "layers" all within a layer, "products" all but products.
+      remat: of `REMAT`: what the backward pass makes again, "layers" all within a layer, "products" all but products by weights that
+        are not an expert's: attention's scores, and what travels to experts, are too much to keep.
       progress: show a bar.
       flops_per_step, peak_flops: for the MFU, if the devices' peak is known.
       stop: asked after every step; True ends the run there.

@@ -19,7 +19,7 @@ from maverick_jax.training.batch import Batch
 from maverick_jax.training.next_token import NextToken
 from maverick_jax.training.optimization import SCHEDULES, Optimization
 from maverick_jax.training.split import Split
-from maverick_jax.training.trainer import Loop, train
+from maverick_jax.training.trainer import REMAT, Loop, train
 from oracle.plain import plain_model
 
 STEPS = 8
@@ -149,6 +149,21 @@ def test_what_is_made_again_is_the_same(whole, tmp_path, remat):
     loop = Loop(save_every=100, remat=remat)
     train(model(), NextToken(), Counted(), OPTIMIZATION, tmp_path / "run", identity={}, loop=loop)
     np.testing.assert_allclose([*losses(tmp_path / "run").values()], [*losses(whole[0]).values()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat, products", [("products", True), ("layers", False)])
+def test_what_a_gradient_keeps(remat, products):
+    """Of a layer what products by weights give, in the activations' dtype; scores of T x T never."""
+    T, made = 96, plain_model(dtype="bfloat16")
+    add_adapters(made, {"attention": 2, "dense": 2})
+    made.text.remat = REMAT[remat]
+    x = jax.ShapeDtypeStruct((1, T, made.config.text.hidden_size), jax.numpy.bfloat16)
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: made.hidden(x)[0], x)[1], x))
+    assert not [leaf.shape for leaf in kept if leaf.shape.count(T) > 1]
+    text = made.config.text
+    wide = [leaf.dtype.name for leaf in kept if leaf.shape == (1, T, text.num_attention_heads, text.head_dim)]
+    assert wide == ["bfloat16"] * text.num_hidden_layers * products  # queries
+    assert ((1, T, text.intermediate_size_mlp) in [leaf.shape for leaf in kept]) == products
 
 
 def test_a_loss_that_is_no_number(tmp_path):

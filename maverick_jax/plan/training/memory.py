@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from maverick_jax.ops.attention import KEY_BLOCK, MOST_SCORES
+from maverick_jax.ops.attention import MOST_SCORES
 from maverick_jax.ops.quantize import FORMATS
 from maverick_jax.plan.case import Case
 from maverick_jax.plan.memory import DISPATCH_ROOM, Held
@@ -89,12 +89,11 @@ def _kept(training: Training) -> int:
     heads, dense, shared, routed = _heads(case), _width(case, DENSE), _width(case, SHARED), _width(case, ROUTED)
     swiglus = N * ((layers - mixtures) * dense + mixtures * shared)  # elements as wide as a feed-forward's inside
     of_experts = mixtures * S * (2 * routed + D)
-    products = layers * N * (3 * heads * text.head_dim + D) + 2 * swiglus + of_experts
+    products = layers * N * (3 * heads * text.head_dim + D) + 2 * swiglus
     if training.recipe.remat == "products":
-        blocks = math.ceil(case.context / KEY_BLOCK)
-        return found + products * e + layers * N * heads * (case.context + blocks * text.head_dim) * FLOAT32
+        return found + products * e
     between = layers * N * (3 * D + 2 * heads * text.head_dim) + swiglus + mixtures * S * 2 * (routed + D)
-    return found + (products + between) * e
+    return found + (products + of_experts + between) * e
 
 
 def _layer(training: Training) -> dict[str, int]:

@@ -15,7 +15,8 @@ from maverick_jax.plan.training.recipe import FLOAT32, Training
 from maverick_jax.plan.weights import ATTENTION, DENSE, EMBEDDING, ROUTED, SHARED, SMALL, UNEMBEDDING, VISION, Kind, itemsize, parameters
 from maverick_jax.training.flops import flops_per_token
 
-TEXT = (ROUTED, SHARED, DENSE, ATTENTION, SMALL)  # what all layers are made of
+TEXT, SCORES = (ROUTED, SHARED, DENSE, ATTENTION, SMALL), "scores"  # what all layers are made of
+MADE_AGAIN = {"layers": (*TEXT, SCORES), "products": (ROUTED, SCORES), "none": ()}
 Exchanges = dict[str, list[tuple[int, Sent]]]
 
 
@@ -44,9 +45,9 @@ def mfu(training: Training, cost: Cost) -> float:
     return counted / (cost.step * case.topology.chip.flops * case.topology.devices)
 
 
-def _passes(training: Training) -> int:
-    """How often a layer's weights are multiplied by: forward, back to what came in, and once more where that is made again."""
-    return 3 if training.recipe.remat == "layers" else 2
+def _passes(training: Training, part: str) -> int:
+    """How often a component's weights are multiplied by: forward, back to what came in, and once more where that is made again."""
+    return 2 + (part in MADE_AGAIN[training.recipe.remat])
 
 
 def _products(training: Training) -> dict[str, float]:
@@ -60,35 +61,37 @@ def _products(training: Training) -> dict[str, float]:
         elements[UNEMBEDDING] = elements[EMBEDDING]
     if text.moe_layers:
         elements[ROUTED] //= text.num_local_experts
-    passes, learned = _passes(training), not training.recipe.adapts
+    learned = not training.recipe.adapts
     tokens = training.tokens / case.topology.devices
-    found = {part: 2.0 * elements[part] * (passes + learned) * tokens for part in TEXT if elements[part]}
+    found = {part: 2.0 * elements[part] * (_passes(training, part) + learned) * tokens for part in TEXT if elements[part]}
     found[UNEMBEDDING] = 2.0 * elements[UNEMBEDDING] * (3 + learned) * tokens
     # What is counted beyond the matrices' products, three times the forward pass, is that of queries and keys.
     of_matrices = 2.0 * (sum(elements[part] for part in (*TEXT, UNEMBEDDING))) * (2 + learned)
     scores = flops_per_token(case.config, case.context, adapters_only=training.recipe.adapts) - of_matrices
-    return found | {"scores": scores * (passes + 1) / 3 * tokens}
+    return found | {SCORES: scores * (_passes(training, SCORES) + 1) / 3 * tokens}
 
 
 def _read(training: Training) -> dict[str, float]:
     """Bytes to and from memory, by what moves: weights in every pass, what products take and give, logits, and the optimizer's own."""
     case, text, whole = training.case, training.case.config.text, gathered(training.case)
     e, D, N, micro = itemsize(case.dtype), text.hidden_size, training.local_tokens, training.recipe.accumulate
-    passes, mixtures = _passes(training), len(text.moe_layers)
+    mixtures, passes = len(text.moe_layers), {part: _passes(training, part) for part in TEXT}
     weights = whole.bytes_of(training.frozen + training.learned)
-    found = {part: float(micro * passes * size) for part, size in weights.items() if part in TEXT}
+    found = {part: float(micro * passes[part] * size) for part, size in weights.items() if part in TEXT}
     found[UNEMBEDDING] = float(micro * 3 * weights.get(UNEMBEDDING, weights[EMBEDDING]))
 
     def share(axis: str, size: int) -> int:
         return case.local((axis,), (size,))[0]
 
     heads, kv_heads = share("heads", text.num_attention_heads), share("kv_heads", text.num_key_value_heads)
-    attention = 2 * D + 2 * (heads + kv_heads) * text.head_dim
-    dense = (text.num_hidden_layers - mixtures) * (2 * D + 3 * share("mlp", text.intermediate_size_mlp))
-    experts = mixtures * (4 * D + 3 * (share("mlp", text.intermediate_size) + share("expert_mlp", text.intermediate_size)))
-    widths = text.num_hidden_layers * attention + dense + experts
+    widths = {
+        ATTENTION: text.num_hidden_layers * (2 * D + 2 * (heads + kv_heads) * text.head_dim),
+        DENSE: (text.num_hidden_layers - mixtures) * (2 * D + 3 * share("mlp", text.intermediate_size_mlp)),
+        SHARED: mixtures * (2 * D + 3 * share("mlp", text.intermediate_size)),
+        ROUTED: mixtures * (2 * D + 3 * share("expert_mlp", text.intermediate_size)),
+    }
     tensor = case.topology.devices // case.row_ways
-    found["activations"] = float(micro * passes * N * widths * e)
+    found["activations"] = float(micro * N * sum(passes[part] * width for part, width in widths.items()) * e)
     found["logits"] = micro * 4.0 * N / tensor * text.vocab_size * FLOAT32  # written and read, and so when they are made again
     held = memory(training)
     kept = sum(case.bytes_of(training.learned).values())
@@ -98,14 +101,14 @@ def _read(training: Training) -> dict[str, float]:
 
 def _exchanges(training: Training) -> Exchanges:
     """Collectives of a step: how many of each kind, and what one device sends in one."""
-    case, text, micro, passes = training.case, training.case.config.text, training.recipe.accumulate, _passes(training)
+    case, text, micro = training.case, training.case.config.text, training.recipe.accumulate
     D, N, e = text.hidden_size, training.local_tokens, itemsize(training.case.dtype)
     layers, mixtures = text.num_hidden_layers, len(text.moe_layers)
     found: Exchanges = collections.defaultdict(list)
     for kind in training.frozen + training.learned:
         if kind.component in (VISION, EMBEDDING):
             continue
-        gathers = 1 if kind.component == UNEMBEDDING else passes - 1
+        gathers = 1 if kind.component == UNEMBEDDING or training.recipe.remat == "none" else 2
         found["weights all-gather"].append((micro * gathers * kind.number, _gather(training, kind)))
     for kind in training.learned:
         if kind.component not in (VISION, EMBEDDING):
@@ -113,14 +116,15 @@ def _exchanges(training: Training) -> Exchanges:
             found["gradients reduce-scatter"].append((micro * kind.number, scatter))
             found["gradients all-reduce"].append((micro * kind.number, reduce))
     to_experts = all_to_all(case.among(case.split("expert", text.num_local_experts)), sent_rows(case, N) * D * e)
+    passes = _passes(training, ROUTED)
     found["tokens all-to-all"].append((micro * mixtures * (2 * passes - (passes == 3)), to_experts))  # made again, only the way there
-    for name, axis, size, count in (
-        ("attention all-reduce", "heads", text.num_attention_heads, layers),
-        ("dense all-reduce", "mlp", text.intermediate_size_mlp, layers - mixtures),
-        ("shared expert all-reduce", "mlp", text.intermediate_size, mixtures),
-        ("routed expert all-reduce", "expert_mlp", text.intermediate_size, mixtures),
+    for name, part, axis, size, count in (
+        ("attention all-reduce", ATTENTION, "heads", text.num_attention_heads, layers),
+        ("dense all-reduce", DENSE, "mlp", text.intermediate_size_mlp, layers - mixtures),
+        ("shared expert all-reduce", SHARED, "mlp", text.intermediate_size, mixtures),
+        ("routed expert all-reduce", ROUTED, "expert_mlp", text.intermediate_size, mixtures),
     ):
-        found[name].append((micro * passes * count, all_reduce(case.among(case.split(axis, size)), N * D * e)))
+        found[name].append((micro * _passes(training, part) * count, all_reduce(case.among(case.split(axis, size)), N * D * e)))
     return found
 
 
