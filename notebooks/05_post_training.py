@@ -13,7 +13,7 @@
 #
 # The whole of post-training with the embedded mini model, on processors and without a network: questions about drawn pictures, a filter
 # that keeps what is hard, supervised fine-tuning, GRPO on the model's own answers, DPO, and beside each stage a control that differs in one
-# thing. It is `maverick train demo`, taken apart. The default settings take about 8 minutes of two quiet cores.
+# thing. It is `maverick train demo`, taken apart. The default settings take 12 minutes of two cores.
 
 # %%
 import tempfile
