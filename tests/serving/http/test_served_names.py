@@ -13,7 +13,7 @@ from maverick_jax.serving.http.app import Settings
 from maverick_jax.serving.http.server import Server, bound
 from maverick_jax.serving.http.service import Service
 from oracle.adapted import teach
-from oracle.http_client import Client
+from oracle.http_client import Client, until
 from oracle.scripted_engine import ScriptedEngine
 
 ASKED = [{"role": "user", "content": "What is the sum?"}]
@@ -79,7 +79,7 @@ def test_each_name_answers_in_every_dialect(engine, expected):
                     completed.add(text_of(path, answer.body))
                 else:
                     assert text_of(path, answer.body) == expected[name], (path, name)
-                assert json.loads(lines[-1])["model"] == name
+                until(lambda name=name: lines and json.loads(lines[-1])["model"] == name)  # the line is written behind the answer
             wrong = client.post(path, {"model": "poem", **body})
             assert (wrong.status, wrong.body["error"]["message"]) == (404, "model is 'poem': here is mini, support, poems.")
         assert len(completed) == len(NAMES)
