@@ -5,6 +5,7 @@ import json
 import pytest
 
 import maverick_jax as mj
+import maverick_jax.cli.train
 from maverick_jax.assets import digits, mini_directory
 from maverick_jax.checkpoint import save
 from maverick_jax.config import Config
@@ -150,6 +151,17 @@ def test_distill(maverick, tiny, tmp_path, own):
     found = records(tmp_path / "run")
     assert found[-1]["divergence"] < 0.8 * found[0]["divergence"]
     assert "is a run with another --top: 64 there, 8 now" in maverick(*ask, *settings, *own, "--top", "8").err
+
+
+@pytest.mark.parametrize("arguments", [["sft", "no.jsonl", "run"], ["demo"]], ids=["sft", "demo"])
+def test_without_the_extra(maverick, monkeypatch, tmp_path, arguments):
+    """As in an environment with the bare package: said before anything is read or made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(maverick_jax.cli.train, "EXTRA", ("grain", "no_such_package"))
+    told = maverick("train", *arguments)
+    cure = "training takes the extra `train` (missing: no_such_package): pip install 'maverick-jax[train]'."
+    assert (told.status, told.out, told.err) == (2, "", f"maverick: {cure}\n")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ examples:
 """
 
 import argparse
+import importlib.util
 
 from maverick_jax.cli.parser import add_commands
 
+EXTRA = ("grain", "tensorboardX")  # what the extra `train` brings
 KINDS = {
     "sft": "learn the assistant's answers in a file of conversations",
     "filter": "keep what is hard in a file of conversations",
@@ -31,4 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     if "kind" not in args:
         raise UserError(f"a kind of training is missing: choose one of {', '.join(KINDS)} (maverick train --help).")
+    missing = [package for package in EXTRA if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"training takes the extra `train` (missing: {', '.join(missing)}): pip install 'maverick-jax[train]'.")
     return args.kind(args)
