@@ -15,8 +15,9 @@ from maverick_jax.plan.training.recipe import FLOAT32, Training
 from maverick_jax.plan.weights import ATTENTION, DENSE, EMBEDDING, ROUTED, SHARED, SMALL, UNEMBEDDING, VISION, Kind, itemsize, parameters
 from maverick_jax.training.flops import flops_per_token
 
-TEXT, SCORES = (ROUTED, SHARED, DENSE, ATTENTION, SMALL), "scores"  # what all layers are made of
-MADE_AGAIN = {"layers": (*TEXT, SCORES), "products": (ROUTED, SCORES), "none": ()}
+TEXT = (ROUTED, SHARED, DENSE, ATTENTION, SMALL)  # what all layers are made of
+SCORES = "scores"  # attention's products, in which no weight is
+MADE_AGAIN = {"layers": (*TEXT, SCORES), "products": (ROUTED, SCORES), "none": ()}  # by --remat
 Exchanges = dict[str, list[tuple[int, Sent]]]
 
 

@@ -68,7 +68,7 @@ def parse(words: Sequence[str]) -> Reward:
     """
     parts = []
     for word in words:
-        weight, rest = re.fullmatch(r"(?:([0-9.]+)\*)?(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+        weight, rest = re.fullmatch(r"(?:([0-9.]+)\*)?(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr] - it matches any text
         try:
             parts.append((1.0 if weight is None else float(weight), _one(rest)))
         except ValueError as error:
